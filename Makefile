@@ -1,0 +1,55 @@
+# Needs Python >= 3.11, make and gcc; everything else goes into .venv.
+#   make demo   train two adapters and stream four requests on the embedded model
+#   make test   the test suite
+#   make lint   ruff
+# Another interpreter: make demo PYTHON=python3.12. Another accelerator: make demo ACCELERATOR=cpu.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2 --dist loadfile
+TESTS ?= tests
+BIN := $(VENV)/bin
+
+# cuda13, cuda12 or cpu, by the major version of the NVIDIA driver.
+ACCELERATOR ?= $(shell \
+	driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1); \
+	if [ "$$driver" -ge 580 ] 2>/dev/null; then echo cuda13; \
+	elif [ "$$driver" -ge 525 ] 2>/dev/null; then echo cuda12; \
+	else echo cpu; fi)
+comma := ,
+RUNTIME_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,[$(ACCELERATOR)])
+DEV_EXTRA := [dev$(if $(filter cpu,$(ACCELERATOR)),,$(comma)$(ACCELERATOR))]
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.runtime-$(ACCELERATOR)
+	$(BIN)/loquetier demo
+
+test: $(VENV)/.dev-$(ACCELERATOR)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache dist
+
+# Each stamp says what the virtual environment holds; an edit of pyproject.toml renews it.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"loquetier_jax needs Python >= 3.11, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.runtime-$(ACCELERATOR): pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install -q -e '.$(RUNTIME_EXTRA)'
+	touch $@
+
+$(VENV)/.dev-$(ACCELERATOR): pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install -q -e '.$(DEV_EXTRA)'
+	touch $@ $(VENV)/.runtime-$(ACCELERATOR) $(VENV)/.lint
+
+# ruff alone: linting waits for no wheel of jax. Its version is the one of the dev extra.
+$(VENV)/.lint: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install -q "$$(sed -n 's/^ *"\(ruff[^"]*\)",$$/\1/p' pyproject.toml)"
+	touch $@

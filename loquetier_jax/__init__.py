@@ -1,0 +1,91 @@
+"""loquetier_jax: many LoRA adapters trained and served at once on one frozen base model, in JAX.
+
+    from loquetier_jax import Engine, LoraConfig, SamplingParams, TrainConfig
+
+Letters used for dimensions, everywhere:
+
+| letter | dimension | name in a Hugging Face config |
+|---|---|---|
+| B | batch | |
+| T | rows of a step: token positions in flat order | |
+| D | width of the residual stream | `hidden_size` |
+| N | query heads | `num_attention_heads` |
+| K | key and value heads | `num_key_value_heads` |
+| H | width of a head | `head_dim` |
+| F | width of the MLP | `intermediate_size` |
+| V | vocabulary | `vocab_size` |
+| L | layers | `num_hidden_layers` |
+| R | ranks of one adapter page: 16 | |
+| P | pages: of adapters (16 ranks each) or of KV cache (S tokens each) | |
+| MP | most pages one adapter may take | |
+| TP | pages of the gradient pool | |
+| G | packs of training rows in a step | |
+| n | projections fused into one group, e.g. 3 in `qkv_proj` | |
+
+Names resolve on first use, so that `loquetier_jax.config`, the scheduler and other host-only modules import
+without jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from loquetier_jax.config import Bucket, EngineConfig, SLOConfig
+from loquetier_jax.errors import (
+    AdapterError,
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    IntegrityError,
+    JobError,
+    LoquetierError,
+    ModelError,
+    RequestError,
+)
+
+if TYPE_CHECKING:
+    from loquetier_jax.adapters.lora import LoraConfig
+    from loquetier_jax.engine import Engine
+    from loquetier_jax.jobs.config import TrainConfig
+    from loquetier_jax.serve.params import SamplingParams
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_LAZY = {
+    "Engine": "loquetier_jax.engine",
+    "LoraConfig": "loquetier_jax.adapters.lora",
+    "SamplingParams": "loquetier_jax.serve.params",
+    "TrainConfig": "loquetier_jax.jobs.config",
+}
+
+__all__ = [
+    "AdapterError",
+    "Bucket",
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Engine",
+    "EngineConfig",
+    "IntegrityError",
+    "JobError",
+    "LoquetierError",
+    "LoraConfig",
+    "ModelError",
+    "RequestError",
+    "SLOConfig",
+    "SamplingParams",
+    "TrainConfig",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
