@@ -1,0 +1,123 @@
+"""The one definition of the decoder: pure functions over rows, shared by forward, replay and reference.
+
+Dims: T rows (token positions), D hidden_size, N query heads, K key/value heads, H head_dim,
+F intermediate_size, V vocab_size. Parameters are the nested dict described by `parameters.param_shapes`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from loquetier_jax.models.rope import inverse_frequencies
+from loquetier_jax.models.spec import BIASES, DecoderSpec
+
+Params = Mapping[str, Any]
+LayerWeights = Mapping[str, Array]
+Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class LayerOps(Protocol):
+    """The expensive operations of one layer, bound to its weights; keeping and replaying is their business."""
+
+    def linear(self, group: str, h: Float[Array, "T in"]) -> Float[Array, "T out"]:
+        """Base GEMM + bias + LoRA of a fused group (a key of `spec.GROUPS`)."""
+
+    def attend(
+        self, q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"]
+    ) -> Float[Array, "T NH"]:
+        """Attention with scale H^-0.5 over this layer's keys, window included; q and k come rotated."""
+
+
+def embed(spec: DecoderSpec, params: Params, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
+    """Embeddings of tokens in [0, V), in the dtype of the table."""
+    table = params["embed_tokens"]
+    x = table[tokens]
+    # HF rounds sqrt(D) to the weight dtype first (GemmaTextScaledWordEmbedding); in bf16 that is visible.
+    return x * jnp.asarray(spec.hidden_size**0.5, table.dtype) if spec.embedding_scale else x
+
+
+def rope_tables(spec: DecoderSpec, positions: Int[Array, " T"]) -> Rope:
+    """(cos, sin) of the rotation angles of absolute positions, f32 [T, H/2] each."""
+    frequencies = inverse_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "T heads H"], rope: Rope) -> Float[Array, "T heads H"]:
+    """Turns the pairs (x[i], x[i + H/2]) by the angles of `rope`, in f32; returns the dtype of x."""
+    cos, sin = (table[:, None] for table in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def rms_norm(spec: DecoderSpec, x: Float[Array, "... D"], weight: Float[Array, " D"]) -> Float[Array, "... D"]:
+    """RMSNorm over the last axis, statistics in f32.
+
+    Rounding as in HF: cast to the dtype of x, then multiply by w; Gemma: multiply by 1 + w in f32, then cast.
+    """
+    weight = jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
+    wide = x.astype(jnp.float32)
+    variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(variance + np.float32(spec.rms_norm_eps))
+    if spec.norm_plus_one:
+        return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    return normed.astype(x.dtype) * weight
+
+
+def layer(
+    spec: DecoderSpec, w: LayerWeights, x: Float[Array, "T D"], rope: Rope, ops: LayerOps
+) -> Float[Array, "T D"]:
+    """One decoder layer on T rows; everything worth keeping or sharing goes through `ops`.
+
+    Args:
+        spec: Architecture.
+        w: Weights of this layer; only its norms are read here.
+        x: Residual stream.
+        rope: `rope_tables` of the rows.
+        ops: The projections and the attention of this layer.
+
+    Returns:
+        The residual stream after attention and MLP, in the dtype of x.
+    """
+    qkv = ops.linear("qkv_proj", rms_norm(spec, x, w["input_layernorm"]))
+    qkv = qkv.reshape(x.shape[0], -1, spec.head_dim)
+    q, k, v = jnp.split(qkv, np.cumsum([spec.num_attention_heads, spec.num_key_value_heads]), axis=1)
+    if spec.qk_norm:
+        q, k = rms_norm(spec, q, w["q_norm"]), rms_norm(spec, k, w["k_norm"])
+    x = x + ops.linear("o_proj", ops.attend(rotate(q, rope), rotate(k, rope), v))
+    h = rms_norm(spec, x, w["post_attention_layernorm"])
+    gate, up = jnp.split(ops.linear("gate_up_proj", h), 2, axis=-1)
+    # f32 inside the activation only: a torch kernel rounds once, jnp would after every step of the formula.
+    gate = ACTIVATIONS[spec.hidden_act](gate.astype(jnp.float32)).astype(gate.dtype)
+    return x + ops.linear("down_proj", gate * up)
+
+
+def base_linear(w: LayerWeights, group: str, h: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    """h @ w[group], plus the bias where the layer has one; in the dtype of h."""
+    y = h @ w[group]
+    bias = w.get(BIASES[group])
+    return y if bias is None else y + bias[None]
+
+
+def final_norm(spec: DecoderSpec, params: Params, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """The norm after the last layer."""
+    return rms_norm(spec, x, params["norm"])
+
+
+def logits(spec: DecoderSpec, params: Params, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+    """f32 logits of rows that `final_norm` has been applied to; accumulated in f32, never rounded."""
+    if spec.tie_word_embeddings:
+        return jnp.einsum("td,vd->tv", x, params["embed_tokens"], preferred_element_type=jnp.float32)
+    return jnp.einsum("td,dv->tv", x, params["lm_head"], preferred_element_type=jnp.float32)
