@@ -1,0 +1,218 @@
+"""What one step carries: the rows of a bucket as a pytree, and its one flat buffer on the way to the device."""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt
+from pallas_kernels import AttentionPlan, SmlmPlan
+
+from loquetier_jax.config import BLOCK, Bucket, EngineConfig
+
+
+@flax.struct.dataclass
+class PackRows:
+    """Rows of packs that attend among themselves (train and score), G packs of L rows, flat.
+
+    Attributes:
+        tokens, targets, positions, segments: [G * L]; segment -1 is padding.
+    """
+
+    tokens: Int[Array, "T"]
+    targets: Int[Array, "T"]
+    positions: Int[Array, "T"]
+    segments: Int[Array, "T"]
+
+
+@flax.struct.dataclass
+class TrainRows:
+    """What the backward needs of the packs beside their rows.
+
+    Attributes:
+        rows: The packs' rows.
+        weights: [G * L] loss weight of each target, 0 where there is none.
+        pages: [G, MP] adapter pages of the pack's adapter, 0 = none.
+        grad_pages: [G, MP] pages of the gradient pool, 0 = the trash page.
+        drop_keys: [G * L] hash of (job seed, optimizer step, sample, position).
+        drop_rates: [G] LoRA dropout rate.
+    """
+
+    rows: PackRows
+    weights: Float[Array, "T"]
+    pages: Int[Array, "G MP"]
+    grad_pages: Int[Array, "G MP"]
+    drop_keys: UInt[Array, "T"]
+    drop_rates: Float[Array, "G"]
+
+
+@flax.struct.dataclass
+class PrefillRows:
+    """Prompt chunks; each starts on a BLOCK boundary and lies in one row range.
+
+    Attributes:
+        tokens, positions: [rows].
+        kv_page, kv_offset: [rows] where the row's key and value are written; page 0 is trash.
+        plan: Blocks of BLOCK rows.
+        last_row: [C] row of a chunk's last token, counted within the prefill rows.
+    """
+
+    tokens: Int[Array, "rows"]
+    positions: Int[Array, "rows"]
+    kv_page: Int[Array, "rows"]
+    kv_offset: Int[Array, "rows"]
+    plan: AttentionPlan
+    last_row: Int[Array, "C"]
+
+
+@flax.struct.dataclass
+class DecodeRows:
+    """One token of each decoding sequence; the token itself is the slot's last token on the device.
+
+    Attributes:
+        slots: [B] slot of the sequence; the trash slot for padding.
+        positions, kv_page, kv_offset: [B] as for prefill.
+        plan: Blocks of one row.
+    """
+
+    slots: Int[Array, "B"]
+    positions: Int[Array, "B"]
+    kv_page: Int[Array, "B"]
+    kv_offset: Int[Array, "B"]
+    plan: AttentionPlan
+
+
+@flax.struct.dataclass
+class SampleRows:
+    """Per-row sampling parameters: the decode rows, then the chunks. n = bucket.samples.
+
+    Attributes:
+        slots: [n] slot that receives the token; the trash slot where nothing is sampled.
+        index: [n] how many tokens the request has produced: the token's random key is f(seed, index).
+        temperature ... frequency_penalty: [n], vLLM's meaning; neutral values for padding.
+        bias_ids, bias: [n, NB] logit_bias, id -1 = none.
+        banned_ids: [n, NS] ids that may not be sampled yet (min_tokens), -1 = none.
+    """
+
+    slots: Int[Array, "n"]
+    index: Int[Array, "n"]
+    seed: UInt[Array, "n"]
+    temperature: Float[Array, "n"]
+    top_k: Int[Array, "n"]
+    top_p: Float[Array, "n"]
+    min_p: Float[Array, "n"]
+    repetition_penalty: Float[Array, "n"]
+    presence_penalty: Float[Array, "n"]
+    frequency_penalty: Float[Array, "n"]
+    bias_ids: Int[Array, "n NB"]
+    bias: Float[Array, "n NB"]
+    banned_ids: Int[Array, "n NS"]
+
+
+@flax.struct.dataclass
+class SegmentBatch:
+    """All rows of one step; a part is None when the bucket has no such rows."""
+
+    lora: SmlmPlan
+    train: TrainRows | None = None
+    score: PackRows | None = None
+    prefill: PrefillRows | None = None
+    decode: DecodeRows | None = None
+    sample: SampleRows | None = None
+
+
+MAX_BANNED = 16  # end-of-sequence and stop ids of a request that min_tokens can hold back
+
+
+def num_tiles(bucket: Bucket) -> int:
+    """LoRA tiles that are enough for any mix of adapters in the bucket.
+
+    Packs and chunks start on tile boundaries, so only decode rows can need a tile each.
+    """
+    return (bucket.train_rows + bucket.score_rows + bucket.prefill) // BLOCK + bucket.decode
+
+
+def empty_batch(bucket: Bucket, cfg: EngineConfig) -> SegmentBatch:
+    """A batch of nothing but padding, numpy, in the shapes of `bucket`; the packer fills it in."""
+    trash_slot = cfg.max_num_seqs
+    mp, tables = cfg.max_lora_pages, cfg.max_pages_per_seq
+
+    def i32(*shape: int, fill: int = 0) -> np.ndarray:
+        return np.full(shape, fill, np.int32)
+
+    def f32(*shape: int, fill: float = 0.0) -> np.ndarray:
+        return np.full(shape, fill, np.float32)
+
+    def packs(rows: int) -> PackRows:
+        return PackRows(tokens=i32(rows), targets=i32(rows), positions=i32(rows), segments=i32(rows, fill=-1))
+
+    def attention(blocks: int, sequences: int) -> AttentionPlan:
+        return AttentionPlan(
+            block_seq=i32(blocks), block_pos=i32(blocks), block_len=i32(blocks), tables=i32(sequences, tables)
+        )
+
+    b, t, n, tiles = bucket, bucket.train_rows, bucket.samples, num_tiles(bucket)
+    return SegmentBatch(
+        lora=SmlmPlan(
+            tile_row=i32(tiles), tile_len=i32(tiles), tile_pages=i32(tiles, mp), row_slot=i32(b.rows, fill=-1)
+        ),
+        train=None if not t else TrainRows(
+            rows=packs(t), weights=f32(t), pages=i32(b.packs, mp), grad_pages=i32(b.packs, mp),
+            drop_keys=np.zeros(t, np.uint32), drop_rates=f32(b.packs),
+        ),
+        score=None if not b.score_rows else packs(b.score_rows),
+        prefill=None if not b.prefill else PrefillRows(
+            tokens=i32(b.prefill), positions=i32(b.prefill), kv_page=i32(b.prefill), kv_offset=i32(b.prefill),
+            plan=attention(b.prefill // BLOCK, b.chunks), last_row=i32(b.chunks),
+        ),
+        decode=None if not b.decode else DecodeRows(
+            slots=i32(b.decode, fill=trash_slot), positions=i32(b.decode), kv_page=i32(b.decode),
+            kv_offset=i32(b.decode), plan=attention(b.decode, b.decode),
+        ),
+        sample=None if not n else SampleRows(
+            slots=i32(n, fill=trash_slot), index=i32(n), seed=np.zeros(n, np.uint32), temperature=f32(n), top_k=i32(n),
+            top_p=f32(n, fill=1.0), min_p=f32(n), repetition_penalty=f32(n, fill=1.0), presence_penalty=f32(n),
+            frequency_penalty=f32(n), bias_ids=i32(n, cfg.max_logit_bias, fill=-1), bias=f32(n, cfg.max_logit_bias),
+            banned_ids=i32(n, MAX_BANNED, fill=-1),
+        ),
+    )
+
+
+def shapes_of(tree: Any) -> Any:
+    """The same tree with a ShapeDtypeStruct for every leaf."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def ravel(tree: Any) -> np.ndarray:
+    """All leaves (4-byte numpy arrays) as one int32 buffer: one host-to-device copy a step instead of dozens."""
+    return np.concatenate([np.ascontiguousarray(leaf).view(np.int32).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def unravel(template: Any, flat: Int[Array, "N"]) -> Any:
+    """The inverse of `ravel` inside jit; `template` has the shapes and dtypes."""
+    leaves, tree = jax.tree.flatten(template)
+    out, start = [], 0
+    for leaf in leaves:
+        size = math.prod(leaf.shape)
+        piece = flat[start : start + size].reshape(leaf.shape)
+        out.append(piece if leaf.dtype == np.int32 else jax.lax.bitcast_convert_type(piece, leaf.dtype))
+        start += size
+    return jax.tree.unflatten(tree, out)
+
+
+def host_tree_size(tree: Any) -> int:
+    """Length of the flat buffer of `tree`."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def positions_of(batch: SegmentBatch) -> Int[Array, "T"]:
+    """Positions of all rows in flat order."""
+    parts = [
+        batch.train.rows.positions if batch.train else None,
+        batch.score.positions if batch.score else None,
+        batch.prefill.positions if batch.prefill else None,
+        batch.decode.positions if batch.decode else None,
+    ]
+    return jnp.concatenate([p for p in parts if p is not None])

@@ -1,0 +1,266 @@
+"""Engine configuration: frozen dataclasses, one strict YAML loader. Imports no jax."""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from loquetier_jax.errors import ConfigError
+
+RANK_PAGE = 16  # ranks in one adapter page
+BLOCK = 16  # rows of one prefill block and of one LoRA tile
+PACK_ALIGN = 64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
+
+Sampling = Literal["greedy", "plain", "full"]
+SAMPLING_LEVELS: tuple[str, ...] = ("greedy", "plain", "full")
+
+C = TypeVar("C")
+
+
+def require(ok: bool, name: str, got: Any, expected: str) -> None:
+    """Raises ConfigError naming the argument, what came and what was expected."""
+    if not ok:
+        raise ConfigError(f"{name}: got {got!r}, expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """The static shape of one compiled forward.
+
+    Rows in flat order: train `packs * pack_tokens`, score `score_packs * score_tokens`, `prefill`, `decode`.
+
+    Attributes:
+        packs: Training packs in the step.
+        pack_tokens: Rows of one training pack, a multiple of PACK_ALIGN.
+        score_packs: Packs that are only scored (evaluation, `log_probs`).
+        score_tokens: Rows of one score pack, a multiple of PACK_ALIGN.
+        prefill: Prompt rows, a multiple of BLOCK; every chunk starts on a block.
+        chunks: Most prompt chunks (sequences) sharing the prefill rows.
+        decode: Most sequences decoding one token each.
+        sampling: "greedy" (argmax), "plain" (temperature, top_k, top_p, min_p) or
+            "full" (also penalties, bias, min_tokens and log-probabilities of alternatives).
+    """
+
+    packs: int = 0
+    pack_tokens: int = 0
+    score_packs: int = 0
+    score_tokens: int = 0
+    prefill: int = 0
+    chunks: int = 0
+    decode: int = 0
+    sampling: Sampling = "greedy"
+
+    def __post_init__(self) -> None:
+        for name in ("packs", "pack_tokens", "score_packs", "score_tokens", "prefill", "chunks", "decode"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 0, f"Bucket.{name}", value, "an integer >= 0")
+        for name in ("pack_tokens", "score_tokens"):
+            value = getattr(self, name)
+            require(value % PACK_ALIGN == 0, f"Bucket.{name}", value, f"a multiple of {PACK_ALIGN}")
+        require((self.packs > 0) == (self.pack_tokens > 0), "Bucket.packs", self.packs, "0 exactly when pack_tokens is 0")
+        require(
+            (self.score_packs > 0) == (self.score_tokens > 0),
+            "Bucket.score_packs", self.score_packs, "0 exactly when score_tokens is 0",
+        )
+        require(self.prefill % BLOCK == 0, "Bucket.prefill", self.prefill, f"a multiple of {BLOCK}")
+        require(
+            (self.chunks > 0) == (self.prefill > 0) and self.chunks * BLOCK <= self.prefill,
+            "Bucket.chunks", self.chunks, f"between 1 and prefill / {BLOCK} when prefill > 0, else 0",
+        )
+        require(self.sampling in SAMPLING_LEVELS, "Bucket.sampling", self.sampling, f"one of {SAMPLING_LEVELS}")
+        require(self.rows > 0, "Bucket", self, "at least one row")
+
+    @property
+    def train_rows(self) -> int:
+        return self.packs * self.pack_tokens
+
+    @property
+    def score_rows(self) -> int:
+        return self.score_packs * self.score_tokens
+
+    @property
+    def rows(self) -> int:
+        """All rows of the step: T."""
+        return self.train_rows + self.score_rows + self.prefill + self.decode
+
+    @property
+    def samples(self) -> int:
+        """Rows that a token is sampled for: one per decode row and one per chunk."""
+        return self.decode + self.chunks
+
+    @property
+    def name(self) -> str:
+        parts = [
+            f"train{self.packs}x{self.pack_tokens}" if self.packs else "",
+            f"score{self.score_packs}x{self.score_tokens}" if self.score_packs else "",
+            f"prefill{self.prefill}" if self.prefill else "",
+            f"decode{self.decode}" if self.decode else "",
+            self.sampling if self.samples else "",
+        ]
+        return "-".join(p for p in parts if p)
+
+    def covers(self, need: "Bucket") -> bool:
+        """Whether a step that needs `need` fits into this bucket.
+
+        Train packs must have the very same length (a job's numbers are those of its shape), score packs may be padded.
+        """
+        same_packs = not need.packs or need.pack_tokens == self.pack_tokens
+        counts = ("packs", "score_packs", "score_tokens", "prefill", "chunks", "decode")
+        return (
+            same_packs
+            and all(getattr(self, c) >= getattr(need, c) for c in counts)
+            and SAMPLING_LEVELS.index(self.sampling) >= SAMPLING_LEVELS.index(need.sampling)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLOConfig:
+    """The latency promise to requests; None promises nothing.
+
+    Attributes:
+        ttft_ms: Time to first token, milliseconds from arrival.
+        tpot_ms: Mean time per output token after the first, milliseconds.
+    """
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_ms", "tpot_ms"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"SLOConfig.{name}", value, "a positive number or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything fixed for the life of an engine.
+
+    Attributes:
+        dtype: Compute dtype of base, adapters and KV cache.
+        max_model_len: Longest prompt + output of one request, tokens.
+        kv_page_size: Tokens of one KV page, a multiple of BLOCK.
+        num_kv_pages: KV pages in all, page 0 (the trash page) included; None: room for max_num_seqs full sequences.
+        max_num_seqs: Slots: requests running at once.
+        max_adapters: Device room in rank-16 pages: adapters of rank <= 16 resident at once (rank r takes ceil(r/16)).
+        max_lora_rank: Largest rank an adapter may have; a multiple of RANK_PAGE.
+        train_pages: Rank-16 pages of the gradient pool: all adapters in training together.
+        max_logprobs: Most alternatives returned per token, `logprobs` and `prompt_logprobs`.
+        max_logit_bias: Most entries of a request's logit_bias.
+        logit_chunk: Rows whose vocabulary-sized logits exist at once.
+        keep: Names of train-row activations kept for the backward (a remat policy: the others are recomputed).
+        slice_layers: Layers of one backward (and forward) slice; the whole stack is always available as one slice.
+        buckets: The compiled forwards; serving ones compile first.
+        slo: The latency promise the scheduler keeps.
+        smlm: Implementation of the LoRA op: "xla", "triton" or None (best for the device).
+        attention: Implementation of paged attention, likewise.
+        train_attention: "xla", "cudnn" or None, for train and score rows.
+        compilation_cache_dir: Persistent XLA cache; "" switches it off, None is ~/.cache/loquetier_jax/xla.
+        seed: Seed of the seeds of requests that bring none.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_model_len: int = 512
+    kv_page_size: int = 16
+    num_kv_pages: int | None = None
+    max_num_seqs: int = 64
+    max_adapters: int = 32
+    max_lora_rank: int = 64
+    train_pages: int = 8
+    max_logprobs: int = 16
+    max_logit_bias: int = 64
+    logit_chunk: int = 1024
+    keep: tuple[str, ...] = ("qkv_proj", "attention", "o_proj", "gate_up_proj")
+    slice_layers: int = 0
+    buckets: tuple[Bucket, ...] = ()
+    slo: SLOConfig = field(default_factory=SLOConfig)
+    smlm: Literal["xla", "triton", "mosaic"] | None = None
+    attention: Literal["xla", "triton", "mosaic"] | None = None
+    train_attention: Literal["xla", "cudnn"] | None = None
+    compilation_cache_dir: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("float32", "bfloat16", "float16"), "dtype", self.dtype, "float32, bfloat16 or float16")
+        for name in ("max_model_len", "max_num_seqs", "max_adapters", "train_pages", "logit_chunk", "max_logit_bias"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        require(
+            self.kv_page_size >= 1 and self.kv_page_size % BLOCK == 0,
+            "kv_page_size", self.kv_page_size, f"a multiple of {BLOCK}",
+        )
+        require(
+            self.max_lora_rank >= RANK_PAGE and self.max_lora_rank % RANK_PAGE == 0,
+            "max_lora_rank", self.max_lora_rank, f"a multiple of {RANK_PAGE}",
+        )
+        known = ("qkv_proj", "attention", "o_proj", "gate_up_proj")
+        require(set(self.keep) <= set(known), "keep", self.keep, f"a subset of {known}")
+        require(len(self.buckets) > 0, "buckets", self.buckets, "at least one Bucket (see configs/engine/)")
+        require(any(b.prefill for b in self.buckets), "buckets", self.buckets, "at least one bucket with prefill rows")
+        require(any(b.decode for b in self.buckets), "buckets", self.buckets, "at least one bucket with decode rows")
+
+    @property
+    def max_pages_per_seq(self) -> int:
+        """Columns of a page table."""
+        return -(-self.max_model_len // self.kv_page_size)
+
+    @property
+    def kv_pages(self) -> int:
+        """KV pages in all, the trash page 0 included."""
+        return self.num_kv_pages or 1 + self.max_num_seqs * self.max_pages_per_seq
+
+    @property
+    def adapter_pages(self) -> int:
+        """Rows of the device page stacks; page 0 is all zeros, the rest is `max_adapters`."""
+        return 1 + self.max_adapters
+
+    @property
+    def max_lora_pages(self) -> int:
+        """Most pages one adapter takes: MP."""
+        return self.max_lora_rank // RANK_PAGE
+
+
+def from_dict(cls: type[C], data: dict[str, Any], where: str = "") -> C:
+    """Builds dataclass `cls` from plain data, nested dataclasses included.
+
+    Raises:
+        ConfigError: an unknown key, a missing mandatory one, or a value the class refuses.
+    """
+    require(isinstance(data, dict), where or cls.__name__, data, "a mapping")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in data:
+        require(key in fields, f"{where}{key}", data[key], f"one of the keys {sorted(fields)}")
+    try:
+        return cls(**{k: _convert(hints[k], v, f"{where}{k}.") for k, v in data.items()})
+    except TypeError as error:
+        raise ConfigError(f"{where or cls.__name__}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):
+        return from_dict(hint, value, where)
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        inner = typing.get_args(hint)[0]
+        return tuple(_convert(inner, v, f"{where}{i}.") for i, v in enumerate(value))
+    return value
+
+
+def load_yaml(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
+    """Reads a YAML file into dataclass `cls`; overrides are "a.b=c" with c in YAML.
+
+    Raises:
+        ConfigError: see `from_dict`; also an override that is not of that form.
+    """
+    data = yaml.safe_load(Path(path).read_text()) or {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        require(bool(equals), "override", override, "the form a.b=c")
+        *parents, leaf = key.split(".")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = yaml.safe_load(text)
+    return from_dict(cls, data)

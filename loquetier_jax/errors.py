@@ -1,0 +1,41 @@
+"""The errors this package raises: each is a LoquetierError and the standard type a caller would expect."""
+
+
+class LoquetierError(Exception):
+    """Base of every error raised on purpose by loquetier_jax."""
+
+
+class ConfigError(LoquetierError, ValueError):
+    """A configuration value or key is wrong; the message names it, what came and what was expected."""
+
+
+class ModelError(LoquetierError, ValueError):
+    """A base model folder cannot be loaded: unsupported architecture, or a missing, extra or mis-shaped tensor."""
+
+
+class AdapterError(LoquetierError, ValueError):
+    """An adapter is unknown, malformed, or asks for something that cannot be honoured."""
+
+
+class RequestError(LoquetierError, ValueError):
+    """A request is refused before admission."""
+
+
+class DataError(LoquetierError, ValueError):
+    """Training data is malformed; the message names the file and the line."""
+
+
+class JobError(LoquetierError, RuntimeError):
+    """A fine-tuning job cannot do what was asked in its present state."""
+
+
+class CheckpointError(LoquetierError, RuntimeError):
+    """A checkpoint is absent, incomplete or belongs to something else."""
+
+
+class CapacityError(LoquetierError, RuntimeError):
+    """No room now (pages, slots); nothing was changed."""
+
+
+class IntegrityError(LoquetierError, RuntimeError):
+    """Pages or slots do not add up: a bug, found by check_integrity()."""

@@ -1,0 +1,76 @@
+"""The backward, by replay: train rows only, in slices of layers, gradients of adapters in training only."""
+
+import jax
+import jax.numpy as jnp
+
+from loquetier_jax.batch.segments import TrainRows, unravel
+from loquetier_jax.config import EngineConfig
+from loquetier_jax.models.decoder import layer, rope_tables
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.forward import Kept, Pages, Params
+from loquetier_jax.step.loss import Loss, backward_head, loss_cotangent
+from loquetier_jax.step.ops import ReplayOps
+
+
+def backward_start(
+    spec: DecoderSpec, cfg: EngineConfig, packs: int, loss: Loss | None, template: TrainRows,
+    head: Params, hidden: jax.Array, logp: jax.Array, flat: jax.Array,
+) -> jax.Array:
+    """From the log-probs of the targets to d loss / d hidden.
+
+    Args:
+        head: {"norm", "lm_head" or "embed_tokens"}.
+        hidden: [T, D] final hidden states of the train rows. (Not donated: it is also the last layer's output.)
+        logp: [T] as the forward returned them; a loss may depend on them.
+        flat: The TrainRows as one int32 buffer.
+
+    Returns:
+        [T, D] in the compute dtype.
+    """
+    train = unravel(template, flat)
+    dlogp = loss_cotangent(loss, logp.reshape(packs, -1), train.weights.reshape(packs, -1)).reshape(-1)
+    return backward_head(spec, head, hidden, train.rows.targets, dlogp, limit=cfg.logit_chunk)
+
+
+def backward_slice(
+    spec: DecoderSpec, cfg: EngineConfig, tokens: int, pack_pages: int, use_dropout: bool, window_layer: int,
+    template: TrainRows, layers: list[dict[str, jax.Array]], pages: Pages, kept: Kept, dx: jax.Array, grads: Pages,
+    first: jax.Array, flat: jax.Array,
+) -> tuple[jax.Array, Pages]:
+    """Replays some layers, last first, and adds their adapter gradients to the pool.
+
+    Args:
+        tokens, pack_pages, use_dropout: Static: rows of a pack, most pages of a pack's adapter, LoRA dropout.
+        window_layer: Static: first layer of the slice, for its attention windows.
+        layers, pages, kept, grads: Those of the slice, in order; `grads` is donated, `kept` cannot be (no output has
+            its shapes): it dies when the caller drops the last reference.
+        dx: [T, D] gradient of the slice's output; donated.
+        first: Traced index of the slice's first layer (dropout), so that slices share a compile.
+
+    Returns:
+        Gradient of the slice's input, and the pool: only rows `train.grad_pages` changed.
+    """
+    train = unravel(template, flat)
+    rope = rope_tables(spec, train.rows.positions)
+    ids, pool_ids = train.pages[:, :pack_pages], train.grad_pages[:, :pack_pages]
+    out = []
+    for i in reversed(range(len(layers))):
+        lora = jax.tree.map(lambda a: a[ids].astype(jnp.float32), pages[i])  # so that their gradients are f32
+        ops = (window_layer + i, first + i, layers[i])
+
+        def replay(x: jax.Array, lora: dict[str, tuple[jax.Array, jax.Array]], ops=ops, kept=kept[i]) -> jax.Array:
+            window, index, w = ops
+            return layer(
+                spec, w, x, rope, ReplayOps(spec, cfg, tokens, window, index, w, lora, kept, train, use_dropout)
+            )
+
+        dx, delta = jax.vjp(replay, kept[i]["x"], lora)[1](dx)
+        out.append(jax.tree.map(lambda pool, d: add_in_order(pool, pool_ids, d), grads[i], delta))
+    return dx, out[::-1]
+
+
+def add_in_order(pool: jax.Array, pool_ids: jax.Array, delta: jax.Array) -> jax.Array:
+    """pool[pool_ids[g, m]] += delta[g, m], pack after pack: two packs of one job add in the job's own order."""
+    for g in range(delta.shape[0]):
+        pool = pool.at[pool_ids[g]].add(delta[g].astype(jnp.float32))
+    return pool

@@ -1,0 +1,197 @@
+"""Every compiled function of an engine, made ahead of time from static shapes: after warm-up nothing compiles."""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loquetier_jax.batch.segments import empty_batch, host_tree_size, shapes_of
+from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step import backward, forward
+from loquetier_jax.step.loss import Loss
+from loquetier_jax.step.sample import admit_slot
+from loquetier_jax.step.state import DeviceState, head_params
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainKey:
+    """What the compiled training functions of a pass depend on; jobs with equal keys ride one step.
+
+    Attributes:
+        packs, pack_tokens: Packs of the pass and rows of each.
+        pages: Most rank-16 pages of an adapter in the pass.
+        dropout: Whether any of the jobs has LoRA dropout.
+        loss: None for cross-entropy, or the jobs' own loss.
+    """
+
+    packs: int
+    pack_tokens: int
+    pages: int
+    dropout: bool = False
+    loss: Loss | None = None
+
+    @property
+    def bucket(self) -> Bucket:
+        """The bucket of a step with these packs and nothing else."""
+        return Bucket(packs=self.packs, pack_tokens=self.pack_tokens)
+
+
+class StepFunctions:
+    """Compiles step functions once and hands them out.
+
+    Thread-safe: a background thread may compile training functions while serving ones run. Compiled functions
+    reject other shapes with a TypeError: a step outside the lattice is a bug and shows as one.
+    """
+
+    def __init__(self, spec: DecoderSpec, cfg: EngineConfig, state: DeviceState) -> None:
+        self.spec, self.cfg = spec, cfg
+        self._params, self._pages = shapes_of(state.params), shapes_of(state.pages)
+        self._kv, self._slots, self._grads = shapes_of(state.kv), shapes_of(state.slots), shapes_of(state.grads)
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+        self._building: dict[Any, threading.Lock] = {}
+
+    def _get(self, key: Any, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        if key in self._compiled:
+            return self._compiled[key]
+        with self._lock:
+            own = self._building.setdefault(key, threading.Lock())
+        with own:  # two askers of one function: one compiles, the other waits
+            if key not in self._compiled:
+                log.debug("compiling %s", key)
+                self._compiled[key] = build()
+        return self._compiled[key]
+
+    def ready(self, key: Any) -> bool:
+        """Whether the function of this key has been compiled."""
+        return key in self._compiled
+
+    def forward(self, bucket: Bucket, dropout: bool = False) -> Callable[..., Any]:
+        """(params, pages, kv*, slots*, flat) -> (kv, slots, ForwardOut); * donated."""
+
+        def build() -> Callable[..., Any]:
+            template = shapes_of(empty_batch(bucket, self.cfg))
+            f = functools.partial(forward.forward, self.spec, self.cfg, bucket, template, dropout)
+            flat = self._flat(template)
+            return jax.jit(f, donate_argnums=(2, 3)).lower(
+                self._params, self._pages, self._kv, self._slots, flat
+            ).compile()
+
+        return self._get(("forward", bucket, dropout), build)
+
+    def admit(self) -> Callable[..., Any]:
+        """(slots*, slot, prompt [max_model_len], length) -> slots."""
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        prompt = jax.ShapeDtypeStruct((self.cfg.max_model_len,), jnp.int32)
+        return self._get(
+            "admit",
+            lambda: jax.jit(admit_slot, donate_argnums=0).lower(self._slots, scalar, prompt, scalar).compile(),
+        )
+
+    def forward_start(self, key: TrainKey) -> Callable[..., Any]:
+        """(params, flat) -> x."""
+        template = shapes_of(empty_batch(key.bucket, self.cfg))
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(forward.forward_start, self.spec, template)
+            return jax.jit(f).lower(self._params, self._flat(template)).compile()
+
+        return self._get(("forward_start", key.bucket), build)
+
+    def forward_slice(self, key: TrainKey, start: int, stop: int) -> Callable[..., Any]:
+        """(layers, pages, x, flat) -> (x, kept) for layers [start, stop).
+
+        With dropout the layer index is part of the mask, so a compile belongs to its own slice.
+        """
+        template = shapes_of(empty_batch(key.bucket, self.cfg))
+        windows = self.spec.sliding_window[start:stop]
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(
+                forward.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, start
+            )
+            return jax.jit(f).lower(
+                self._params["layers"][start:stop], self._pages[start:stop], self._hidden(key), self._flat(template)
+            ).compile()
+
+        where = start if key.dropout else None
+        return self._get(("forward_slice", key.bucket, key.dropout, windows, where), build)
+
+    def forward_end(self, key: TrainKey) -> Callable[..., Any]:
+        """(head, x, flat) -> {"logp", "correct"}."""
+        template = shapes_of(empty_batch(key.bucket, self.cfg))
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(forward.forward_end, self.spec, self.cfg, template)
+            return jax.jit(f).lower(head_params(self._params), self._hidden(key), self._flat(template)).compile()
+
+        return self._get(("forward_end", key.bucket), build)
+
+    def backward_start(self, key: TrainKey) -> Callable[..., Any]:
+        """(head, hidden, logp, flat) -> dx."""
+        template = shapes_of(empty_batch(key.bucket, self.cfg)).train
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(backward.backward_start, self.spec, self.cfg, key.packs, key.loss, template)
+            logp = jax.ShapeDtypeStruct((key.bucket.train_rows,), jnp.float32)
+            return jax.jit(f).lower(
+                head_params(self._params), self._hidden(key), logp, self._flat(template)
+            ).compile()
+
+        return self._get(("backward_start", key.bucket, key.loss), build)
+
+    def backward_slice(self, key: TrainKey, start: int, stop: int) -> Callable[..., Any]:
+        """(layers, pages, kept, dx*, grads*, first, flat) -> (dx, grads) for layers [start, stop)."""
+        template = shapes_of(empty_batch(key.bucket, self.cfg)).train
+        windows = self.spec.sliding_window[start:stop]
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(
+                backward.backward_slice, self.spec, self.cfg, key.pack_tokens, key.pages, key.dropout, start, template
+            )
+            return jax.jit(f, donate_argnums=(3, 4)).lower(
+                self._params["layers"][start:stop], self._pages[start:stop], [self._kept(key)] * (stop - start),
+                self._hidden(key), self._grads[start:stop], jax.ShapeDtypeStruct((), jnp.int32), self._flat(template),
+            ).compile()
+
+        return self._get(("backward_slice", key.bucket, key.pages, key.dropout, windows), build)
+
+    def slices(self, length: int) -> list[tuple[int, int]]:
+        """[start, stop) of consecutive slices of `length` layers (0: all in one), first to last."""
+        layers = self.spec.num_hidden_layers
+        step = length or layers
+        return [(a, min(a + step, layers)) for a in range(0, layers, step)]
+
+    def prepare_training(self, key: TrainKey) -> None:
+        """Compiles what a pass of this key alone may run: whole and sliced, forward and backward."""
+        lengths = {0, self.cfg.slice_layers}
+        self.forward(key.bucket, key.dropout)
+        self.backward_start(key)
+        for start, stop in [s for length in lengths for s in self.slices(length)]:
+            self.backward_slice(key, start, stop)
+        if self.cfg.slice_layers:
+            self.forward_start(key)
+            self.forward_end(key)
+            for start, stop in self.slices(self.cfg.slice_layers):
+                self.forward_slice(key, start, stop)
+
+    def _flat(self, template: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((host_tree_size(template),), jnp.int32)
+
+    def _hidden(self, key: TrainKey) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((key.bucket.train_rows, self.spec.hidden_size), jnp.dtype(self.cfg.dtype))
+
+    def _kept(self, key: TrainKey) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of what the forward keeps of one layer."""
+        widths = {group: sum(outs) for group, (_, outs) in self.spec.group_shapes.items()}
+        widths |= {"attention": self.spec.num_attention_heads * self.spec.head_dim, "x": self.spec.hidden_size}
+        dtype, rows = jnp.dtype(self.cfg.dtype), key.bucket.train_rows
+        return {n: jax.ShapeDtypeStruct((rows, widths[n]), dtype) for n in sorted({*self.cfg.keep, "x"})}

@@ -1,0 +1,171 @@
+"""The two meanings of a layer's expensive operations: compute them for all rows, or replay them for train rows.
+
+`models.decoder.layer` is the one definition of a layer; it reaches GEMMs, adapters and attention only through an
+`ops` object. `ForwardOps` computes and keeps train-row activations by name; `ReplayOps` returns the kept value and
+supplies its transpose, so the backward recomputes nothing that was kept and sees no inference row.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from pallas_kernels import pack_lora, paged_attention, smlm
+
+from loquetier_jax.batch.segments import PackRows, SegmentBatch, TrainRows
+from loquetier_jax.config import BLOCK, Bucket, EngineConfig
+from loquetier_jax.models.decoder import base_linear
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.dropout import dropout
+from loquetier_jax.step.pack_attention import pack_attention
+
+
+def attend_packs(
+    spec: DecoderSpec, cfg: EngineConfig, layer: int, rows: PackRows, tokens: int, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """Causal attention inside packs of `tokens` rows. q [T, N, H], k and v [T, K, H] -> [T, N * H]."""
+
+    def packs(a: jax.Array) -> jax.Array:
+        return a.reshape(-1, tokens, *a.shape[1:])
+
+    out = pack_attention(
+        packs(q), packs(k), packs(v), packs(rows.positions), packs(rows.segments), scale=spec.head_dim**-0.5,
+        window=spec.sliding_window[layer], implementation=cfg.train_attention,
+    )
+    return out.reshape(q.shape[0], -1)
+
+
+@dataclass
+class ForwardOps:
+    """Computes one layer's operations for all rows of a batch.
+
+    Attributes:
+        weights, pages: The layer's base weights and adapter pages.
+        kv: The layer's (k_pages, v_pages); replaced by the written cache.
+        kept: Filled with the train rows of every named result in `cfg.keep`.
+        use_dropout: Whether train rows have LoRA dropout in this compile.
+    """
+
+    spec: DecoderSpec
+    cfg: EngineConfig
+    bucket: Bucket
+    layer: int
+    weights: dict[str, jax.Array]
+    pages: dict[str, tuple[jax.Array, jax.Array]]
+    kv: tuple[jax.Array, jax.Array] | None
+    batch: SegmentBatch
+    use_dropout: bool = False
+    kept: dict[str, jax.Array] = field(default_factory=dict)
+
+    def keep(self, name: str, y: jax.Array) -> jax.Array:
+        if name in self.cfg.keep and self.bucket.packs:
+            self.kept[name] = y[: self.bucket.train_rows]
+        return y
+
+    def linear(self, group: str, h: jax.Array) -> jax.Array:
+        """Base projection of all rows plus every row's adapter. [T, in] -> [T, out]."""
+        y = base_linear(self.weights, group, h)
+        x, train = h, self.batch.train
+        if self.use_dropout and train is not None:
+            rates = jnp.repeat(train.drop_rates, self.bucket.pack_tokens)
+            kept = dropout(h[: self.bucket.train_rows], train.drop_keys, rates, jnp.int32(self.layer), group)
+            x = jnp.concatenate([kept, h[self.bucket.train_rows :]])
+        lora_A, lora_B = self.pages[group]
+        outs = self.spec.group_shapes[group][1]
+        y = smlm(x, lora_A, lora_B, self.batch.lora, out_features=outs, y=y, implementation=self.cfg.smlm)
+        return self.keep(group, y)
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Packs attend among themselves; prefill and decode rows write the cache, then read it. -> [T, N * H]."""
+        b, bucket, parts, at = self.batch, self.bucket, [], 0
+        for rows, count, tokens in (
+            (b.train.rows if b.train else None, bucket.train_rows, bucket.pack_tokens),
+            (b.score, bucket.score_rows, bucket.score_tokens),
+        ):
+            if rows is not None:
+                cut = slice(at, at + count)
+                parts.append(attend_packs(self.spec, self.cfg, self.layer, rows, tokens, q[cut], k[cut], v[cut]))
+                at += count
+        if b.prefill is not None or b.decode is not None:
+            parts += self._attend_cache(q[at:], k[at:], v[at:])
+        return self.keep("attention", jnp.concatenate(parts) if len(parts) > 1 else parts[0])
+
+    def _attend_cache(self, q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
+        served = [rows for rows in (self.batch.prefill, self.batch.decode) if rows is not None]
+        page = jnp.concatenate([rows.kv_page for rows in served])
+        offset = jnp.concatenate([rows.kv_offset for rows in served])
+        self.kv = self.kv[0].at[page, offset].set(k), self.kv[1].at[page, offset].set(v)
+        outs, at = [], 0
+        for rows, block in ((self.batch.prefill, BLOCK), (self.batch.decode, 1)):
+            if rows is not None:
+                size = rows.positions.shape[0]
+                out = paged_attention(
+                    q[at : at + size], *self.kv, rows.plan, block_rows=block, scale=self.spec.head_dim**-0.5,
+                    window=self.spec.sliding_window[self.layer], implementation=self.cfg.attention,
+                )
+                outs.append(out.reshape(size, -1))
+                at += size
+        return outs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def known(f: Callable[..., jax.Array], y: jax.Array, *args: Any) -> jax.Array:
+    """f(*args) whose value y is known already: nothing is computed forward, the transpose is f's."""
+    return y
+
+
+def _known_forward(f: Callable[..., jax.Array], y: jax.Array, *args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    return y, args
+
+
+def _known_backward(f: Callable[..., jax.Array], args: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
+    return None, *jax.vjp(f, *args)[1](dy)  # what of f's forward its transpose does not need is dead code
+
+
+known.defvjp(_known_forward, _known_backward)
+
+
+@dataclass
+class ReplayOps:
+    """The same operations for train rows only, under `jax.vjp`.
+
+    Attributes:
+        lora: {group: (A [G, MP, n*16, in], B [G, MP, 16, out])} of the packs: what is differentiated beside x.
+        kept: What the forward kept; a name that is missing is recomputed.
+        window_layer: Index whose attention window this layer has (static).
+        layer: Index of the layer, traced: only dropout needs it.
+    """
+
+    spec: DecoderSpec
+    cfg: EngineConfig
+    tokens: int
+    window_layer: int
+    layer: jax.Array
+    weights: dict[str, jax.Array]
+    lora: dict[str, tuple[jax.Array, jax.Array]]
+    kept: dict[str, jax.Array]
+    train: TrainRows
+    use_dropout: bool = False
+
+    def _run(self, name: str, f: Callable[..., jax.Array], *args: Any) -> jax.Array:
+        return known(f, self.kept[name], *args) if name in self.kept else f(*args)
+
+    def linear(self, group: str, h: jax.Array) -> jax.Array:
+        outs = self.spec.group_shapes[group][1]
+
+        def project(h: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> jax.Array:
+            x = h
+            if self.use_dropout:
+                rates = jnp.repeat(self.train.drop_rates, self.tokens)
+                x = dropout(h, self.train.drop_keys, rates, self.layer, group)
+            delta = pack_lora(x.reshape(-1, self.tokens, x.shape[1]), lora_A, lora_B, out_features=outs)
+            y = base_linear(self.weights, group, h)
+            return y + delta.reshape(y.shape).astype(y.dtype)
+
+        return self._run(group, project, h, *self.lora[group])
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        attend = functools.partial(attend_packs, self.spec, self.cfg, self.window_layer, self.train.rows, self.tokens)
+        return self._run("attention", attend, q, k, v)

@@ -1,0 +1,133 @@
+"""One pass of a few packs: forward (fused with serving, or in slices), then the backward, slice by slice."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
+from loquetier_jax.batch.segments import SegmentBatch, ravel
+from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.step.forward import ForwardOut, Kept
+from loquetier_jax.step.functions import StepFunctions, TrainKey
+from loquetier_jax.step.state import DeviceState, head_params
+
+
+@dataclass
+class TrainPass:
+    """A training pass in flight, between the quanta that the scheduler grants it.
+
+    It owns the kept activations: each backward slice drops its own, which frees them on the device.
+
+    Attributes:
+        key: Selects the compiled functions.
+        items: The packs, in order.
+        slice_layers: Layers of one quantum, 0 = all of them.
+        logp, correct: [G * L] on the device once the forward has been dispatched.
+        backward: Slices still to go, last layers first; empty and `started` means done.
+    """
+
+    key: TrainKey
+    items: list[TrainItem]
+    slice_layers: int = 0
+    logp: jax.Array | None = None
+    correct: jax.Array | None = None
+    backward: list[tuple[int, int]] = field(default_factory=list)
+    forward: list[tuple[int, int]] = field(default_factory=list)
+    _kept: Kept = field(default_factory=list)
+    _hidden: jax.Array | None = None
+    _flat: jax.Array | None = None  # the whole train-only batch, for forward slices
+    _flat_train: jax.Array | None = None  # the TrainRows, for the backward
+    _dx: jax.Array | None = None
+
+    @property
+    def forward_done(self) -> bool:
+        """Whether the log-probs have been dispatched."""
+        return self.logp is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether every gradient has been dispatched."""
+        return self.forward_done and not self.backward
+
+    @property
+    def quantum(self) -> str:
+        """Name of the next quantum: "forward_slice", "backward_slice" or "done"."""
+        if not self.forward_done:
+            return "forward_slice"
+        return "backward_slice" if self.backward else "done"
+
+    def take_fused(self, out: ForwardOut, batch: SegmentBatch, functions: StepFunctions, state: DeviceState) -> None:
+        """Takes over from a forward that carried these packs beside other rows; starts the backward.
+
+        Args:
+            out: That forward's result; the caller must drop `out.kept` and `out.hidden` now.
+            batch: The host batch it ran; its first `len(items)` packs are this pass's.
+        """
+        self._kept, self._hidden = out.kept, out.hidden
+        self.logp, self.correct = out.train["logp"], out.train["correct"]
+        self._start_backward(batch, functions, state)
+
+    def start_slices(self, cfg: EngineConfig, functions: StepFunctions, state: DeviceState) -> None:
+        """Begins a forward in slices, without any other row."""
+        batch = pack_step(StepItems(train=list(self.items)), self.key.bucket, cfg)
+        self._flat = jnp.asarray(ravel(batch))
+        self._flat_train = jnp.asarray(ravel(batch.train))
+        self._hidden = functions.forward_start(self.key)(state.params, self._flat)
+        self.forward = functions.slices(self.slice_layers)
+
+    def run_forward_slice(self, functions: StepFunctions, state: DeviceState) -> None:
+        """Dispatches the next slice of the forward; after the last one, the head and the start of the backward."""
+        start, stop = self.forward.pop(0)
+        run = functions.forward_slice(self.key, start, stop)
+        self._hidden, kept = run(
+            state.params["layers"][start:stop], state.pages[start:stop], self._hidden, self._flat
+        )
+        self._kept += kept
+        if not self.forward:
+            out = functions.forward_end(self.key)(head_params(state.params), self._hidden, self._flat)
+            self.logp, self.correct = out["logp"], out["correct"]
+            self._flat = None
+            self._start_backward(None, functions, state)
+
+    def _start_backward(self, batch: SegmentBatch | None, functions: StepFunctions, state: DeviceState) -> None:
+        if batch is not None:
+            self._flat_train = jnp.asarray(ravel(batch.train))
+        start = functions.backward_start(self.key)
+        self._dx = start(head_params(state.params), self._hidden, self.logp, self._flat_train)
+        self._hidden = None
+        self.backward = functions.slices(self.slice_layers)[::-1]
+
+    def run_backward_slice(self, functions: StepFunctions, state: DeviceState) -> None:
+        """Dispatches the next slice of the backward: adds to `state.grads`, frees the slice's activations."""
+        start, stop = self.backward.pop(0)
+        run = functions.backward_slice(self.key, start, stop)
+        kept = self._kept[start:stop]
+        del self._kept[start:]
+        self._dx, state.grads[start:stop] = run(
+            state.params["layers"][start:stop], state.pages[start:stop], kept, self._dx, state.grads[start:stop],
+            jnp.int32(start), self._flat_train,
+        )
+        if not self.backward:
+            self._dx = self._flat_train = None
+
+    def results(self) -> list[dict[str, Any]]:
+        """Per pack {"logp": np [L], "correct": np [L]}; waits for the device."""
+        logp, correct = np.asarray(self.logp), np.asarray(self.correct)
+        size = self.key.pack_tokens
+        return [
+            {"logp": logp[g * size : (g + 1) * size], "correct": correct[g * size : (g + 1) * size]}
+            for g in range(len(self.items))
+        ]
+
+
+def pass_bucket(key: TrainKey, served: Bucket | None) -> Bucket:
+    """The bucket of a pass alone, or fused with the rows of `served`."""
+    if served is None:
+        return key.bucket
+    return Bucket(
+        packs=key.packs, pack_tokens=key.pack_tokens, score_packs=served.score_packs, score_tokens=served.score_tokens,
+        prefill=served.prefill, chunks=served.chunks, decode=served.decode, sampling=served.sampling,
+    )
