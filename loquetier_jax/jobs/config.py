@@ -1,0 +1,238 @@
+"""How a job trains: one frozen dataclass under TRL's names, and each step's learning rate. Imports no jax."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from loquetier_jax.config import PACK_ALIGN, require
+from loquetier_jax.errors import ConfigError
+
+OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+CALLABLE_LOSS = "callable"  # stands for a loss function in a saved config; restoring is given it again
+
+_INTEGERS = {  # field: smallest value
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "pack_tokens": PACK_ALIGN,
+    "seed": 0,
+    "logging_steps": 1,
+    "save_steps": 0,
+    "save_total_limit": 1,
+    "eval_steps": 0,
+    "early_stopping_patience": 0,
+}
+_NUMBERS = {  # field: (smallest, largest, whether the largest itself is allowed)
+    "learning_rate": (0.0, math.inf, False),
+    "warmup_steps": (0.0, math.inf, False),
+    "num_train_epochs": (0.0, math.inf, False),
+    "max_grad_norm": (0.0, math.inf, True),
+    "weight_decay": (0.0, math.inf, False),
+    "adam_beta1": (0.0, 1.0, False),
+    "adam_beta2": (0.0, 1.0, False),
+    "adam_epsilon": (0.0, math.inf, False),
+    "momentum": (0.0, 1.0, False),
+    "early_stopping_threshold": (0.0, math.inf, False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How one job trains. Names and meanings: TRL's SFTConfig, transformers' TrainingArguments.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        lr_scheduler_type: "constant", "constant_with_warmup", "linear" or "cosine", as in transformers.
+        warmup_steps: Optimizer steps of linear warm-up; below 1, a share of all steps. "constant" has none.
+        max_steps: Optimizer steps in all; -1 derives them from num_train_epochs.
+        num_train_epochs: Passes over the data, used when max_steps is -1; may be fractional.
+        per_device_train_batch_size: Samples of one micro-batch.
+        gradient_accumulation_steps: Micro-batches of one optimizer step.
+        max_grad_norm: Clip the global gradient norm to this (torch's clip_grad_norm_); 0 or inf never clips.
+        weight_decay: Decoupled, times learning rate, for adamw, lion, adafactor; in the gradient for sgd.
+        optim: "adamw", "sgd", "lion" or "adafactor".
+        adam_beta1, adam_beta2: Moment decays of adamw and lion.
+        adam_epsilon: Added to the root of adamw's second moment.
+        momentum: Of sgd.
+        seed: Of shuffling, dropout and adapter initialization.
+        max_length: Tokens of a sample; a longer one is truncated. None: as many as one pack holds.
+        pack_tokens: Rows of one pack, a multiple of PACK_ALIGN; the engine must have a bucket of this length.
+        completion_only_loss: Learn completions and assistant messages only; False learns every token.
+        shuffle: A new order each epoch, from (seed, epoch); False keeps the order of the data.
+        loss: "cross_entropy", or a function of one pack's (logp [L], weights [L]): the sum of its token
+            losses.
+        eval_steps: Evaluate every so many steps; 0 only at the end. Needs eval data.
+        early_stopping_patience: Stop after so many evaluations without improvement; 0 never stops early.
+        early_stopping_threshold: By how much the evaluation loss must fall to count as an improvement.
+        logging_steps: Write a line to metrics.jsonl every so many steps (mean loss over them).
+        save_steps: Checkpoint every so many steps; 0 never. Needs output_dir.
+        save_total_limit: Committed checkpoints kept.
+        output_dir: Folder of metrics.jsonl and checkpoints; None writes no file.
+    """
+
+    learning_rate: float = 2e-4
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    warmup_steps: float = 0
+    max_steps: int = -1
+    num_train_epochs: float = 3.0
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    optim: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    momentum: float = 0.0
+    seed: int = 42
+    max_length: int | None = None
+    pack_tokens: int = 512
+    completion_only_loss: bool = True
+    shuffle: bool = True
+    loss: str | Callable[[Any, Any], Any] = "cross_entropy"
+    eval_steps: int = 0
+    early_stopping_patience: int = 0
+    early_stopping_threshold: float = 0.0
+    logging_steps: int = 1
+    save_steps: int = 0
+    save_total_limit: int = 2
+    output_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            require(_is_int(value) and value >= least, name, value, f"an integer >= {least}")
+        for name, (least, most, closed) in _NUMBERS.items():
+            value = getattr(self, name)
+            ok = _is_number(value) and least <= value and (value < most or (closed and value == most))
+            require(ok, name, value, f"a number in [{least}, {most}{']' if closed else ')'}")
+        for name in ("completion_only_loss", "shuffle"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a boolean")
+        require(self.optim in OPTIMIZERS, "optim", self.optim, f"one of {OPTIMIZERS}")
+        require(
+            self.lr_scheduler_type in SCHEDULES,
+            "lr_scheduler_type",
+            self.lr_scheduler_type,
+            f"one of {SCHEDULES}",
+        )
+        steps = self.max_steps
+        require(_is_int(steps) and (steps == -1 or steps >= 1), "max_steps", steps, "-1 or an integer >= 1")
+        require(self.seed < 2**32, "seed", self.seed, "an integer below 2**32")
+        require(
+            self.max_steps > 0 or self.num_train_epochs > 0,
+            "num_train_epochs",
+            self.num_train_epochs,
+            "a number > 0 when max_steps is -1",
+        )
+        require(
+            self.pack_tokens % PACK_ALIGN == 0, "pack_tokens", self.pack_tokens, f"a multiple of {PACK_ALIGN}"
+        )
+        require(
+            self.max_length is None
+            or (_is_int(self.max_length) and 2 <= self.max_length <= self.pack_tokens + 1),
+            "max_length",
+            self.max_length,
+            f"null or an integer in [2, pack_tokens + 1 = {self.pack_tokens + 1}]",
+        )
+        require(
+            self.loss == "cross_entropy" or callable(self.loss),
+            "loss",
+            self.loss,
+            "'cross_entropy' or a function",
+        )
+        require(
+            self.output_dir is None or isinstance(self.output_dir, (str, Path)),
+            "output_dir",
+            self.output_dir,
+            "a path or null",
+        )
+        homeless = self.save_steps > 0 and self.output_dir is None
+        require(not homeless, "save_steps", self.save_steps, "0 without output_dir")
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def sample_tokens(self) -> int:
+        """Most tokens of one sample. n tokens take n - 1 rows: the last token is only ever a target."""
+        return self.max_length or self.pack_tokens + 1
+
+    def steps_per_epoch(self, num_samples: int) -> int:
+        """Optimizer steps of one pass over `num_samples`; the last may be short, as in Trainer."""
+        return -(-num_samples // self.samples_per_step)
+
+    def total_steps(self, num_samples: int) -> int:
+        """Optimizer steps of the whole job, at least 1."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return max(1, math.ceil(self.num_train_epochs * self.steps_per_epoch(num_samples)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; a loss function becomes the word "callable" and is passed again to `from_dict`."""
+        data = dataclasses.asdict(self)
+        data["loss"] = CALLABLE_LOSS if callable(self.loss) else self.loss
+        data["output_dir"] = None if self.output_dir is None else str(self.output_dir)
+        return data
+
+    @classmethod
+    def from_dict(
+        cls, data: dict[str, Any], *, loss: Callable[[Any, Any], Any] | None = None
+    ) -> "TrainConfig":
+        """The inverse of `to_dict`.
+
+        Args:
+            data: Fields by name.
+            loss: The loss function of a config that was saved with one.
+
+        Raises:
+            ConfigError: an unknown key, a value the class refuses, or a loss function not given again.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key, value in data.items():
+            require(key in known, key, value, f"one of the keys {sorted(known)}")
+        if data.get("loss") == CALLABLE_LOSS:
+            if loss is None:
+                raise ConfigError("loss: got None, expected the loss function this job was started with")
+            data = data | {"loss": loss}
+        return cls(**data)
+
+
+def learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:
+    """The learning rate of an optimizer step, on the host in double precision, rounded to float32.
+
+    Args:
+        cfg: The job's config.
+        step: Optimizer step, counted from 0.
+        total_steps: Optimizer steps of the whole job.
+
+    Returns:
+        cfg.learning_rate times the multiplier of transformers' get_scheduler (transformers/optimization.py).
+    """
+    warmup = int(cfg.warmup_steps) if cfg.warmup_steps >= 1 else math.ceil(total_steps * cfg.warmup_steps)
+    if cfg.lr_scheduler_type == "constant":
+        scale = 1.0
+    elif step < warmup:
+        scale = step / max(1, warmup)
+    elif cfg.lr_scheduler_type == "constant_with_warmup":
+        scale = 1.0
+    elif cfg.lr_scheduler_type == "linear":
+        scale = max(0.0, (total_steps - step) / max(1, total_steps - warmup))
+    else:
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        scale = max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return float(np.float32(cfg.learning_rate * scale))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,181 @@
+"""Training data: JSON lines or dicts to samples, all checked before anything trains; and their packs."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt32
+
+from loquetier_jax.errors import DataError
+from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.formats import parse_record
+from loquetier_jax.jobs.tokenize import tokenize
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One training example; `targets[i]` follows `tokens[i]`.
+
+    Attributes:
+        tokens: [n] input token ids.
+        targets: [n] the token that follows each; 0 where it is not learnt.
+        weights: [n] loss weights: 1 where the target is learnt, else 0.
+    """
+
+    tokens: Int32[np.ndarray, " n"]
+    targets: Int32[np.ndarray, " n"]
+    weights: Float32[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """The unit of training: some samples of one job side by side in L = pack_tokens rows.
+
+    Attributes:
+        tokens, targets, positions: [L]; positions restart with each sample; all 0 on padding.
+        segments: [L] which sample of the pack a row belongs to, -1 on padding.
+        weights: [L] loss weights, 0 on padding and where there is no target.
+        drop_keys: [L] hash of (job seed, optimizer step, sample, position): the dropout mask of a row.
+        num_targets: Rows with a target.
+        num_tokens: Rows that are not padding.
+        step: Optimizer step the pack belongs to, from 0.
+        index: Which pack of its step, from 0.
+        is_last: Whether it is the last pack of its step.
+        sample_ids: Index in the data of each segment's sample.
+    """
+
+    tokens: Int32[np.ndarray, " L"]
+    targets: Int32[np.ndarray, " L"]
+    positions: Int32[np.ndarray, " L"]
+    segments: Int32[np.ndarray, " L"]
+    weights: Float32[np.ndarray, " L"]
+    drop_keys: UInt32[np.ndarray, " L"]
+    num_targets: int
+    num_tokens: int
+    step: int
+    index: int
+    is_last: bool
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """All samples of a job, tokenized.
+
+    Attributes:
+        name: Where they came from, for messages.
+        samples: In the order of the data.
+        num_truncated: Samples cut to the config's max_length.
+    """
+
+    name: str
+    samples: tuple[Sample, ...]
+    num_truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of every token and weight: tells whether a checkpoint belongs to this data."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(len(sample).to_bytes(8, "little"))
+            for array in (sample.tokens, sample.targets, sample.weights):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens learnt in one pass."""
+        return sum(int(np.count_nonzero(s.weights)) for s in self.samples)
+
+
+Data = str | Path | Sequence[Mapping[str, Any]] | Dataset
+
+
+def load_dataset(data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "data") -> Dataset:
+    """Reads, checks and tokenizes all of a job's data, so that a bad line is found before training starts.
+
+    Args:
+        data: A JSON-lines file, a list of records (see `formats.parse_record`), or a Dataset, taken as it is.
+        tokenizer: A transformers tokenizer.
+        cfg: max_length and completion_only_loss are used.
+        name: What to call a list of records in messages.
+
+    Raises:
+        DataError: names the file and line (or the list and index) and what is wrong with it.
+    """
+    if isinstance(data, Dataset):
+        _check_lengths(data, cfg)
+        return data
+    if isinstance(data, (str, Path)):
+        name, records = str(data), _read_jsonl(Path(data))
+    elif isinstance(data, Sequence):
+        records = ((f"{name}[{i}]", record) for i, record in enumerate(data))
+    else:
+        raise DataError(f"{name}: got {type(data).__name__}, expected a JSON-lines file or a list of records")
+    samples, truncated = [], 0
+    for where, record in records:
+        record = dict(record) if isinstance(record, Mapping) else record
+        ids, learn = tokenize(
+            parse_record(record, where), tokenizer, completion_only=cfg.completion_only_loss, where=where
+        )
+        truncated += len(ids) > cfg.sample_tokens
+        samples.append(_sample(ids, learn, cfg, where))
+    if not samples:
+        raise DataError(f"{name}: no records")
+    return Dataset(name, tuple(samples), truncated)
+
+
+def make_sample(ids: Sequence[int], learn: Sequence[bool]) -> Sample:
+    """A sample from token ids and which of them are learnt: inputs are ids[:-1], targets ids[1:]."""
+    tokens = np.asarray(ids, np.int32)
+    weights = np.asarray(learn, np.float32)[1:]
+    return Sample(tokens[:-1].copy(), np.where(weights > 0, tokens[1:], 0).astype(np.int32), weights)
+
+
+def _sample(ids: list[int], learn: list[bool], cfg: TrainConfig, where: str) -> Sample:
+    cut = cfg.sample_tokens
+    if any(learn[1:cut]):
+        return make_sample(ids[:cut], learn[:cut])
+    if any(learn[1:]):
+        raise DataError(f"{where}: nothing to learn is left of {len(ids)} tokens cut to max_length = {cut}")
+    raise DataError(f"{where}: nothing to learn: no assistant message, completion or second token")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8")
+                if not line.strip():
+                    continue
+                yield where, json.loads(line)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: not UTF-8: {error}") from error
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: not JSON: {error}") from error
+
+
+def _check_lengths(data: Dataset, cfg: TrainConfig) -> None:
+    """A Dataset built elsewhere must fit this job's packs."""
+    if not data.samples:
+        raise DataError(f"{data.name}: no records")
+    for i, sample in enumerate(data.samples):
+        if len(sample) > cfg.pack_tokens or not np.any(sample.weights):
+            raise DataError(
+                f"{data.name}[{i}]: got {len(sample)} rows with {np.count_nonzero(sample.weights)} targets, "
+                f"expected at most pack_tokens = {cfg.pack_tokens} rows and at least one target"
+            )

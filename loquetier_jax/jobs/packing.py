@@ -1,0 +1,206 @@
+"""Samples to packs: a pure function of (data, config, cursor), so that a job resumes anywhere."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt32
+
+from loquetier_jax.config import require
+from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.data import Dataset, Pack, Sample
+
+SAMPLE_ALIGN = 32  # a sample starts on such a row: its bits then do not depend on what shares the pack
+EVAL_WINDOW = 256  # evaluation samples packed together
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The next pack of a job: plain numbers, so that a checkpoint can hold it.
+
+    Attributes:
+        step: Optimizer step, from 0.
+        pack: Pack of that step, from 0.
+    """
+
+    step: int = 0
+    pack: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """JSON data."""
+        return asdict(self)
+
+
+class PackStream:
+    """The packs of a job. Holds no position: every method is a pure function of its arguments.
+
+    Args:
+        data: The job's samples.
+        cfg: seed, shuffle, batch sizes and pack_tokens are used.
+    """
+
+    def __init__(self, data: Dataset, cfg: TrainConfig) -> None:
+        self.data = data
+        self.cfg = cfg
+        self.steps_per_epoch = cfg.steps_per_epoch(len(data))
+        self.total_steps = cfg.total_steps(len(data))
+        self._cached_order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._cached_bins: tuple[int, list[list[int]]] = (-1, [])
+
+    def epoch(self, step: int) -> int:
+        """The pass over the data that an optimizer step belongs to, from 0."""
+        return step // self.steps_per_epoch
+
+    def epochs_done(self, steps: int) -> float:
+        """Passes over the data after that many optimizer steps; a fraction inside a pass."""
+        whole, part = divmod(steps, self.steps_per_epoch)
+        return whole + part * self.cfg.samples_per_step / len(self.data)
+
+    def order(self, epoch: int) -> Int[np.ndarray, " n"]:
+        """The order of the samples in a pass, from (seed, epoch) alone."""
+        if self._cached_order[0] != epoch:
+            count = len(self.data)
+            random = np.random.Generator(np.random.Philox(key=[self.cfg.seed, epoch]))
+            self._cached_order = (epoch, random.permutation(count) if self.cfg.shuffle else np.arange(count))
+        return self._cached_order[1]
+
+    def samples_of(self, step: int) -> list[int]:
+        """Indices in the data of the samples of one optimizer step."""
+        size = self.cfg.samples_per_step
+        start = (step % self.steps_per_epoch) * size
+        return [int(i) for i in self.order(self.epoch(step))[start : start + size]]
+
+    def packs_in_step(self, step: int) -> int:
+        """How many packs an optimizer step takes."""
+        return len(self._bins(step))
+
+    def pack(self, cursor: Cursor) -> Pack:
+        """The pack at a cursor."""
+        bins = self._bins(cursor.step)
+        require(0 <= cursor.pack < len(bins), "cursor.pack", cursor.pack, f"an index below {len(bins)}")
+        return build_pack(
+            self.data.samples,
+            bins[cursor.pack],
+            self.cfg.pack_tokens,
+            seed=self.cfg.seed,
+            step=cursor.step,
+            index=cursor.pack,
+            is_last=cursor.pack + 1 == len(bins),
+        )
+
+    def after(self, cursor: Cursor) -> Cursor:
+        """The cursor that follows."""
+        last = cursor.pack + 1 >= self.packs_in_step(cursor.step)
+        return Cursor(cursor.step + 1) if last else replace(cursor, pack=cursor.pack + 1)
+
+    def iterate(self, cursor: Cursor | None = None) -> Iterator[Pack]:
+        """All packs from a cursor to the end of the job."""
+        cursor = cursor or Cursor()
+        while cursor.step < self.total_steps:
+            yield self.pack(cursor)
+            cursor = self.after(cursor)
+
+    def _bins(self, step: int) -> list[list[int]]:
+        if self._cached_bins[0] != step:
+            self._cached_bins = (
+                step,
+                first_fit(self.data.samples, self.samples_of(step), self.cfg.pack_tokens),
+            )
+        return self._cached_bins[1]
+
+
+def eval_packs(data: Dataset, cfg: TrainConfig) -> list[tuple[int, ...]]:
+    """The samples of each evaluation pack, in the order of the data; `build_pack` makes the pack."""
+    windows = (range(i, min(i + EVAL_WINDOW, len(data))) for i in range(0, len(data), EVAL_WINDOW))
+    return [tuple(b) for window in windows for b in first_fit(data.samples, window, cfg.pack_tokens)]
+
+
+def first_fit(samples: Sequence[Sample], ids: Sequence[int], pack_tokens: int) -> list[list[int]]:
+    """Puts each sample into the first pack with room for it, in order.
+
+    Args:
+        samples: All samples.
+        ids: Which of them, in order.
+        pack_tokens: Rows of a pack; no sample is longer.
+
+    Returns:
+        Sample indices of each pack.
+    """
+    bins: list[list[int]] = []
+    used: list[int] = []
+    for i in ids:
+        rows = len(samples[i])
+        where = next((b for b, u in enumerate(used) if u + rows <= pack_tokens), None)
+        if where is None:
+            where = len(bins)
+            bins.append([])
+            used.append(0)
+        bins[where].append(i)
+        used[where] += -(-rows // SAMPLE_ALIGN) * SAMPLE_ALIGN
+    return bins
+
+
+def build_pack(
+    samples: Sequence[Sample],
+    ids: Sequence[int],
+    pack_tokens: int,
+    *,
+    seed: int = 0,
+    step: int = 0,
+    index: int = 0,
+    is_last: bool = True,
+) -> Pack:
+    """Lays samples side by side, each on a SAMPLE_ALIGN boundary.
+
+    Args:
+        samples: All samples.
+        ids: Which of them; together they fit (see `first_fit`).
+        pack_tokens: Rows of the pack: L.
+        seed, step: Of the dropout keys.
+        index, is_last: Copied into the pack.
+
+    Returns:
+        A pack of new arrays.
+    """
+    rows: dict[str, Any] = {k: np.zeros(pack_tokens, np.int32) for k in ("tokens", "targets", "positions")}
+    rows["segments"] = np.full(pack_tokens, -1, np.int32)
+    rows["weights"] = np.zeros(pack_tokens, np.float32)
+    rows["drop_keys"] = np.zeros(pack_tokens, np.uint32)
+    start = 0
+    for segment, i in enumerate(ids):
+        sample = samples[i]
+        at = slice(start, start + len(sample))
+        positions = np.arange(len(sample), dtype=np.int32)
+        rows["tokens"][at], rows["targets"][at] = sample.tokens, sample.targets
+        rows["weights"][at], rows["positions"][at], rows["segments"][at] = sample.weights, positions, segment
+        rows["drop_keys"][at] = drop_keys(seed, step, i, positions)
+        start += -(-len(sample) // SAMPLE_ALIGN) * SAMPLE_ALIGN
+    return Pack(
+        **rows,
+        num_targets=int(np.count_nonzero(rows["weights"])),
+        num_tokens=sum(len(samples[i]) for i in ids),
+        step=step,
+        index=index,
+        is_last=is_last,
+        sample_ids=tuple(ids),
+    )
+
+
+def drop_keys(
+    seed: int, step: int, sample: int, positions: Int[np.ndarray, " n"]
+) -> UInt32[np.ndarray, " n"]:
+    """Hash of (job seed, optimizer step, sample, position), each stirred in by murmur3's 32-bit finalizer.
+
+    It depends on nothing else, so a row drops the same inputs wherever and with whomever it is batched.
+    """
+    key = np.zeros(1, np.uint32)
+    for number in (seed, step, sample):
+        key = _mix(key ^ np.uint32(number & 0xFFFFFFFF)) + np.uint32(0x9E3779B9)
+    return _mix(key ^ positions.astype(np.uint32))
+
+
+def _mix(h: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
+    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> np.uint32(16))
