@@ -1,0 +1,176 @@
+"""Device pages: an adapter cut into chunks of 16 ranks, in the fused layout of the base's projections.
+
+Pages are a list over layers of {group: (A [P, n*16, in], B [P, 16, sum(out)])}, n the targets of the group:
+rows i*16 to i*16+16 of A belong to target i, whose columns of B are its slice of the fused output. The scaling
+is folded into B: a delta is the sum over an adapter's pages and targets of (x @ A_i.T) @ B_i. Ranks beyond a
+module's own, and modules the adapter leaves alone, are zeros. Page 0 is all zeros and is never written.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from numpy.typing import DTypeLike
+
+from loquetier_jax.adapters.lora import LoraModule, LoraShape, LoraWeights, weight_key
+from loquetier_jax.config import RANK_PAGE
+from loquetier_jax.errors import IntegrityError
+from loquetier_jax.models.spec import GROUPS, DecoderSpec
+
+Pages = list[dict[str, tuple[Any, Any]]]
+"""See the module docstring; the leading axis is the page, or missing where one page is meant."""
+
+
+def empty_pages(spec: DecoderSpec, num_pages: int, dtype: DTypeLike) -> Pages:
+    """Pages of zeros on the device, page 0 being one of them; also the gradient pool (float32)."""
+    return [
+        {
+            group: (
+                jnp.zeros((num_pages, len(outs) * RANK_PAGE, features), dtype),
+                jnp.zeros((num_pages, RANK_PAGE, sum(outs)), dtype),
+            )
+            for group, (features, outs) in spec.group_shapes.items()
+        }
+        for _ in range(spec.num_hidden_layers)
+    ]
+
+
+def pages_of(weights: LoraWeights, shape: LoraShape, spec: DecoderSpec, dtype: DTypeLike) -> Pages:
+    """Casts an exact-rank adapter to pages; pure, for jax arrays inside jit or numpy arrays on the host.
+
+    Args:
+        weights: f32, {"layers.{i}.{target}": {"lora_A": [r, in], "lora_B": [out, r]}}.
+        shape: Its shape; static under jit.
+        spec: The base; static under jit.
+        dtype: Compute dtype; the scaling multiplies B in f32 before the cast.
+
+    Returns:
+        Pages with a leading axis of `shape.num_pages`; numpy when `weights` is.
+    """
+    host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(weights))
+    xp = np if host else jnp
+    return [
+        {
+            group: _group_pages(weights, shape, (layer, group), sizes, dtype, xp)
+            for group, sizes in spec.group_shapes.items()
+        }
+        for layer in range(spec.num_hidden_layers)
+    ]
+
+
+def gradients_of(page_gradients: Pages, shape: LoraShape, spec: DecoderSpec) -> LoraWeights:
+    """The exact-rank gradient that belongs to gradients of an adapter's pages; pure, for use inside jit.
+
+    The chain rule through `pages_of`: B's gradient is multiplied by the scaling that was folded in; the
+    rounding of the cast counts as the identity; gradients of filled ranks and untargeted modules are dropped.
+
+    Args:
+        page_gradients: Pages with a leading axis of `shape.num_pages`, f32.
+        shape: Static under jit.
+        spec: Static under jit.
+
+    Returns:
+        f32, in the structure of `LoraWeights`.
+    """
+    gradients: LoraWeights = {}
+    for layer, group, index, columns, module in _modules(shape, spec):
+        a, b = page_gradients[layer][group]
+        a = a[:, index * RANK_PAGE : (index + 1) * RANK_PAGE].reshape(-1, a.shape[-1])
+        b = b[:, :, columns].reshape(-1, columns.stop - columns.start)
+        gradients[weight_key(layer, module.target)] = {
+            "lora_A": a[: module.r].astype(np.float32),
+            "lora_B": b[: module.r].T.astype(np.float32) * np.float32(module.scaling),
+        }
+    return gradients
+
+
+def put_pages(pages: Pages, page_ids: Int[Array, " k"], new: Pages) -> Pages:
+    """`pages` with `new` (leading axis k) at `page_ids`; pure, for use inside a jit that donates `pages`.
+
+    In place when donated. The caller owns the ids: none may be 0 or out of range (out of range is dropped).
+    """
+    return jax.tree.map(lambda old, one: old.at[page_ids].set(one), pages, new)
+
+
+def take_pages(pages: Pages, page_ids: Int[Array, " k"]) -> Pages:
+    """The pages at `page_ids`, leading axis k; pure, for use inside jit. `pages` is not changed."""
+    return jax.tree.map(lambda leaf: leaf[page_ids], pages)
+
+
+def write_pages(pages: Pages, page_ids: Sequence[int], new: Pages) -> Pages:
+    """Writes an adapter's pages into the device stacks, in place: `pages` is donated, use the returned ones.
+
+    One page is written per dispatch with its id traced, so one compile serves adapters of all shapes. Not for
+    use inside jit: see `put_pages`.
+
+    Args:
+        pages: Device stacks, donated.
+        page_ids: Distinct, in 1 .. P-1.
+        new: Leading axis len(page_ids), best numpy arrays (as `pages_of` gives for host weights).
+
+    Raises:
+        IntegrityError: page ids that are not such; nothing is written.
+    """
+    ids = [int(i) for i in page_ids]
+    total = pages[0]["qkv_proj"][0].shape[0]
+    count = new[0]["qkv_proj"][0].shape[0]
+    if len(ids) != count or len(set(ids)) != count or not all(0 < i < total for i in ids):
+        raise IntegrityError(f"page_ids: got {ids}, expected {count} distinct ids between 1 and {total - 1}")
+    for position, page_id in enumerate(ids):
+        page = jax.tree.map(lambda leaf, at=position: leaf[at], new)
+        pages = _write_page(pages, np.int32(page_id), page)
+    return pages
+
+
+def read_pages(pages: Pages, page_ids: Sequence[int]) -> Pages:
+    """Copies of the pages at `page_ids`, leading axis len(page_ids); one compile per number of pages."""
+    return _take(pages, np.asarray(page_ids, np.int32))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_page(pages: Pages, page_id: Int[Array, ""], page: Pages) -> Pages:
+    return jax.tree.map(lambda old, one: old.at[page_id].set(one), pages, page)
+
+
+_take = jax.jit(take_pages)
+
+
+def _group_pages(
+    weights: LoraWeights,
+    shape: LoraShape,
+    where: tuple[int, str],
+    sizes: tuple[int, tuple[int, ...]],
+    dtype: DTypeLike,
+    xp: Any,
+) -> tuple[Float[Array, "k ranks in"], Float[Array, "k 16 out"]]:
+    layer, group = where
+    features, outs = sizes
+    ranks = shape.num_pages * RANK_PAGE
+    a_parts, b_parts = [], []
+    for target, out in zip(GROUPS[group], outs, strict=True):
+        key = weight_key(layer, target)
+        if key in shape.by_key:
+            module = shape.by_key[key]
+            fill = ((0, ranks - module.r), (0, 0))
+            a = xp.pad(weights[key]["lora_A"], fill)
+            b = xp.pad(weights[key]["lora_B"].T * np.float32(module.scaling), fill)
+        else:
+            a, b = xp.zeros((ranks, features), np.float32), xp.zeros((ranks, out), np.float32)
+        a_parts.append(a.reshape(-1, RANK_PAGE, features))
+        b_parts.append(b.reshape(-1, RANK_PAGE, out))
+    return xp.concatenate(a_parts, axis=1).astype(dtype), xp.concatenate(b_parts, axis=2).astype(dtype)
+
+
+def _modules(shape: LoraShape, spec: DecoderSpec) -> Iterator[tuple[int, str, int, slice, LoraModule]]:
+    """(layer, group, index in the group, columns of the fused output, module) of every targeted module."""
+    for layer in range(spec.num_hidden_layers):
+        for group, (_, outs) in spec.group_shapes.items():
+            starts = np.cumsum((0, *outs)).tolist()
+            for index, target in enumerate(GROUPS[group]):
+                module = shape.by_key.get(weight_key(layer, target))
+                if module is not None:
+                    yield layer, group, index, slice(starts[index], starts[index + 1]), module
