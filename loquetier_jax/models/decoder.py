@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class LayerOps(Protocol):
-    """The expensive operations of one layer, bound to its weights; keeping and replaying is their business."""
+    """The expensive operations of one layer, bound to its weights; keeping, replaying is their business."""
 
     def linear(self, group: str, h: Float[Array, "T in"]) -> Float[Array, "T out"]:
         """Base GEMM + bias + LoRA of a fused group (a key of `spec.GROUPS`)."""
@@ -62,7 +62,9 @@ def rotate(x: Float[Array, "T heads H"], rope: Rope) -> Float[Array, "T heads H"
     return turned.astype(x.dtype)
 
 
-def rms_norm(spec: DecoderSpec, x: Float[Array, "... D"], weight: Float[Array, " D"]) -> Float[Array, "... D"]:
+def rms_norm(
+    spec: DecoderSpec, x: Float[Array, "... D"], weight: Float[Array, " D"]
+) -> Float[Array, "... D"]:
     """RMSNorm over the last axis, statistics in f32.
 
     Rounding as in HF: cast to the dtype of x, then multiply by w; Gemma: multiply by 1 + w in f32, then cast.

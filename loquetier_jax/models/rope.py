@@ -86,7 +86,9 @@ def _positive(name: str, value: Any) -> float:
     return float(value)
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: Llama3Rope | None) -> Float[np.ndarray, " half"]:
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: Llama3Rope | None
+) -> Float[np.ndarray, " half"]:
     """Radians per position of each rotated pair: f32 [head_dim / 2].
 
     theta^(-2i / head_dim), with Llama 3.1's change as in transformers' `_compute_llama3_parameters`: all

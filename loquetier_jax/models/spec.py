@@ -96,7 +96,7 @@ class DecoderSpec:
         """Reads a HF config, in the form of Hub files or of transformers 5.
 
         Args:
-            config: A `config.json` as a dict, a `PretrainedConfig`, the path of the file, or the model folder;
+            config: A `config.json` as a dict, a `PretrainedConfig`, the file's path, or the model folder;
                 from a folder `eos_token_id` is that of `generation_config.json` when that has one.
 
         Raises:

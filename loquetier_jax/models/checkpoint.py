@@ -1,0 +1,118 @@
+"""A HF checkpoint on disk: safetensors, one file or sharded with an index, read one tensor at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# safetensors' numpy reader finds bfloat16 only once this has registered it with numpy.
+import ml_dtypes  # noqa: F401
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from loquetier_jax.errors import ModelError
+from loquetier_jax.models.hf_config import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = ("F32", "F16", "BF16")
+_SHOWN = 5  # tensors named in full by one message
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is, and what its header says of it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """The tensors of a model folder. Construction reads headers only; no file is kept open.
+
+    Attributes:
+        entries: Tensor name -> Entry.
+    """
+
+    entries: dict[str, Entry]
+
+    def __init__(self, folder: Path) -> None:
+        """Lists the tensors of all files.
+
+        Raises:
+            ModelError: no safetensors, a missing or unreadable file, a tensor in two files; names it.
+        """
+        self.folder = folder
+        self.entries = {}
+        for file in _files(folder):
+            for name, entry in _header(file).items():
+                if name in self.entries:
+                    raise ModelError(f"{name}: is in {self.entries[name].file.name} and again in {file.name}")
+                self.entries[name] = entry
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], harmless: tuple[str, ...]) -> None:
+        """Compares names, shapes and dtypes with what a model needs.
+
+        Args:
+            expected: Tensor name -> shape.
+            harmless: Endings of names that may be there in addition.
+
+        Raises:
+            ModelError: a missing, an extra, a mis-shaped tensor, or one that is not f32, f16 or bf16.
+        """
+        missing = [name for name in expected if name not in self.entries]
+        if missing:
+            raise ModelError(f"{self.folder}: missing {_listed(missing)}")
+        extra = [name for name in self.entries if name not in expected and not name.endswith(harmless)]
+        if extra:
+            raise ModelError(f"{self.folder}: unexpected {_listed(extra)}")
+        for name, shape in expected.items():
+            entry = self.entries[name]
+            if entry.shape != shape:
+                raise ModelError(f"{name}: has shape {entry.shape} in {entry.file.name}, expected {shape}")
+            if entry.dtype not in DTYPES:
+                raise ModelError(f"{name}: has dtype {entry.dtype} in {entry.file.name}, expected {DTYPES}")
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the dtype of the file, as a host copy of its own.
+
+        Raises:
+            ModelError: the file cannot be read any more.
+        """
+        file = self.entries[name].file
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                return tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: cannot read {name} ({error})") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ModelError(f"{folder}: has neither {SINGLE} nor {INDEX} (other formats are not read)")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError(f"{index}: weight_map: expected a mapping of tensor names to file names")
+    for tensor, name in shards.items():
+        if Path(name).name != name:  # a file name, never a path out of the folder
+            raise ModelError(f"{index}: {tensor}: got {name!r}, expected the name of a file in the folder")
+        if not (folder / name).exists():
+            raise ModelError(f"{folder / name}: no such file, though {INDEX} says it holds {tensor}")
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {n: Entry(file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a readable safetensors file ({error})") from error
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:_SHOWN])}{rest}"

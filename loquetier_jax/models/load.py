@@ -1,0 +1,150 @@
+"""How base parameters come to the device: from a HF folder, streamed, or drawn at random."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array
+
+from loquetier_jax.errors import ModelError
+from loquetier_jax.models.checkpoint import Checkpoint
+from loquetier_jax.models.parameters import Parameter, Tree, param_axes, param_shapes, param_table, shardings
+from loquetier_jax.models.spec import DecoderSpec
+
+__all__ = ["init_random", "load_hf", "param_axes", "param_shapes", "shardings"]
+
+_ROTARY_BUFFERS = "rotary_emb.inv_freq"  # written by transformers before 4.32; recomputed here
+
+
+def load_hf(
+    folder: str | os.PathLike[str],
+    dtype: jnp.dtype | str | None = None,
+    sharding: Sharding | Tree | None = None,
+) -> tuple[DecoderSpec, Tree]:
+    """Loads a HF model folder, tensor by tensor: the host holds one parameter at a time.
+
+    Everything is checked from the headers before the first tensor is read.
+
+    Args:
+        folder: Holds `config.json` and safetensors.
+        dtype: float32, bfloat16 or float16; None takes what the config names (float32 if it names none).
+        sharding: Where parameters go: one Sharding, a tree of them (`shardings`) or None (default device).
+
+    Returns:
+        (spec, params), params as in `parameters.param_table`.
+
+    Raises:
+        ModelError: an unsupported config; a missing, extra, mis-shaped or unreadable tensor or file (named).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder")
+    spec = DecoderSpec.from_hf(folder)
+    dtype = _compute_dtype(dtype if dtype is not None else spec.dtype or "float32")
+    checkpoint = Checkpoint(folder)
+    table = param_table(spec)
+    expected = {name: shape for p in jax.tree.leaves(table) for name, shape in p.tensors}
+    # A tied head is the embedding, whatever a file may repeat of it.
+    tied = ("lm_head.weight",) if spec.tie_word_embeddings else ()
+    checkpoint.check(expected, harmless=(_ROTARY_BUFFERS, *tied))
+    return spec, _place(table, sharding, lambda p, where: _load(checkpoint, p, dtype, where))
+
+
+def init_random(
+    spec: DecoderSpec, key: Array, dtype: jnp.dtype | str = "float32", sharding: Sharding | Tree | None = None
+) -> Tree:
+    """Parameters drawn on the device: matrices N(0, 1/in), embeddings N(0, 1/D), norms neutral, biases zero.
+
+    Args:
+        spec: Architecture.
+        key: A jax PRNG key; a leaf's numbers depend on it and on the leaf's place in the tree alone.
+        dtype: float32, bfloat16 or float16.
+        sharding: As in `load_hf`.
+
+    Raises:
+        ModelError: another dtype.
+    """
+    dtype = _compute_dtype(dtype)
+    table = param_table(spec)
+    leaves, structure = jax.tree.flatten(table)
+    keys = structure.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])
+    keyed = jax.tree.map(lambda p, k: (p, k), table, keys)
+    neutral = 0.0 if spec.norm_plus_one else 1.0
+
+    def draw(leaf: tuple[Parameter, Array], where: Sharding | None) -> Array:
+        p, k = leaf
+        fill = {"norm": neutral, "bias": 0.0}.get(p.kind)
+        std = spec.hidden_size**-0.5 if p.kind == "embedding" else p.shape[0] ** -0.5
+        return _drawer(p.shape, dtype, fill, std, where)(k)
+
+    return _place(keyed, sharding, draw, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def _compute_dtype(dtype: jnp.dtype | str) -> np.dtype:
+    known = ("float32", "bfloat16", "float16")
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        resolved = None
+    if resolved is None or resolved.name not in known:
+        raise ModelError(f"dtype: got {dtype!r}, expected one of {known}")
+    return resolved
+
+
+def _place(
+    tree: Tree,
+    sharding: Sharding | Tree | None,
+    make: Callable[..., Array],
+    is_leaf: Callable[[object], bool] | None = None,
+) -> Tree:
+    """tree.map(make(leaf, its sharding)): each leaf is on the device before the next begins."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
+    if sharding is None or isinstance(sharding, Sharding):
+        places = [sharding] * len(leaves)
+    else:
+        places, given = jax.tree.flatten(sharding)
+        if given != structure:
+            raise ModelError(f"sharding: got a tree of structure {given}, expected that of the parameters")
+    return structure.unflatten(
+        [jax.block_until_ready(make(leaf, place)) for leaf, place in zip(leaves, places, strict=True)]
+    )
+
+
+def _load(checkpoint: Checkpoint, parameter: Parameter, dtype: np.dtype, sharding: Sharding | None) -> Array:
+    parts = [checkpoint.read(name) for name, _ in parameter.tensors]
+    if len({part.dtype for part in parts}) > 1:
+        parts = [part.astype(dtype) for part in parts]
+    # Targets are fused by rows, torch's (out, in), a plain copy; the device transposes much faster.
+    fused = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    transpose = parameter.kind == "matrix"
+    arrival = _transposed(sharding) if transpose else sharding
+    return _finisher(dtype, transpose, sharding)(jax.device_put(fused, arrival))
+
+
+def _transposed(sharding: Sharding | None) -> Sharding | None:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    rows, columns = (*sharding.spec, None, None)[:2]
+    return NamedSharding(sharding.mesh, PartitionSpec(columns, rows))
+
+
+@functools.cache
+def _finisher(dtype: np.dtype, transpose: bool, sharding: Sharding | None) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: (x.T if transpose else x).astype(dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _drawer(
+    shape: tuple[int, ...], dtype: np.dtype, fill: float | None, std: float, sharding: Sharding | None
+) -> Callable[[Array], Array]:
+    def draw(key: Array) -> Array:
+        if fill is not None:
+            return jnp.full(shape, fill, dtype)
+        return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)
