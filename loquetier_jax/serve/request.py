@@ -1,0 +1,287 @@
+"""One completion on its way through the engine: its state, and how its tokens become output."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from loquetier_jax.errors import RequestError
+from loquetier_jax.serve.output import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    StreamPiece,
+)
+from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.serve.text import Detokenizer, StopChecker
+
+Status = Literal["waiting", "running", "finished"]
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One completion of one prompt (a request with n > 1 is n of these, see `make_requests`).
+
+    The engine writes slot, generation, kv_pages, num_prefilled, num_dispatched, version and prompt_logprobs;
+    everything about tokens, text and the end happens in `accept`, `abort` and `fail`.
+
+    Attributes:
+        id: Unique in the engine.
+        request_id: What the caller knows; shared by its n completions.
+        prompt_ids: Tokens of the prompt.
+        params: How to sample.
+        seed: 32-bit seed of this completion: its tokens depend on (seed, output index) alone.
+        adapter: Name, None for the base.
+        version: The adapter version it runs on to its end.
+        index: Which of the n completions.
+        prompt: The text, when text was given.
+        eos_token_ids: Ids that end a sequence of this model.
+        slot, generation: Where its state lives on the device; None while it waits.
+        kv_pages: Its KV pages in order of position.
+        num_prefilled: Prompt tokens dispatched.
+        num_dispatched: Output tokens dispatched, read or not.
+        output_ids: Output tokens read.
+        token_logprobs: Log-probability of each output token.
+        logprobs: Per output token {id: Logprob}; stays empty unless params.logprobs is set.
+        prompt_logprobs: Per prompt token {id: Logprob} or None for the first; None until scored.
+        text: All text released so far.
+        status: "waiting", "running" or "finished".
+        finish_reason, stop_reason: See CompletionOutput.
+        metrics: Its times.
+    """
+
+    id: str
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    metrics: RequestMetrics
+    adapter: str | None = None
+    version: Any = None
+    index: int = 0
+    prompt: str | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+    slot: int | None = None
+    generation: int | None = None
+    kv_pages: list[int] = field(default_factory=list)
+    num_prefilled: int = 0
+    num_dispatched: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    token_logprobs: list[float] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    text: str = ""
+    status: Status = "waiting"
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    detokenizer: Detokenizer | None = None
+    stops: StopChecker = field(default_factory=StopChecker)
+
+    @property
+    def num_tokens(self) -> int:
+        """KV positions to reserve: prompt and max_tokens."""
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def num_remaining(self) -> int:
+        """Prompt tokens not dispatched yet."""
+        return len(self.prompt_ids) - self.num_prefilled
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every id that ends this completion, ascending: what the device holds back until min_tokens."""
+        eos = () if self.params.ignore_eos else self.eos_token_ids
+        return tuple(sorted({*eos, *self.params.stop_token_ids}))
+
+    def accept(
+        self,
+        token: int,
+        logprob: float,
+        alternatives: Sequence[tuple[int, float]] | None,
+        now: float,
+        *,
+        rank: int | None = None,
+    ) -> StreamPiece | None:
+        """Takes the next output token.
+
+        Args:
+            token: Its id.
+            logprob: Its log-probability.
+            alternatives: (id, log-probability), most likely first; only the first params.logprobs are kept.
+            now: When it was read, seconds.
+            rank: Rank of the token in the vocabulary, 1 = most likely.
+
+        Returns:
+            What it adds to the stream, or None when the request has already finished: the surplus token of
+            running a step ahead changes nothing.
+        """
+        if self.finished:
+            return None
+        self.status = "running"
+        self.output_ids.append(token)
+        self.token_logprobs.append(logprob)
+        self.metrics.token_times.append(now)
+        if self.params.logprobs is not None:
+            self.logprobs.append(self._logprobs_of(token, logprob, alternatives or (), rank))
+        text = self._advance(token)
+        if self.finish_reason is not None:
+            self._close(now)
+        self.text += text
+        return StreamPiece(text, (token,), self.finish_reason, self.index)
+
+    def _logprobs_of(
+        self, token: int, logprob: float, alternatives: Sequence[tuple[int, float]], rank: int | None
+    ) -> dict[int, Logprob]:
+        kept = list(alternatives)[: self.params.logprobs]
+        out = {i: Logprob(float(lp), place) for place, (i, lp) in enumerate(kept, 1)}
+        out.setdefault(token, Logprob(float(logprob), rank))
+        return out
+
+    def _advance(self, token: int) -> str:
+        """Decides whether `token` ends the request; returns the text to release."""
+        may_stop = len(self.output_ids) > self.params.min_tokens
+        if may_stop and token in self.stop_ids:
+            self.finish_reason = "stop"
+            eos = not self.params.ignore_eos and token in self.eos_token_ids
+            self.stop_reason = None if eos else token
+            return self._rest(may_stop)
+        new = self.detokenizer.push(token) if self.detokenizer else ""
+        text, self.stop_reason = self.stops.push(new, may_stop)
+        if self.stop_reason is not None:
+            self.finish_reason = "stop"
+        elif len(self.output_ids) >= self.params.max_tokens:
+            text += self._rest(may_stop)
+            self.finish_reason = self.finish_reason or "length"
+        return text
+
+    def _rest(self, may_stop: bool) -> str:
+        """Releases everything held back; the last bytes may still complete a stop string."""
+        text, stop = self.stops.push(self.detokenizer.flush() if self.detokenizer else "", may_stop)
+        if stop is not None:
+            self.finish_reason, self.stop_reason = "stop", stop
+            return text
+        return text + self.stops.flush()
+
+    def abort(self, now: float) -> StreamPiece | None:
+        """Ends the request on the caller's wish; returns its last piece, or None when it had finished."""
+        return self._end("abort", None, now)
+
+    def fail(self, message: str, now: float) -> StreamPiece | None:
+        """Ends the request because of an error; `message` becomes its stop_reason."""
+        return self._end("error", message, now)
+
+    def _end(self, reason: FinishReason, why: str | None, now: float) -> StreamPiece | None:
+        if self.finished:
+            return None
+        text = self._rest(may_stop=False)
+        self.text += text
+        self.finish_reason, self.stop_reason = reason, why
+        self._close(now)
+        return StreamPiece(text, (), reason, self.index)
+
+    def _close(self, now: float) -> None:
+        self.status = "finished"
+        self.metrics.finished_time = now
+
+    def completion(self) -> CompletionOutput:
+        """The completion so far; a snapshot, later tokens do not change it (its metrics do)."""
+        wanted = self.params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
+            text=self.text,
+            token_ids=list(self.output_ids),
+            cumulative_logprob=math.fsum(self.token_logprobs) if wanted else None,
+            logprobs=list(self.logprobs) if wanted else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            metrics=self.metrics,
+        )
+
+
+def make_requests(
+    request_id: str,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    arrival: float,
+    max_model_len: int,
+    default_seed: int = 0,
+    adapter: str | None = None,
+    prompt: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eos_token_ids: Collection[int] = (),
+) -> list[Request]:
+    """Builds the params.n requests of one prompt.
+
+    Args:
+        request_id: The caller's id; completion i > 0 of n has the id "{request_id}-{i}".
+        prompt_ids: At least one token.
+        params: How to sample.
+        arrival: Time of arrival, seconds.
+        max_model_len: Most tokens of prompt and output together.
+        default_seed: Used when params.seed is None; the engine should give each request another.
+        adapter: Name, None for the base.
+        prompt: The text, when text was given.
+        tokenizer: None: outputs carry no text.
+        eos_token_ids: Ids that end a sequence of this model.
+
+    Raises:
+        RequestError: an empty prompt, no room for prompt + max_tokens, stop strings without a tokenizer.
+    """
+    if not len(prompt_ids):
+        raise RequestError("prompt: got no tokens, expected at least one")
+    total = len(prompt_ids) + params.max_tokens
+    if total > max_model_len:
+        raise RequestError(
+            f"prompt: got {len(prompt_ids)} tokens + max_tokens {params.max_tokens} = {total}, "
+            f"expected <= max_model_len {max_model_len}"
+        )
+    if params.stop and tokenizer is None:
+        raise RequestError(f"stop: got {params.stop!r}, expected none: this engine has no tokenizer")
+    ids = tuple(int(i) for i in prompt_ids)
+    base = default_seed if params.seed is None else params.seed
+    return [
+        Request(
+            id=request_id if i == 0 else f"{request_id}-{i}",
+            request_id=request_id,
+            prompt_ids=ids,
+            params=params,
+            seed=completion_seed(base, i),
+            metrics=RequestMetrics(arrival),
+            adapter=adapter,
+            index=i,
+            prompt=prompt,
+            eos_token_ids=frozenset(eos_token_ids),
+            detokenizer=Detokenizer(tokenizer, ids, params.skip_special_tokens) if tokenizer else None,
+            stops=StopChecker(params.stop),
+        )
+        for i in range(params.n)
+    ]
+
+
+def completion_seed(seed: int, index: int) -> int:
+    """The 32-bit seed of completion `index`: mixed so that neighbouring seeds and indices share nothing."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0])
+
+
+def collect(requests: Sequence[Request]) -> RequestOutput:
+    """The output of one prompt from its n requests, in order of index."""
+    first = requests[0]
+    return RequestOutput(
+        request_id=first.request_id,
+        prompt=first.prompt,
+        prompt_token_ids=list(first.prompt_ids),
+        prompt_logprobs=first.prompt_logprobs if first.params.prompt_logprobs is not None else None,
+        outputs=[r.completion() for r in sorted(requests, key=lambda r: r.index)],
+        adapter=first.adapter,
+        version=first.version,
+    )
