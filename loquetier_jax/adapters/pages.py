@@ -1,9 +1,10 @@
 """Device pages: an adapter cut into chunks of 16 ranks, in the fused layout of the base's projections.
 
 Pages are a list over layers of {group: (A [P, n*16, in], B [P, 16, sum(out)])}, n the targets of the group:
-rows i*16 to i*16+16 of A belong to target i, whose columns of B are its slice of the fused output. The scaling
-is folded into B: a delta is the sum over an adapter's pages and targets of (x @ A_i.T) @ B_i. Ranks beyond a
-module's own, and modules the adapter leaves alone, are zeros. Page 0 is all zeros and is never written.
+rows i*16 to i*16+16 of A belong to target i, whose columns of B are its slice of the fused output. The
+scaling is folded into B: a delta is the sum over an adapter's pages and targets of (x @ A_i.T) @ B_i. Ranks
+beyond a module's own, and modules the adapter leaves alone, are zeros. Page 0 is all zeros and is never
+written.
 """
 
 from collections.abc import Iterator, Sequence

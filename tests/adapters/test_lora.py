@@ -1,4 +1,4 @@
-"""Configs, the rules that match their names to modules, initial weights. PEFT's own verdicts: test_peft.py."""
+"""Configs, the rules that match their names to modules, initial weights (PEFT itself: test_peft.py)."""
 
 import dataclasses
 import math
@@ -101,10 +101,10 @@ def test_what_matches_nothing_is_refused_by_name(fields: dict, name: str) -> Non
     ("name", "value"),
     [
         ("r", 0), ("r", 2.0), ("r", True), ("lora_alpha", 0), ("lora_alpha", float("nan")),
-        ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("use_rslora", 1), ("rank_pattern", {"q": 0}), ("rank_pattern", ["q"]),
-        ("alpha_pattern", {"(": 1}), ("target_modules", ["q", 1]), ("target_modules", "("),
-        ("target_modules", ""), ("exclude_modules", 3), ("init_lora_weights", False), ("init_lora_weights", "pissa"),
-        ("layers_to_transform", [-1]), ("layers_to_transform", ["0"]),
+        ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("use_rslora", 1), ("rank_pattern", {"q": 0}),
+        ("rank_pattern", ["q"]), ("alpha_pattern", {"(": 1}), ("target_modules", ["q", 1]),
+        ("target_modules", "("), ("target_modules", ""), ("exclude_modules", 3), ("init_lora_weights", False),
+        ("init_lora_weights", "pissa"), ("layers_to_transform", [-1]), ("layers_to_transform", ["0"]),
     ],
 )
 def test_bad_values_are_refused_by_name(name: str, value: object) -> None:

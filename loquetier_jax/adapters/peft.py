@@ -1,0 +1,190 @@
+"""PEFT LoRA folders in and out: adapter_config.json and adapter_model.safetensors; nothing is dropped."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes  # noqa: F401  (makes "bfloat16" a numpy dtype, which safetensors asks for by name)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights, resolve_shape
+from loquetier_jax.adapters.peft_config import config_from_peft, config_to_peft
+from loquetier_jax.adapters.targets import TARGETS, module_name, weight_key
+from loquetier_jax.errors import AdapterError
+from loquetier_jax.models.spec import DecoderSpec
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
+_FOREIGN = {
+    "lora_magnitude_vector": "DoRA is not supported",
+    "lora_embedding_": "embeddings cannot be adapted",
+    "lora_B.bias": "lora_bias is not supported",
+    "trainable_tokens": "trainable_token_indices is not supported",
+    "base_layer": "trained biases and base weights are not supported",
+    ".lm_head.": "the output head can be neither adapted nor replaced",
+}
+
+
+class PeftAdapter(NamedTuple):
+    """What a PEFT folder holds.
+
+    Attributes:
+        config: The LoRA settings; of the initialisations only "gaussian" is told apart.
+        shape: The modules with rank and scaling.
+        weights: numpy, f32.
+    """
+
+    config: LoraConfig
+    shape: LoraShape
+    weights: LoraWeights
+
+
+def read_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> PeftAdapter:
+    """Reads an adapter saved by PEFT for the base `spec`.
+
+    Every key of the config and every tensor is accounted for: the tensors must be exactly those that the
+    config's targets and patterns ask for, in PEFT's shapes. float64, float16 and bfloat16 become float32.
+
+    Raises:
+        AdapterError: a file absent or unreadable, or what cannot be honoured; names the key or the tensor.
+    """
+    folder = Path(folder)
+    path = _existing(folder, CONFIG_FILE)
+    weights_path = _existing(folder, WEIGHTS_FILE)
+    try:
+        config = config_from_peft(json.loads(path.read_text(encoding="utf-8")))
+        shape = resolve_shape(config, spec, strict=False)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise AdapterError(f"{path}: not JSON: {error}") from error
+    try:
+        weights = _read_tensors(weights_path, shape, spec)
+    except AdapterError as error:
+        raise AdapterError(f"{weights_path}: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{weights_path}: cannot be read: {error}") from error
+    return PeftAdapter(config, shape, weights)
+
+
+def fingerprint(folder: str | os.PathLike[str]) -> tuple[tuple[int, int], ...]:
+    """(bytes, modification time in ns) of the folder's two files: differs once they are written anew.
+
+    Raises:
+        AdapterError: a file is missing.
+    """
+    stats = [_existing(Path(folder), name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
+def write_peft(
+    folder: str | os.PathLike[str],
+    weights: LoraWeights,
+    shape: LoraShape,
+    spec: DecoderSpec,
+    *,
+    config: LoraConfig | None = None,
+    base_model_name_or_path: str | None = None,
+) -> None:
+    """Writes a folder that PEFT loads to the same deltas; complete from the moment it appears under its name.
+
+    Args:
+        folder: Made, parents included; one that holds an adapter and nothing else is replaced.
+        weights: f32, numpy or jax arrays.
+        shape: Ranks and scalings; where they differ they become `rank_pattern` and `alpha_pattern`.
+        spec: The base, for names and sizes.
+        config: Gives lora_dropout and init_lora_weights; ranks, scalings and targets are those of `shape`.
+        base_model_name_or_path: Written as given.
+
+    Raises:
+        AdapterError: the weights do not belong to `shape`, or `folder` holds something else.
+    """
+    check_weights(weights, shape, spec)
+    folder = Path(folder)
+    if folder.exists():
+        found = {p.name for p in folder.iterdir()} if folder.is_dir() else {"no folder"}
+        if found - {CONFIG_FILE, WEIGHTS_FILE}:
+            raise AdapterError(f"folder: {folder} is or holds {sorted(found)}, expected only an adapter")
+    # safetensors stores a buffer as it lies: of a transposed view it would save the transpose.
+    tensors = {
+        _tensor_name(key, name, shape): np.ascontiguousarray(weights[key][name], np.float32)
+        for key in shape.by_key
+        for name in ("lora_A", "lora_B")
+    }
+    fields = config_to_peft(shape, spec, config or LoraConfig(), base_model_name_or_path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps(fields, indent=2, sort_keys=True)
+        (temporary / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(new: Path, folder: Path) -> None:
+    # A folder cannot be renamed over a full one: the old one steps aside first, and back if that fails.
+    aside = new.with_name(new.name + ".old")
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        new.rename(folder)
+    except OSError:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _existing(folder: Path, name: str) -> Path:
+    path = folder / name
+    if path.is_file():
+        return path
+    if name == WEIGHTS_FILE and (folder / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{folder}: adapter_model.bin is a pickle and is not read; convert it to {WEIGHTS_FILE} "
+            "(load it with PEFT and call save_pretrained)"
+        )
+    raise AdapterError(f"{path}: no such file; expected a PEFT folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+
+
+def _tensor_name(key: str, name: str, shape: LoraShape) -> str:
+    module = shape.by_key[key]
+    return f"base_model.model.{module_name(module.layer, module.target)}.{name}.weight"
+
+
+def _read_tensors(path: Path, shape: LoraShape, spec: DecoderSpec) -> LoraWeights:
+    keys = {module_name(i, t): weight_key(i, t) for i in range(spec.num_hidden_layers) for t in TARGETS}
+    sizes = shape.array_shapes(spec)
+    weights: LoraWeights = {}
+    with safe_open(path, "numpy") as file:
+        for tensor in sorted(file.keys()):
+            match = _TENSOR.fullmatch(tensor)
+            key = keys.get(match[1]) if match else None
+            if key is None:
+                why = next((text for part, text in _FOREIGN.items() if part in tensor), "no such module")
+                raise AdapterError(f"unknown tensor {tensor!r}: {why}")
+            if key not in sizes:
+                raise AdapterError(f"unknown tensor {tensor!r}: its module is not among the target_modules")
+            view = file.get_slice(tensor)
+            if view.get_dtype() not in _DTYPES:
+                raise AdapterError(f"tensor {tensor!r}: got {view.get_dtype()}, expected one of {_DTYPES}")
+            if tuple(view.get_shape()) != sizes[key][match[2]]:
+                got, expected = tuple(view.get_shape()), sizes[key][match[2]]
+                raise AdapterError(f"tensor {tensor!r}: got shape {got}, expected {expected}")
+            weights.setdefault(key, {})[match[2]] = file.get_tensor(tensor).astype(np.float32)
+    missing = [_tensor_name(k, n, shape) for k in sizes for n in sizes[k] if n not in weights.get(k, {})]
+    if missing:
+        raise AdapterError(f"missing tensor {missing[0]!r} of a target module ({len(missing)} in all)")
+    return weights
