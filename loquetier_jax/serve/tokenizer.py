@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.errors import ModelError, RequestError
 
@@ -21,6 +21,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"tokenizer: got {str(path)!r}, expected a local folder with tokenizer.json")
+    from transformers import AutoTokenizer  # here, because importing it imports torch where that is installed
+
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
