@@ -16,6 +16,7 @@ from tests.models.checkpoints import FAMILIES, hf_logits, hf_model, tiny_checkpo
 
 torch = pytest.importorskip("torch")
 
+forward = jax.jit(dense.forward, static_argnums=0)
 LENGTH = 40  # longer than the window, and far enough for every rope frequency to turn
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,7 +46,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 2, "the checkpoint is meant to be sharded"
     spec, params = load_hf(folder, "float32")
     tokens = random_tokens()
-    ours = jax.jit(dense.forward, static_argnums=0)(spec, params, tokens)
+    ours = forward(spec, params, tokens)
     expected = hf_logits(folder, tokens)
     assert ours.dtype == jnp.float32
     assert np.abs(expected).max() > 0.5
@@ -105,7 +106,7 @@ def test_bfloat16_logits_are_close_to_float32(tmp_path: Path) -> None:
     folder = tiny_checkpoint("qwen3", tmp_path)
     tokens = random_tokens()
     spec, params = load_hf(folder, "bfloat16")
-    logits = dense.forward(spec, params, tokens)
+    logits = forward(spec, params, tokens)
     assert logits.dtype == jnp.float32
     # 2^-9 a rounding, some 20 roundings deep, logits up to about 4.
     np.testing.assert_allclose(logits, hf_logits(folder, tokens), atol=0.15)
