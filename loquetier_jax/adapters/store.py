@@ -1,0 +1,248 @@
+"""Adapters by name: versions of each, and which of them are on the device, on the host or in a folder."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights
+from loquetier_jax.adapters.peft import fingerprint, read_peft
+from loquetier_jax.adapters.pool import PagePool
+from loquetier_jax.adapters.registry import Registry
+from loquetier_jax.adapters.residency import JOBS, Residency, WritePages, host_copy
+from loquetier_jax.adapters.version import Published, Version
+from loquetier_jax.config import RANK_PAGE
+from loquetier_jax.errors import AdapterError, CapacityError, IntegrityError
+from loquetier_jax.models.spec import DecoderSpec
+
+
+class AdapterStore(Registry):
+    """Bookkeeping of adapters and of the device's page ids; touches the device only through `write`.
+
+    A name points to one version; loading or publishing under it points it to another, and the old one serves
+    those who acquired it until the last of them releases it. Not thread-safe: one thread drives an engine.
+
+    Args:
+        spec: The base.
+        num_pages: Rows of the device page stacks, page 0 included.
+        max_pages: Most pages of one adapter.
+        write: `write(page_ids, weights, shape)` casts host weights into device pages (see
+            `pages.write_pages`).
+        max_host_adapters: Host copies kept where the weights are also in a folder, least recently used
+            dropped first; those without a folder always stay. None keeps all.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        *,
+        num_pages: int,
+        max_pages: int,
+        write: WritePages,
+        max_host_adapters: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.pool = PagePool(num_pages)
+        self._max_pages = min(max_pages, num_pages - 1)
+        self._residency = Residency(
+            spec, self.pool, self._versions, write, max_host_adapters, self._is_pinned
+        )
+
+    def add(
+        self,
+        name: str,
+        weights: LoraWeights,
+        shape: LoraShape,
+        *,
+        config: LoraConfig | None = None,
+        source: str | os.PathLike[str] | None = None,
+        replace: bool = False,
+    ) -> Version:
+        """Adds an adapter from weights, which are copied to the host; no device page is taken.
+
+        Args:
+            name: Any text but "".
+            weights: numpy or jax arrays.
+            shape: Its modules.
+            config: Kept with the version.
+            source: A PEFT folder that holds these very weights, from which they may be read again.
+            replace: Whether a name in use becomes a new version; otherwise it is refused.
+
+        Raises:
+            AdapterError: weights that do not fit, too large a rank, a name in use; nothing is changed.
+        """
+        self.check_new(name, shape, replace=replace)
+        check_weights(weights, shape, self.spec)
+        stamp = () if source is None else fingerprint(source)
+        return self._serve(name, shape, config, host_copy(weights), source, stamp)
+
+    def load(self, name: str, folder: str | os.PathLike[str], *, replace: bool = False) -> Version:
+        """Adds an adapter from a PEFT folder, to the host; the folder has to stay as it is while that serves.
+
+        Raises:
+            AdapterError: what `peft.read_peft` refuses, too large a rank, a name in use; nothing is changed.
+        """
+        self._check_name(name, replace)
+        # Taken first: a folder written anew during the read then counts as changed.
+        stamp = fingerprint(folder)
+        config, shape, weights = read_peft(folder, self.spec)
+        self.check_new(name, shape, replace=replace)
+        return self._serve(name, shape, config, weights, folder, stamp)
+
+    def pin(self, name: str) -> None:
+        """Makes an adapter resident and keeps it so, whatever version its name points to.
+
+        Raises:
+            AdapterError: unknown name, or weights that cannot be read.
+            CapacityError: no room now; nothing is changed.
+        """
+        self.ensure_resident(self.get(name))
+        self._pinned.add(name)
+
+    def unpin(self, name: str) -> None:
+        """Lets an adapter be evicted again.
+
+        Raises:
+            AdapterError: unknown name.
+        """
+        self.get(name)
+        self._pinned.discard(name)
+
+    def complete(self, epoch: int) -> None:
+        """Step `epoch`, and with it all before it, has completed on the device: its pages may be reused."""
+        self.pool.complete(epoch)
+
+    # Residency.
+
+    def ensure_resident(self, version: Version) -> tuple[int, ...]:
+        """The version's pages; where it has none, writes them, evicting what was idle longest.
+
+        They are good for steps dispatched while the caller has the version acquired.
+
+        Raises:
+            AdapterError: a version that is no more, or its weights cannot be read.
+            CapacityError: all pages are in flight, pinned, with jobs, or waiting for a step; nothing is
+                changed.
+        """
+        self._alive(version)
+        pages = self._residency.ensure(version)
+        version.last_used = next(self._clock)
+        return pages
+
+    def weights(self, version: Version) -> LoraWeights:
+        """The version's f32 weights on the host, not to be written to.
+
+        A job calls this before its masters change, so that a version published from them owns its weights.
+
+        Raises:
+            AdapterError: they cannot be read.
+        """
+        return self._residency.load_host(self._alive(version))
+
+    # Jobs.
+
+    def reserve(self, count: int) -> tuple[int, ...]:
+        """Pages for a training job, evicting idle versions where needed; what they contain is arbitrary.
+
+        Raises:
+            CapacityError: no room now; nothing is changed.
+        """
+        return self._residency.take(count, JOBS)
+
+    def give_back(self, pages: Sequence[int], epoch: int) -> None:
+        """Returns a job's pages; they are free once step `epoch`, the last dispatched with them, is complete.
+
+        Raises:
+            IntegrityError: they are not a job's pages.
+        """
+        self.pool.give_back(pages, JOBS, epoch)
+
+    def publish(
+        self,
+        name: str,
+        shape: LoraShape,
+        pages: Sequence[int],
+        host_weights_fn: Callable[[], LoraWeights],
+        *,
+        epoch: int,
+        fresh: bool = True,
+        config: LoraConfig | None = None,
+    ) -> Published:
+        """Points `name` to a job's present state, copying nothing: a new version takes over the job's pages.
+
+        The job goes on with fresh pages: it casts its next optimizer step into `Published.pages`, and until
+        then its steps read `version.pages`, so the version comes acquired once for it (when `fresh` and
+        `version.pages` is not None): `release(version, epoch)` after that cast. Without room for fresh pages
+        the weights are copied to the host instead, and the job keeps the pages that it has.
+
+        Args:
+            name: New, or to be pointed to the new version.
+            shape: Of the job's adapter.
+            pages: The job's pages, holding the published state.
+            host_weights_fn: Gives the published f32 weights at any later time; called at most once, so a job
+                calls `weights(version)` before its masters change.
+            epoch: The last step dispatched with the pages.
+            fresh: Whether the job goes on; False when this is its last act, and its pages are simply the
+                version's.
+            config: Kept with the version.
+
+        Raises:
+            AdapterError: a name that is none.
+            IntegrityError: `pages` are not a job's pages of that number; nothing is changed.
+        """
+        self.check_new(name, shape, replace=True)
+        pages = tuple(pages)
+        count = shape.num_pages
+        if not len(pages) == len(set(pages)) == count or not set(pages) <= self.pool.owned_by(JOBS):
+            raise IntegrityError(f"pages: got {pages}, expected {count} of a job's pages")
+        version = Version(id=next(self._ids), name=name, shape=shape, config=config, snapshot=host_weights_fn)
+        kept: tuple[int, ...] = ()
+        if fresh:
+            try:
+                kept = self._residency.take(count, JOBS, doomed=self._doomed(name))
+            except CapacityError:
+                self._residency.load_host(version)
+                return Published(self._point(name, version), pages)
+        self.pool.transfer(pages, JOBS, version.id)
+        version.pages, version.last_epoch, version.in_flight = pages, epoch, int(fresh)
+        return Published(self._point(name, version), kept)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless every page is in one place and every version is wanted and whole."""
+        self._residency.check_integrity()
+        super().check_integrity()
+
+    def check_new(self, name: str, shape: LoraShape, *, replace: bool = False) -> None:
+        """Raises AdapterError unless an adapter of that shape may come under that name; changes nothing."""
+        self._check_name(name, replace)
+        if shape.num_pages > self._max_pages:
+            most = self._max_pages * RANK_PAGE
+            raise AdapterError(f"{name}: got rank {shape.max_rank}, expected at most {most}")
+
+    def _serve(
+        self,
+        name: str,
+        shape: LoraShape,
+        config: LoraConfig | None,
+        host: LoraWeights,
+        source: str | os.PathLike[str] | None,
+        stamp: tuple[tuple[int, int], ...],
+    ) -> Version:
+        folder = None if source is None else Path(source).absolute()
+        version = Version(
+            id=next(self._ids), name=name, shape=shape, config=config, host=host, source=folder, stamp=stamp
+        )
+        self._point(name, version)
+        self._residency.trim_host()
+        return version
+
+    def _is_pinned(self, version: Version) -> bool:
+        return version.name in self._pinned and self.is_current(version)
+
+    def _doomed(self, name: str) -> Version | None:
+        version = self._names.get(name)
+        return None if version is None or version.holds or version.in_flight else version
+
+    def _forget(self, version: Version) -> None:
+        super()._forget(version)
+        self._residency.free(version)
