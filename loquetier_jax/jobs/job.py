@@ -1,0 +1,277 @@
+"""A fine-tuning job as a host state machine: which pack is next, when a step is due, how it ended. No jax."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from loquetier_jax.errors import CheckpointError, JobError
+from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.data import Dataset, Pack
+from loquetier_jax.jobs.evaluate import Evaluation
+from loquetier_jax.jobs.lifecycle import Lifecycle
+from loquetier_jax.jobs.metrics import MetricsWriter
+from loquetier_jax.jobs.packing import Cursor, PackStream
+from loquetier_jax.jobs.record import Record
+
+
+class Job(Lifecycle):
+    """One job, driven by the engine.
+
+    Each step: `next_pack` -> `pack_dispatched` -> (forward, backward) -> `pack_finished`, until `step_due`;
+    then the optimizer step, divided by `num_targets`, and `finish_step`. While `evaluating`, the same with
+    `next_eval_pack`, `eval_pack_dispatched` and `eval_pack_finished`. Packs finish in the order of dispatch.
+    The optimizer step is to be dispatched once: `step_due` stays true until `finish_step`.
+
+    Args:
+        name: Of the job and its adapter.
+        cfg: How it trains.
+        data: What it trains on.
+        eval_data: Held-out data, or None.
+        metrics: Where its lines go, or None; they are in `record.lines` in any case.
+        clock: Wall-clock seconds.
+
+    Attributes:
+        status, error: See `Lifecycle`.
+        step: Optimizer steps done.
+        cursor: The next pack to dispatch.
+        record: Its losses and metrics.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cfg: TrainConfig,
+        data: Dataset,
+        eval_data: Dataset | None = None,
+        *,
+        metrics: MetricsWriter | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(name)
+        self.cfg = cfg
+        self.stream = PackStream(data, cfg)
+        self.evaluation = None if eval_data is None else Evaluation(eval_data, cfg)
+        self.record = Record(metrics, clock)
+        self.step = 0
+        self.cursor = Cursor()
+        self._in_flight: list[Pack] = []
+        self._saved_step = 0
+        self._pack: Pack | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole job, unless it stops early."""
+        return self.stream.total_steps
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether evaluation packs come before the next training pack."""
+        return self.evaluation is not None and self.evaluation.active
+
+    @property
+    def in_flight(self) -> int:
+        """Packs dispatched whose results have not come back; a checkpoint needs 0."""
+        return len(self._in_flight) + (0 if self.evaluation is None else self.evaluation.in_flight)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of the step so far: the denominator of the optimizer step once it is due."""
+        return self.record.tally.targets
+
+    @property
+    def step_due(self) -> bool:
+        """Whether all packs of a step are accumulated and the optimizer may run."""
+        return self.status == "running" and self._accumulated
+
+    @property
+    def _accumulated(self) -> bool:
+        return self.cursor.step > self.step and not self._in_flight
+
+    @property
+    def save_due(self) -> bool:
+        """Whether save_steps asks for a checkpoint now; `saved` clears it."""
+        every, done = self.cfg.save_steps, self.status == "succeeded"
+        due = every > 0 and self.step > 0 and (self.step % every == 0 or done)
+        return due and self._saved_step != self.step and self.status not in ("failed", "cancelled")
+
+    def saved(self) -> None:
+        """Notes that a checkpoint of this step exists."""
+        self._saved_step = self.step
+
+    def next_pack(self) -> Pack | None:
+        """The next training pack, the same one until `pack_dispatched`; None when there is none now."""
+        if self.status != "running" or self.evaluating or self.cursor.step > self.step:
+            return None
+        if self._pack is None:
+            self._pack = self.stream.pack(self.cursor)
+        return self._pack
+
+    def pack_dispatched(self, pack: Pack) -> None:
+        """Moves the cursor on.
+
+        Raises:
+            JobError: not the pack that `next_pack` returned.
+        """
+        if pack is not self._pack:
+            raise JobError(
+                f"job {self.name!r}: pack {pack.step}/{pack.index} is not the next one, {self.cursor}"
+            )
+        self._in_flight.append(pack)
+        self._pack = None
+        self.cursor = self.stream.after(self.cursor)
+
+    def pack_finished(
+        self, pack: Pack, logp: Float[np.ndarray, " L"], correct: Bool[np.ndarray, " L"] | None = None
+    ) -> None:
+        """Adds a pack's loss; ignored when the job has ended meanwhile.
+
+        Args:
+            pack: The oldest one in flight.
+            logp: f32 log-probs of its targets.
+            correct: Whether each target was the model's first choice, if known.
+
+        Raises:
+            JobError: another pack.
+        """
+        if self.finished:
+            return
+        if not self._in_flight or self._in_flight[0] is not pack:
+            raise JobError(
+                f"job {self.name!r}: pack {pack.step}/{pack.index} is not the oldest one in flight"
+            )
+        self._in_flight.pop(0)
+        self.record.tally.add(self.cfg.loss, pack, logp, correct)
+
+    def finish_step(self, grad_norm: float, learning_rate: float, finite: bool = True) -> None:
+        """Closes an optimizer step: metrics, evaluation if one is due, the end of the job.
+
+        Ignored when the job has ended meanwhile.
+
+        Args:
+            grad_norm: Before clipping.
+            learning_rate: That the step used.
+            finite: Whether the gradient was; if it or the loss was not, the job fails.
+
+        Raises:
+            JobError: no step is due.
+        """
+        if self.finished:
+            return
+        if not self._accumulated:
+            raise JobError(f"job {self.name!r}: no optimizer step is due at {self.cursor}")
+        loss = self.record.tally.loss
+        if not (finite and math.isfinite(loss)):
+            self.fail(f"step {self.step}: loss {loss}, gradient norm {grad_norm}: not finite")
+            return
+        self.record.close_step()
+        self.step += 1
+        last = self.step >= self.total_steps
+        if last or self.step % self.cfg.logging_steps == 0:
+            self._write(self.record.steps_line() | {"grad_norm": grad_norm, "learning_rate": learning_rate})
+        every = self.cfg.eval_steps
+        if self.evaluation is not None and (last or (every and self.step % every == 0)):
+            self.evaluation.start()
+        elif last:
+            self.status = "succeeded"
+
+    def next_eval_pack(self) -> Pack | None:
+        """The next evaluation pack; None when there is none to dispatch now."""
+        return self.evaluation.next_pack() if self.status == "running" and self.evaluating else None
+
+    def eval_pack_dispatched(self, pack: Pack) -> None:
+        """Moves on to the next evaluation pack; raises JobError if it was not that one's turn."""
+        if not self.evaluating:
+            raise JobError(f"job {self.name!r}: no evaluation is under way")
+        self.evaluation.pack_dispatched(pack)
+
+    def eval_pack_finished(
+        self, pack: Pack, logp: Float[np.ndarray, " L"], correct: Bool[np.ndarray, " L"] | None = None
+    ) -> None:
+        """Adds an evaluation pack; after the last one writes the line and decides whether the job goes on."""
+        if self.finished:
+            return
+        if not self.evaluation.pack_finished(pack, logp, correct):
+            return
+        line = self.evaluation.finish()
+        if not math.isfinite(line["eval_loss"]):
+            self.fail(f"step {self.step}: evaluation loss {line['eval_loss']}: not finite")
+            return
+        self._write(line)
+        if self.step >= self.total_steps or self.evaluation.should_stop:
+            self.status = "succeeded"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the host knows, as JSON data (Python writes floats so that they read back exactly).
+
+        Raises:
+            JobError: packs are in flight: their gradients may or may not be in the accumulators.
+        """
+        if self.in_flight:
+            raise JobError(f"job {self.name!r}: {self.in_flight} packs are in flight; wait for them first")
+        evaluation = self.evaluation
+        return {
+            "name": self.name,
+            "config": self.cfg.to_dict(),
+            "status": self.status,
+            "error": self.error,
+            "step": self.step,
+            "cursor": self.cursor.to_dict(),
+            "paused_from": self.paused_from,
+            "record": self.record.state_dict(),
+            "data": self.stream.data.fingerprint,
+            "eval_data": None if evaluation is None else evaluation.data.fingerprint,
+            "evaluation": None if evaluation is None else evaluation.state_dict(),
+        }
+
+    @classmethod
+    def from_state(
+        cls,
+        state: dict[str, Any],
+        data: Dataset,
+        eval_data: Dataset | None = None,
+        *,
+        metrics: MetricsWriter | None = None,
+        loss: Callable[[Any, Any], Any] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> "Job":
+        """The job as `state_dict` left it; it goes on with the same packs and the same numbers.
+
+        Args:
+            state: From `state_dict`.
+            data, eval_data: The same data; its hash is compared.
+            metrics: Cut back to where the state was taken; lines of later steps will be written again.
+            loss: The loss function, when the job has one of its own.
+            clock: Wall-clock seconds.
+
+        Raises:
+            CheckpointError: other data, or a metrics file shorter than it was.
+            ConfigError: the loss function is missing.
+        """
+        cfg = TrainConfig.from_dict(state["config"], loss=loss)
+        for name, given in (("data", data), ("eval_data", eval_data)):
+            got = None if given is None else given.fingerprint
+            if got != state[name]:
+                raise CheckpointError(
+                    f"{name}: got hash {got}, expected {state[name]}: not the data of the job"
+                )
+        job = cls(state["name"], cfg, data, eval_data, metrics=metrics, clock=clock)
+        job.status, job.error, job.step = state["status"], state["error"], state["step"]
+        job.cursor = Cursor(**state["cursor"])
+        job.paused_from = state["paused_from"]
+        job.record.load_state(state["record"])
+        job._saved_step = job.step
+        if job.evaluation is not None:
+            job.evaluation.load_state(state["evaluation"])
+        return job
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.record.write(self.step, self.stream.epochs_done(self.step), line)
+
+    def _drop(self) -> None:
+        self._in_flight.clear()
+        if self.evaluation is not None:
+            self.evaluation.abandon()
