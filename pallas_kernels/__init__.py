@@ -1,0 +1,5 @@
+"""The kernels of loquetier_jax: one folder per op, knowing nothing of the runtime."""
+
+from pallas_kernels.smlm import SmlmPlan, build_plan, num_tiles_bound, pack_lora, plan_shapes, smlm
+
+__all__ = ["SmlmPlan", "build_plan", "num_tiles_bound", "pack_lora", "plan_shapes", "smlm"]

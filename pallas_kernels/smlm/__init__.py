@@ -1,0 +1,19 @@
+"""Segmented multi-LoRA multiplication (SMLM): one op for train, score, prefill and decode rows."""
+
+from pallas_kernels.smlm.api import smlm
+from pallas_kernels.smlm.pack import pack_lora
+from pallas_kernels.smlm.plan import RANK_PAGE, TILE, WIDE, SmlmPlan, build_plan, num_tiles_bound, plan_shapes
+from pallas_kernels.smlm.ref import smlm_ref
+
+__all__ = [
+    "RANK_PAGE",
+    "TILE",
+    "WIDE",
+    "SmlmPlan",
+    "build_plan",
+    "num_tiles_bound",
+    "pack_lora",
+    "plan_shapes",
+    "smlm",
+    "smlm_ref",
+]

@@ -1,0 +1,163 @@
+"""Which rows belong to which adapter: the work list of one step, built once on the host, for all layers."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+TILE = 16  # rows of a tile: the smallest M of a tensor core instruction, and one prefill block
+WIDE = 64  # rows of a wide tile: A and B are read once for four tiles
+RANK_PAGE = 16  # ranks of one adapter page
+
+Segment = tuple[int, int, tuple[int, ...]]  # first row, rows, adapter pages
+IntArray = np.ndarray | jax.Array
+
+
+class SmlmPlan(NamedTuple):
+    """A step's rows cut into tiles of one adapter each; a pytree of int32 arrays.
+
+    The same rows are listed twice, in tiles of TILE rows (XLA, and the kernels at decode) and in wide tiles
+    of WIDE rows (the kernels when there are many rows). NT and MP are static; entries beyond `used` are zero.
+
+    Attributes:
+        tile_row: First row of each tile.
+        tile_len: Rows of each tile, at most TILE; 0 marks an unused tile.
+        tile_pages: Adapter pages of each tile, leading entries used, 0 = none.
+        row_slot: Of each row, tile * TILE + offset in the tile; -1 when the row has no adapter.
+        wide_row: First row of each wide tile.
+        wide_len: Rows of each wide tile, at most WIDE; 0 marks an unused one.
+        wide_pages: Adapter pages of each wide tile.
+        used: Number of used tiles and of used wide tiles.
+    """
+
+    tile_row: Int32[IntArray, " NT"]
+    tile_len: Int32[IntArray, " NT"]
+    tile_pages: Int32[IntArray, "NT MP"]
+    row_slot: Int32[IntArray, " T"]
+    wide_row: Int32[IntArray, " NT"]
+    wide_len: Int32[IntArray, " NT"]
+    wide_pages: Int32[IntArray, "NT MP"]
+    used: Int32[IntArray, " 2"]
+
+
+def num_tiles_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int]) -> int:
+    """Tiles that suffice for any step whose parts hold at most that many rows in at most that many runs.
+
+    A run is a stretch of neighbouring rows of one adapter. A part of R rows in D runs needs at most
+    sum ceil(r_i / TILE) <= D + floor((R - D) / TILE) tiles, reached when all but one run have one row.
+
+    Args:
+        rows_per_part: R of each part (train, score, prefill, decode), >= 0.
+        runs_per_part: D of each part, >= 0; more than R counts as R.
+
+    Returns:
+        The sum over parts, at least 1 so that a plan always has a shape.
+
+    Raises:
+        ValueError: the two differ in length, or a number is negative.
+    """
+    if len(rows_per_part) != len(runs_per_part):
+        raise ValueError(f"runs_per_part: got {len(runs_per_part)} parts, expected {len(rows_per_part)}")
+    total = 0
+    for rows, runs in zip(rows_per_part, runs_per_part, strict=True):
+        if rows < 0 or runs < 0:
+            raise ValueError(f"rows_per_part, runs_per_part: got {rows}, {runs}, expected both >= 0")
+        runs = min(rows, runs)
+        total += runs + (rows - runs) // TILE if runs else 0
+    return max(1, total)
+
+
+def plan_shapes(num_rows: int, num_tiles: int, max_pages: int) -> SmlmPlan:
+    """The plan as jax.ShapeDtypeStruct leaves, to compile ahead of time.
+
+    Args:
+        num_rows: T, rows of the step.
+        num_tiles: NT, capacity in tiles.
+        max_pages: MP, most pages of one adapter.
+    """
+    row, pages = (num_tiles,), (num_tiles, max_pages)
+    shapes = SmlmPlan(row, row, pages, (num_rows,), row, row, pages, (2,))
+    return SmlmPlan(*(jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes))
+
+
+def build_plan(segments: Sequence[Segment], num_rows: int, num_tiles: int, max_pages: int) -> SmlmPlan:
+    """Cuts segments into tiles, on the host.
+
+    Neighbouring segments with the same pages are joined first: the decode rows of one adapter share tiles.
+
+    Args:
+        segments: (first row, rows, pages) each; rows of no segment, or of one without pages, have no adapter.
+        num_rows: T, rows of the step.
+        num_tiles: NT, capacity in tiles; `num_tiles_bound` gives a number that always suffices.
+        max_pages: MP, most pages of one adapter.
+
+    Returns:
+        The plan, in numpy.
+
+    Raises:
+        ValueError: a segment leaves [0, num_rows), overlaps another, repeats or misnames a page or has more
+            than max_pages of them, or the segments need more than num_tiles tiles. Both values are named.
+    """
+    for name, value in (("num_rows", num_rows), ("num_tiles", num_tiles), ("max_pages", max_pages)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected >= 1")
+    plan = SmlmPlan(*(np.zeros(s.shape, np.int32) for s in plan_shapes(num_rows, num_tiles, max_pages)))
+    plan.row_slot[:] = -1
+    runs = _runs(segments, num_rows, max_pages)
+    needed = sum(-(-rows // TILE) for _, rows, _ in runs)
+    if needed > num_tiles:
+        raise ValueError(f"num_tiles: got {num_tiles}, expected at least {needed} for these segments")
+    plan.used[0] = _fill(runs, TILE, plan.tile_row, plan.tile_len, plan.tile_pages, plan.row_slot)
+    plan.used[1] = _fill(runs, WIDE, plan.wide_row, plan.wide_len, plan.wide_pages, None)
+    return plan
+
+
+def _runs(segments: Sequence[Segment], num_rows: int, max_pages: int) -> list[Segment]:
+    """Checks the segments; returns those with rows and pages, sorted, equal neighbours joined."""
+    kept: list[Segment] = []
+    for number, (first, rows, pages) in enumerate(segments):
+        name = f"segments[{number}]"
+        if rows < 0 or first < 0 or first + rows > num_rows:
+            end = first + rows
+            raise ValueError(f"{name}: got rows {first} to {end}, expected within num_rows={num_rows}")
+        if len(pages) > max_pages:
+            raise ValueError(f"{name}: got {len(pages)} pages, expected at most max_pages={max_pages}")
+        if any(page < 1 for page in pages) or len(set(pages)) != len(pages):
+            raise ValueError(f"{name}: got pages {tuple(pages)}, expected distinct page numbers >= 1")
+        if rows and len(pages):
+            kept.append((int(first), int(rows), tuple(int(page) for page in pages)))
+    kept.sort()
+    joined: list[Segment] = []
+    for first, rows, pages in kept:
+        end = joined[-1][0] + joined[-1][1] if joined else 0
+        if first < end:
+            raise ValueError(f"segments: got two that hold row {first}, expected each row in at most one")
+        if joined and first == end and pages == joined[-1][2]:
+            joined[-1] = (joined[-1][0], joined[-1][1] + rows, pages)
+        else:
+            joined.append((first, rows, pages))
+    return joined
+
+
+def _fill(
+    runs: list[Segment],
+    height: int,
+    row: np.ndarray,
+    length: np.ndarray,
+    pages: np.ndarray,
+    slot: np.ndarray | None,
+) -> int:
+    """Writes tiles of `height` rows in the order of the runs; returns how many."""
+    tile = 0
+    for first, rows, run_pages in runs:
+        count = -(-rows // height)
+        here = slice(tile, tile + count)
+        row[here] = first + height * np.arange(count)
+        length[here] = np.minimum(height, first + rows - row[here])
+        pages[here, : len(run_pages)] = run_pages
+        if slot is not None:
+            slot[first : first + rows] = tile * height + np.arange(rows)
+        tile += count
+    return tile

@@ -1,0 +1,118 @@
+"""The op as Pallas-Triton launches: Ampere to Hopper, interpret mode on the CPU.
+
+Shrink writes float32 partial sums of S = x A^T, expand adds S B into y in place; or one fused launch does
+both. Work is a list of (tile, part) that a bounded grid walks: unused tiles cost nothing. No atomics: sums
+have one order.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
+
+from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
+from pallas_kernels.smlm.triton_kernels import Cut, Tile, expand, fused, shrink
+from pallas_kernels.smlm.tuning import SmlmConfig, default_config
+
+MAX_PROGRAMS = 8192  # beyond it a program takes several pieces of work
+
+
+def smlm_triton(
+    x: Float[Array, "T in"],
+    A: Float[Array, "P nR in"],
+    B: Float[Array, "P R out"],
+    plan: SmlmPlan,
+    out_features: tuple[int, ...],
+    y: Float[Array, "T out"] | None,
+    *,
+    config: SmlmConfig | None = None,
+    interpret: bool | None = None,
+) -> Float[Array, "T out"]:
+    """y plus the delta, in place where y's buffer may be reused; zeros plus the delta without y.
+
+    Args:
+        x: Inputs.
+        A: Pages of the n stacked targets.
+        B: Pages, columns of the targets side by side.
+        plan: Work list; rows without adapter are in no tile, so they stay as they are.
+        out_features: Columns of each target.
+        y: What the delta is added to, or None.
+        config: Block sizes; by default chosen from the shapes.
+        interpret: Run as plain XLA operations; by default on the CPU only.
+    """
+    if x.shape[0] == 0:
+        return jnp.zeros((0, sum(out_features)), x.dtype) if y is None else y
+    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    config = config or default_config(x.shape[1], x.shape[0], plan.tile_pages.shape[1], x.dtype)
+    if y is None:
+        y = jnp.zeros((x.shape[0], sum(out_features)), x.dtype)
+    cut = Cut.of(x, plan, out_features, config)
+    narrow = config.tile_rows == TILE
+    work = (
+        (plan.used[:1], plan.tile_row, plan.tile_len, plan.tile_pages)
+        if narrow
+        else (plan.used[1:], plan.wide_row, plan.wide_len, plan.wide_pages)
+    )
+    call = functools.partial(_call, cut=cut, interpret=interpret)
+    params = plt.CompilerParams(num_warps=config.shrink_warps, num_stages=config.shrink_stages)
+    if config.fused:
+        return call(fused, cut.blocks, (*work, x, A, B, y), y, alias=True, params=params)
+    h = jax.ShapeDtypeStruct((cut.parts, x.shape[0], cut.targets * cut.max_pages * RANK_PAGE), jnp.float32)
+    h = call(shrink, cut.parts, (*work, x, A), h, alias=False, params=params)
+    params = plt.CompilerParams(num_warps=config.expand_warps, num_stages=config.expand_stages)
+    return call(expand, cut.blocks, (*work, h, B, y), y, alias=True, params=params)
+
+
+def _call(
+    body: Callable[..., None],
+    parts: int,
+    args: tuple[Array, ...],
+    out: Any,
+    *,
+    alias: bool,
+    cut: Cut,
+    params: plt.CompilerParams,
+    interpret: bool,
+) -> Array:
+    """Runs `body` once per part of every used tile; with `alias` the last argument is written in place."""
+    programs = min(cut.max_tiles * parts, MAX_PROGRAMS)
+
+    def kernel(used_ref: Any, row_ref: Any, len_ref: Any, pages_ref: Any, *refs: Any) -> None:
+        def piece(work: Array) -> None:
+            tile, part = lax.div(work, jnp.int32(parts)), lax.rem(work, jnp.int32(parts))
+            body(cut, Tile.load(cut, tile, row_ref, len_ref, pages_ref), part, *refs)
+
+        first, total = pl.program_id(0), used_ref[0] * parts
+        if programs == cut.max_tiles * parts:
+            pl.when(first < total)(lambda: piece(first))
+            return
+        turns = lax.div(total - first + (programs - 1), jnp.int32(programs))
+
+        def turn(number: Array, carry: None) -> None:
+            piece(first + number * programs)
+
+        lax.fori_loop(0, turns, turn, None)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        in_specs=[_whole(a) for a in args],
+        out_specs=_whole(out),
+        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
+        input_output_aliases={len(args) - 1: 0} if alias else {},
+        compiler_params=params,
+        interpret=interpret,
+        name=f"smlm_{body.__name__}",
+    )(*args)
+
+
+def _whole(a: Any) -> pl.BlockSpec:
+    """The kernel addresses the array itself."""
+    rank = len(a.shape)
+    return pl.BlockSpec(a.shape, lambda *_: (0,) * rank)

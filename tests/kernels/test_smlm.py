@@ -1,0 +1,162 @@
+"""The op against a float64 brute force, every implementation; bits, NaN, gradients, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.smlm import SmlmPlan, build_plan, smlm, smlm_ref
+from tests.kernels.smlm_cases import MIXED, MIXED_ROWS, Case, brute_force, make_case
+from tests.tolerances import assert_close
+
+SHAPES = [(64, (48,)), (48, (64, 16, 16)), (1040, (80, 80))]
+NO_ADAPTER = [t for t in range(MIXED_ROWS) if not any(f <= t < f + n and p for f, n, p in MIXED)]
+
+
+jitted = jax.jit(smlm, static_argnames=("out_features", "implementation"))
+
+
+def run(case: Case, implementation: str | None = None, *, y: bool = True) -> np.ndarray:
+    y = case.y if y else None
+    options = {"out_features": case.out_features, "implementation": implementation}
+    return np.asarray(jitted(case.x, case.A, case.B, case.plan, y=y, **options))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize(("size", "out_features"), SHAPES)
+def test_forward_is_the_formula(size: int, out_features: tuple[int, ...], implementation: str) -> None:
+    case = make_case(MIXED, MIXED_ROWS, size, out_features)
+    delta = brute_force(case)
+    assert_close(run(case, implementation), case.y + delta, "f32")
+    without_y = run(case, implementation, y=False)
+    assert_close(without_y, delta, "f32")
+    np.testing.assert_array_equal(without_y[NO_ADAPTER], 0)
+    np.testing.assert_array_equal(run(case, implementation)[NO_ADAPTER], case.y[NO_ADAPTER])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_bfloat16(implementation: str) -> None:
+    case = make_case(MIXED, MIXED_ROWS, 64, (32, 16), dtype=jnp.bfloat16)
+    got = run(case, implementation)
+    assert got.dtype == jnp.bfloat16
+    assert_close(got, case.y.astype(np.float64) + brute_force(case), "bf16")
+
+
+def test_reference_is_the_formula() -> None:
+    case = make_case(MIXED, MIXED_ROWS, 48, (64, 16, 16))
+    assert_close(smlm_ref(case.x, case.A, case.B, case.plan, case.out_features), brute_force(case), "f32")
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_layout_of_segments(data: st.DataObject) -> None:
+    rows, segments = 60, []
+    first = 0
+    while first < rows:
+        length = data.draw(st.integers(0, min(35, rows - first)))
+        count = data.draw(st.integers(0, 3))
+        pages = tuple(data.draw(st.permutations(range(1, 9)))[:count])
+        segments.append((first, length, pages))
+        first += length + data.draw(st.integers(0, 3))
+        if len(segments) == 10:
+            break
+    case = make_case(data.draw(st.permutations(segments)), rows, 32, (16, 32), num_tiles=64)
+    for implementation in ("xla", "triton"):
+        assert_close(run(case, implementation), case.y + brute_force(case), "f32")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_nan_and_inf_stay_with_their_rows_and_pages(implementation: str) -> None:
+    case = make_case(MIXED, MIXED_ROWS, 64, (32, 16))
+    clean = run(case, implementation)
+    case.A[[3, 8]], case.B[7, 0] = np.nan, np.inf  # page 8 belongs to nobody
+    case.x[3], case.x[72], case.x[117] = np.nan, np.inf, np.nan  # the last two have no adapter
+    got = run(case, implementation)
+    dirty = [3, *range(75, 79), *range(96, 113)]
+    others = [t for t in range(MIXED_ROWS) if t not in dirty]
+    np.testing.assert_array_equal(got[others], clean[others])
+    assert not np.isfinite(got[dirty]).all(axis=1).any()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("size", [32, 1040])
+def test_a_row_keeps_its_bits_wherever_it_is_placed(size: int, implementation: str) -> None:
+    """Alone, among others, anywhere in a tile, under any capacity NT and MP: equal float32 bits."""
+    pages = (5, 2)
+    base = make_case([(0, 1, pages)], 1, size, (32, 16), num_tiles=1, max_pages=2)
+    expected = run(base, implementation)[0]
+    crowd = [(0, 21, (1,)), (21, 1, (4, 3, 2)), (24, 13, (2, 5))]
+    for offset, num_tiles, max_pages in ((0, 9, 3), (1, 9, 3), (7, 9, 3), (15, 9, 3), (16, 40, 5)):
+        segments = [*crowd, (40, offset + 1, pages), (40 + offset + 1, 4, pages), (66, 5, (8,))]
+        case = make_case(
+            segments, 73, size, (32, 16), num_tiles=num_tiles, max_pages=max_pages, seed=offset + 1
+        )
+        case.A[[*pages]], case.B[[*pages]] = base.A[[*pages]], base.B[[*pages]]
+        case.x[40 + offset], case.y[40 + offset] = base.x[0], base.y[0]
+        np.testing.assert_array_equal(run(case, implementation)[40 + offset], expected)
+
+
+def test_gradients_are_those_of_the_reference_and_of_the_formula() -> None:
+    case = make_case(MIXED, MIXED_ROWS, 48, (32, 16))
+    dout = np.random.default_rng(5).normal(size=case.y.shape).astype(np.float32)
+    arrays = [jnp.asarray(a) for a in (case.x, case.A, case.B, case.y)]
+
+    def of_op(x: jax.Array, A: jax.Array, B: jax.Array, y: jax.Array) -> jax.Array:
+        return smlm(x, A, B, case.plan, out_features=case.out_features, y=y)
+
+    def of_ref(x: jax.Array, A: jax.Array, B: jax.Array, y: jax.Array) -> jax.Array:
+        return y + smlm_ref(x, A, B, case.plan, case.out_features)
+
+    got, want = (jax.jit(lambda f=f: jax.vjp(f, *arrays)[1](jnp.asarray(dout)))() for f in (of_op, of_ref))
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other, "f32")
+    # Linear in B: <dB, B> is the loss. And nothing flows into pages or rows of nobody.
+    assert_close(np.vdot(got[2], case.B), np.vdot(dout, brute_force(case)), "f32_buckets")
+    np.testing.assert_array_equal(np.asarray(got[1])[[0, 8]], 0)
+    np.testing.assert_array_equal(np.asarray(got[0])[NO_ADAPTER], 0)
+
+
+def test_bad_arguments_are_refused_with_both_values() -> None:
+    case = make_case(MIXED, MIXED_ROWS, 64, (32, 16))
+    x, A, B, y = (jnp.asarray(a) for a in (case.x, case.A, case.B, case.y))
+
+    def call(
+        x: jax.Array = x, A: jax.Array = A, B: jax.Array = B, plan: SmlmPlan = case.plan,
+        out_features: tuple[int, ...] = (32, 16), **kwargs: object,
+    ) -> None:  # fmt: skip
+        smlm(x, A, B, plan, out_features=out_features, **kwargs)
+
+    with pytest.raises(ValueError, match=r"A: got shape \(9, 32, 48\), expected \(9, 32, 64\)"):
+        call(A=A[:, :, :48])
+    with pytest.raises(ValueError, match=r"B: got shape \(9, 16, 48\), expected \(9, 16, 64\)"):
+        call(out_features=(32, 32))
+    with pytest.raises(ValueError, match=r"out_features: got \(32, 15\), expected positive multiples of 16"):
+        call(out_features=(32, 15))
+    with pytest.raises(ValueError, match="x: got 40 input features"):
+        call(x=x[:, :40])
+    with pytest.raises(ValueError, match="got a plan of 118 rows, expected x's 117"):
+        call(x=x[:-1], y=y[:-1])
+    with pytest.raises(ValueError, match=r"plan.wide_row: got shape \(3,\), expected \(16,\)"):
+        call(plan=case.plan._replace(wide_row=case.plan.wide_row[:3]))
+    with pytest.raises(TypeError, match="y: got dtype bfloat16, expected x's float32"):
+        call(y=y.astype(jnp.bfloat16))
+    with pytest.raises(NotImplementedError, match="mosaic"):
+        call(implementation="mosaic")
+    with pytest.raises(ValueError, match="'cuda'"):
+        call(implementation="cuda")
+
+
+def test_one_compile_serves_every_plan_of_a_shape() -> None:
+    case = make_case(MIXED, MIXED_ROWS, 32, (16,))
+    traces = []
+
+    @jax.jit
+    def step(plan: SmlmPlan) -> jax.Array:
+        traces.append(1)
+        return smlm(jnp.asarray(case.x), jnp.asarray(case.A), jnp.asarray(case.B), plan, out_features=(16,))
+
+    for segments in (MIXED, MIXED[:2], []):
+        step(build_plan(segments, MIXED_ROWS, 16, 3))
+    assert len(traces) == 1

@@ -1,0 +1,86 @@
+"""The Triton kernels: every configuration gives the same numbers, and every shape class lowers for CUDA."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from pallas_kernels.smlm import TILE, WIDE, SmlmPlan, plan_shapes
+from pallas_kernels.smlm import triton as launches
+from pallas_kernels.smlm.triton import smlm_triton
+from pallas_kernels.smlm.tuning import SmlmConfig, default_config, num_spans
+from tests.kernels.smlm_cases import MIXED, MIXED_ROWS, Case, brute_force, make_case
+from tests.tolerances import assert_close
+
+CONFIGS = [
+    SmlmConfig(tile_rows=TILE, programs_k=16, block_k=64, block_n=64),
+    SmlmConfig(tile_rows=TILE, programs_k=1, block_k=256, block_n=16),
+    SmlmConfig(tile_rows=WIDE, programs_k=2, block_k=128, block_n=128),
+    SmlmConfig(tile_rows=TILE, fused=True, block_k=32, block_n=32),
+    SmlmConfig(tile_rows=WIDE, fused=True, block_k=64, block_n=256),
+]
+
+
+@contextlib.contextmanager
+def pretend_gpu() -> Iterator[None]:
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+def run(case: Case, config: SmlmConfig) -> jax.Array:
+    def f(*args: jax.Array) -> jax.Array:
+        x, A, B, y, *plan = args
+        return smlm_triton(x, A, B, SmlmPlan(*plan), case.out_features, y, config=config)
+
+    return jax.jit(f)(case.x, case.A, case.B, case.y, *case.plan)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+def test_every_configuration_is_the_formula(config: SmlmConfig) -> None:
+    # 6 pages: more than one product takes side by side; 1040 is no multiple of spans or blocks.
+    segments = [*MIXED, (113, 5, (8, 7, 6, 5, 4, 3))]
+    case = make_case(segments, MIXED_ROWS, 1040, (80, 16, 16), max_pages=6)
+    got = run(case, config)
+    assert_close(got, case.y + brute_force(case), "f32")
+
+
+def test_a_bounded_grid_walks_all_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(MIXED, MIXED_ROWS, 64, (48,))
+    config = SmlmConfig(block_n=16)
+    want = run(case, config)
+    monkeypatch.setattr(launches, "MAX_PROGRAMS", 3)
+    np.testing.assert_array_equal(run(case, config), want)
+
+
+def test_spans_grow_with_the_input_only() -> None:
+    assert [num_spans(n) for n in (16, 1023, 1024, 4096, 14336, 65536)] == [1, 1, 2, 8, 16, 16]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("rows", [32, 2048], ids=["decode", "mixed"])
+@pytest.mark.parametrize(
+    ("size", "out_features", "max_pages"),
+    [(4096, (4096, 1024, 1024), 1), (14336, (4096,), 4), (896, (4864, 4864), 6)],
+    ids=["qkv", "down_r64", "gate_up_r96"],
+)
+def test_lowers_for_cuda(
+    size: int, out_features: tuple[int, ...], max_pages: int, rows: int, dtype: jnp.dtype
+) -> None:
+    out, targets = sum(out_features), len(out_features)
+    shapes = [(rows, size), (65, targets * 16, size), (65, 16, out), (rows, out)]
+    x, A, B, y = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+
+    def f(x: jax.Array, A: jax.Array, B: jax.Array, plan: object, y: jax.Array) -> jax.Array:
+        return smlm_triton(x, A, B, plan, out_features, y, interpret=False)
+
+    with pretend_gpu():
+        traced = jax.jit(f, donate_argnums=4).trace(x, A, B, plan_shapes(rows, 32 + rows // 16, max_pages), y)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    config = default_config(size, rows, max_pages, dtype)
+    assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == (1 if config.fused else 2)
+    assert "output_operand_aliases" in text
