@@ -145,6 +145,19 @@ def test_unload_waits_for_the_last_request(store: AdapterStore) -> None:
     store.check_integrity()
 
 
+def test_pages_wait_for_the_newest_step_of_all_users(store: AdapterStore) -> None:
+    version = add(store, "a", pages=3)
+    store.acquire("a"), store.acquire("a")
+    store.ensure_resident(version)
+    store.release(version, epoch=5)
+    store.release(version, epoch=0)  # cancelled before its first step
+    store.complete(4)
+    with pytest.raises(CapacityError):
+        store.reserve(2)
+    store.complete(5)
+    assert len(store.reserve(2)) == 2
+
+
 def test_held_versions_may_be_evicted_but_come_back(store: AdapterStore) -> None:
     version = add(store, "a")
     store.hold("a")
