@@ -110,10 +110,7 @@ def write_peft(
     """
     check_weights(weights, shape, spec)
     folder = Path(folder)
-    if folder.exists():
-        found = {p.name for p in folder.iterdir()} if folder.is_dir() else {"no folder"}
-        if found - {CONFIG_FILE, WEIGHTS_FILE}:
-            raise AdapterError(f"folder: {folder} is or holds {sorted(found)}, expected only an adapter")
+    _check_replaceable(folder)
     # safetensors stores a buffer as it lies: of a transposed view it would save the transpose.
     tensors = {
         _tensor_name(key, name, shape): np.ascontiguousarray(weights[key][name], np.float32)
@@ -131,6 +128,13 @@ def write_peft(
         _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists():
+        found = {p.name for p in folder.iterdir()} if folder.is_dir() else {"no folder"}
+        if found - {CONFIG_FILE, WEIGHTS_FILE}:
+            raise AdapterError(f"folder: {folder} is or holds {sorted(found)}, expected only an adapter")
 
 
 def _replace(new: Path, folder: Path) -> None:

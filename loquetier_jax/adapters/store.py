@@ -182,8 +182,7 @@ class AdapterStore(Registry):
             host_weights_fn: Gives the published f32 weights at any later time; called at most once, so a job
                 calls `weights(version)` before its masters change.
             epoch: The last step dispatched with the pages.
-            fresh: Whether the job goes on; False when this is its last act, and its pages are simply the
-                version's.
+            fresh: Whether the job goes on; False when this is its last act.
             config: Kept with the version.
 
         Raises:
@@ -191,15 +190,12 @@ class AdapterStore(Registry):
             IntegrityError: `pages` are not a job's pages of that number; nothing is changed.
         """
         self.check_new(name, shape, replace=True)
-        pages = tuple(pages)
-        count = shape.num_pages
-        if not len(pages) == len(set(pages)) == count or not set(pages) <= self.pool.owned_by(JOBS):
-            raise IntegrityError(f"pages: got {pages}, expected {count} of a job's pages")
+        pages = self._of_a_job(pages, shape.num_pages)
         version = Version(id=next(self._ids), name=name, shape=shape, config=config, snapshot=host_weights_fn)
         kept: tuple[int, ...] = ()
         if fresh:
             try:
-                kept = self._residency.take(count, JOBS, doomed=self._doomed(name))
+                kept = self._residency.take(len(pages), JOBS, doomed=self._doomed(name))
             except CapacityError:
                 self._residency.load_host(version)
                 return Published(self._point(name, version), pages)
@@ -238,6 +234,11 @@ class AdapterStore(Registry):
 
     def _is_pinned(self, version: Version) -> bool:
         return version.name in self._pinned and self.is_current(version)
+
+    def _of_a_job(self, pages: Sequence[int], count: int) -> tuple[int, ...]:
+        if not len(pages) == len(set(pages)) == count or not set(pages) <= self.pool.owned_by(JOBS):
+            raise IntegrityError(f"pages: got {pages}, expected {count} of a job's pages")
+        return tuple(pages)
 
     def _doomed(self, name: str) -> Version | None:
         version = self._names.get(name)
