@@ -92,7 +92,7 @@ def test_a_loss_of_ones_own(make_data):
 
 @pytest.mark.parametrize("moves", range(24))
 def test_resume_anywhere_is_exact(make_data, tmp_path, moves):
-    """A job cut at any moment, mid-accumulation and mid-evaluation too, writes the same file as one never cut."""
+    """A job cut anywhere, mid-accumulation or mid-evaluation, writes the same file as one never cut."""
     data, held_out = make_data(LENGTHS), make_data([30, 30, 60], name="eval")
 
     def run(name, cut=None):

@@ -11,6 +11,7 @@ import pytest
 from loquetier_jax.adapters.lora import LoraShape
 from loquetier_jax.adapters.pages import empty_pages, pages_of
 from loquetier_jax.errors import ConfigError
+from loquetier_jax.jobs.checkpoint import CheckpointStore, read_arrays, read_state
 from loquetier_jax.jobs.config import OPTIMIZERS, TrainConfig
 from loquetier_jax.jobs.optimizer import build_optimizer_step, hyperparams, init_state, make_optimizer
 from loquetier_jax.models.spec import DecoderSpec
@@ -192,3 +193,22 @@ def test_clipping(limit, clips):
 def test_unknown_kind():
     with pytest.raises(ConfigError, match="optim"):
         make_optimizer("adam")
+
+
+def test_a_checkpoint_goes_on_with_the_same_bits(tmp_path):
+    run = Run("adamw", max_grad_norm=1.0)
+    gradients = [run.page_gradients() for _ in range(3)]
+    for g in gradients[:2]:
+        run.update(g)
+    path = CheckpointStore(tmp_path).save(
+        {"master": run.master, "opt_state": run.opt_state}, {"count": run.count}
+    )
+    compiled = run.step._cache_size()
+    again = Run("adamw", max_grad_norm=1.0, seed=1)
+    saved = jax.device_put(read_arrays(path, {"master": again.master, "opt_state": again.opt_state}))
+    again.master, again.opt_state = saved["master"], saved["opt_state"]
+    again.count = read_state(path)["count"]
+    for one in (run, again):
+        one.update(gradients[2])
+    assert all(map(np.array_equal, *(jax.tree.leaves((r.master, r.opt_state)) for r in (run, again))))
+    assert run.step._cache_size() == compiled

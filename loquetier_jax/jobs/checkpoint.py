@@ -1,0 +1,216 @@
+"""Checkpoints on disk that a kill at any moment cannot spoil: written aside, renamed, then marked committed.
+
+    folder/checkpoint-00000007/{arrays/ (orbax), state.json, COMMITTED}
+
+COMMITTED lists every file with its size. A folder without it does not exist for a reader, and is removed by
+the next save. One process writes to a folder at a time.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from loquetier_jax.config import require
+from loquetier_jax.errors import CheckpointError
+
+FORMAT = 1
+MARKER = "COMMITTED"
+PREFIX = "checkpoint-"
+ASIDE = ".writing-"
+FAULT_POINTS = (
+    "before_rename",
+    "after_rename",
+    "before_commit",
+    "after_commit",
+    "before_prune",
+    "during_prune",
+    "after_prune",
+)
+"""Where `CheckpointStore.save` calls its `fault` hook, in order; the prune ones once per pruned folder."""
+
+
+class CheckpointStore:
+    """The checkpoints of one job in a folder, newest last.
+
+    Args:
+        folder: Made on the first save.
+        keep: Committed checkpoints that stay, at least 1.
+        fault: Called with each name of FAULT_POINTS as a save gets there; tests kill the process in it.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, keep: int = 2, fault: Callable[[str], None] | None = None
+    ) -> None:
+        require(isinstance(keep, int) and keep >= 1, "keep", keep, "an integer >= 1")
+        self.folder = Path(folder)
+        self.keep = keep
+        self._fault = fault or (lambda point: None)
+
+    def committed(self) -> list[Path]:
+        """All readable checkpoints, oldest first."""
+        found = sorted(self.folder.glob(f"{PREFIX}*")) if self.folder.is_dir() else []
+        return [path for path in found if (path / MARKER).is_file()]
+
+    def latest(self) -> Path:
+        """The newest committed checkpoint.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if not (found := self.committed()):
+            raise CheckpointError(f"{self.folder}: no committed checkpoint")
+        return found[-1]
+
+    def save(self, arrays: dict[str, Any], state: dict[str, Any]) -> Path:
+        """Writes a checkpoint; when this returns it is on the disk and the newest, and old ones are gone.
+
+        Args:
+            arrays: Pytrees of jax or numpy arrays by name, e.g. {"master", "opt_state", "grads"}; stored
+                bit by bit.
+            state: JSON data, e.g. `Job.state_dict()` and what identifies the base.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: two arrays of one name, state that is not JSON; nothing is written.
+        """
+        flat = _flatten(arrays)
+        try:
+            text = json.dumps({"format": FORMAT, "state": state}, allow_nan=False, indent=1)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"state: {error}; expected JSON data") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(p.name.rpartition("-")[2]) for p in self._all()), default=0)
+        aside, final = self.folder / f"{ASIDE}{number:08d}", self.folder / f"{PREFIX}{number:08d}"
+        aside.mkdir()
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(aside.absolute() / "arrays", flat)
+        (aside / "state.json").write_text(text)
+        _sync_tree(aside)
+        self._fault("before_rename")
+        aside.rename(final)
+        _sync(self.folder)
+        self._fault("after_rename")
+        self._commit(final)
+        self._prune()
+        return final
+
+    def _commit(self, path: Path) -> None:
+        sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
+        aside = path / f"{MARKER}.aside"
+        aside.write_text(json.dumps(sizes, indent=1))
+        _sync(aside)
+        self._fault("before_commit")
+        aside.rename(path / MARKER)
+        _sync(path)
+        self._fault("after_commit")
+
+    def _prune(self) -> None:
+        committed = self.committed()
+        keep = set(committed[-self.keep :])
+        for path in sorted(set(self._all()) - keep):
+            self._fault("before_prune")
+            if path in committed:  # not readable any more before its files go
+                (path / MARKER).unlink()
+                _sync(path)
+            self._fault("during_prune")
+            shutil.rmtree(path)
+            self._fault("after_prune")
+
+    def _all(self) -> list[Path]:
+        """Whatever saves have left here, committed or not."""
+        names = (f"{kind}{'[0-9]' * 8}" for kind in (PREFIX, ASIDE))
+        return [path for name in names for path in self.folder.glob(name)]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """`path` itself if it is a committed checkpoint, else the newest one in it.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    path = Path(path)
+    return path if (path / MARKER).is_file() else CheckpointStore(path).latest()
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The JSON state of a committed checkpoint.
+
+    Raises:
+        CheckpointError: not committed, a file is missing or of another size, or another format.
+    """
+    path = Path(path)
+    if not (path / MARKER).is_file():
+        raise CheckpointError(f"{path}: not a committed checkpoint")
+    for name, size in json.loads((path / MARKER).read_text()).items():
+        got = (path / name).stat().st_size if (path / name).is_file() else None
+        if got != size:
+            raise CheckpointError(
+                f"{path / name}: got {got} bytes, expected {size}: the checkpoint is damaged"
+            )
+    saved = json.loads((path / "state.json").read_text())
+    if saved.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: got format {saved.get('format')}, expected {FORMAT}")
+    return saved["state"]
+
+
+def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a committed checkpoint, on the host.
+
+    Args:
+        path: The checkpoint.
+        like: The structure they had when saved; leaves have a shape and a dtype (arrays, ShapeDtypeStructs).
+
+    Returns:
+        `like` with numpy arrays.
+
+    Raises:
+        CheckpointError: an array is missing, left over, or of another shape or dtype.
+    """
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.restore(Path(path).absolute() / "arrays")
+    leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+    expected = {_name(key): leaf for key, leaf in leaves}
+    for name in sorted(expected.keys() | saved.keys()):
+        if (name in saved) != (name in expected):
+            raise CheckpointError(f"{path}: array {name!r} is {'left over' if name in saved else 'missing'}")
+        got, want = saved[name], expected[name]
+        if got.shape != tuple(want.shape) or got.dtype != want.dtype:
+            found, asked = f"{got.dtype}{list(got.shape)}", f"{want.dtype}{list(want.shape)}"
+            raise CheckpointError(f"{path}: array {name!r}: got {found}, expected {asked}")
+    return jax.tree.unflatten(tree, [saved[_name(key)] for key, _ in leaves])
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="|")
+
+
+def _flatten(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(arrays))
+    flat = {_name(path): np.asarray(leaf) for path, leaf in leaves}
+    if len(flat) != len(leaves):
+        raise CheckpointError("arrays: two of them have the same name")
+    return flat
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """fsync of a file or a folder: a rename must not reach the disk before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
