@@ -154,7 +154,8 @@ class Run:
 
         value, grads = jax.value_and_grad(objective)(params)
         state.hyperparams["learning_rate"] = rate
-        updates, state = self.optimizer.update(grads, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
+            updates, state = self.optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
     def progress(self, step: int, started: float) -> float:
@@ -181,8 +182,8 @@ class Run:
         return records
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `arguments` instead of the process's own if given."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -194,7 +195,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--eval-count", type=int, default=64, help="exchanges a skill at the end")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
