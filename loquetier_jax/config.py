@@ -13,7 +13,9 @@ from loquetier_jax.errors import ConfigError
 
 RANK_PAGE = 16  # ranks in one adapter page
 BLOCK = 16  # rows of one prefill block and of one LoRA tile
-PACK_ALIGN = 64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
+PACK_ALIGN = (
+    64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
+)
 
 Sampling = Literal["greedy", "plain", "full"]
 SAMPLING_LEVELS: tuple[str, ...] = ("greedy", "plain", "full")
@@ -61,17 +63,28 @@ class Bucket:
         for name in ("pack_tokens", "score_tokens"):
             value = getattr(self, name)
             require(value % PACK_ALIGN == 0, f"Bucket.{name}", value, f"a multiple of {PACK_ALIGN}")
-        require((self.packs > 0) == (self.pack_tokens > 0), "Bucket.packs", self.packs, "0 exactly when pack_tokens is 0")
+        require(
+            (self.packs > 0) == (self.pack_tokens > 0),
+            "Bucket.packs",
+            self.packs,
+            "0 exactly when pack_tokens is 0",
+        )
         require(
             (self.score_packs > 0) == (self.score_tokens > 0),
-            "Bucket.score_packs", self.score_packs, "0 exactly when score_tokens is 0",
+            "Bucket.score_packs",
+            self.score_packs,
+            "0 exactly when score_tokens is 0",
         )
         require(self.prefill % BLOCK == 0, "Bucket.prefill", self.prefill, f"a multiple of {BLOCK}")
         require(
             (self.chunks > 0) == (self.prefill > 0) and self.chunks * BLOCK <= self.prefill,
-            "Bucket.chunks", self.chunks, f"between 1 and prefill / {BLOCK} when prefill > 0, else 0",
+            "Bucket.chunks",
+            self.chunks,
+            f"between 1 and prefill / {BLOCK} when prefill > 0, else 0",
         )
-        require(self.sampling in SAMPLING_LEVELS, "Bucket.sampling", self.sampling, f"one of {SAMPLING_LEVELS}")
+        require(
+            self.sampling in SAMPLING_LEVELS, "Bucket.sampling", self.sampling, f"one of {SAMPLING_LEVELS}"
+        )
         require(self.rows > 0, "Bucket", self, "at least one row")
 
     @property
@@ -184,22 +197,48 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.dtype in ("float32", "bfloat16", "float16"), "dtype", self.dtype, "float32, bfloat16 or float16")
-        for name in ("max_model_len", "max_num_seqs", "max_adapters", "train_pages", "logit_chunk", "max_logit_bias"):
+        require(
+            self.dtype in ("float32", "bfloat16", "float16"),
+            "dtype",
+            self.dtype,
+            "float32, bfloat16 or float16",
+        )
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_adapters",
+            "train_pages",
+            "logit_chunk",
+            "max_logit_bias",
+        ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         require(
             self.kv_page_size >= 1 and self.kv_page_size % BLOCK == 0,
-            "kv_page_size", self.kv_page_size, f"a multiple of {BLOCK}",
+            "kv_page_size",
+            self.kv_page_size,
+            f"a multiple of {BLOCK}",
         )
         require(
             self.max_lora_rank >= RANK_PAGE and self.max_lora_rank % RANK_PAGE == 0,
-            "max_lora_rank", self.max_lora_rank, f"a multiple of {RANK_PAGE}",
+            "max_lora_rank",
+            self.max_lora_rank,
+            f"a multiple of {RANK_PAGE}",
         )
         known = ("qkv_proj", "attention", "o_proj", "gate_up_proj")
         require(set(self.keep) <= set(known), "keep", self.keep, f"a subset of {known}")
         require(len(self.buckets) > 0, "buckets", self.buckets, "at least one Bucket (see configs/engine/)")
-        require(any(b.prefill for b in self.buckets), "buckets", self.buckets, "at least one bucket with prefill rows")
-        require(any(b.decode for b in self.buckets), "buckets", self.buckets, "at least one bucket with decode rows")
+        require(
+            any(b.prefill for b in self.buckets),
+            "buckets",
+            self.buckets,
+            "at least one bucket with prefill rows",
+        )
+        require(
+            any(b.decode for b in self.buckets),
+            "buckets",
+            self.buckets,
+            "at least one bucket with decode rows",
+        )
 
     @property
     def max_pages_per_seq(self) -> int:

@@ -45,7 +45,7 @@ class AdapterStore(Registry):
         self.pool = PagePool(num_pages)
         self._max_pages = min(max_pages, num_pages - 1)
         self._residency = Residency(
-            spec, self.pool, self._versions, write, max_host_adapters, self._is_pinned
+            spec, self.pool, self._versions, write, max_host_adapters, self.is_pinned
         )
 
     def add(
@@ -232,7 +232,8 @@ class AdapterStore(Registry):
         self._residency.trim_host()
         return version
 
-    def _is_pinned(self, version: Version) -> bool:
+    def is_pinned(self, version: Version) -> bool:
+        """Whether the version has to stay on the device."""
         return version.name in self._pinned and self.is_current(version)
 
     def _of_a_job(self, pages: Sequence[int], count: int) -> tuple[int, ...]:

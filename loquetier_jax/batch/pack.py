@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
-from pallas_kernels import build_plan
 
 from loquetier_jax.batch.segments import MAX_BANNED, SampleRows, SegmentBatch, empty_batch, num_tiles
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
 from loquetier_jax.jobs.data import Pack
 from loquetier_jax.serve.params import SamplingParams
+from pallas_kernels import build_plan
 
 AdapterPages = tuple[int, ...]
 Segment = tuple[int, int, AdapterPages]  # first row, rows, pages
@@ -140,7 +140,12 @@ def _fill_score(
 
 
 def _fill_prefill(
-    items: list[ChunkItem], bucket: Bucket, cfg: EngineConfig, batch: SegmentBatch, segments: list[Segment], first: int
+    items: list[ChunkItem],
+    bucket: Bucket,
+    cfg: EngineConfig,
+    batch: SegmentBatch,
+    segments: list[Segment],
+    first: int,
 ) -> int:
     rows, at = batch.prefill, 0
     for c, item in enumerate(items):
@@ -166,7 +171,12 @@ def _fill_prefill(
 
 
 def _fill_decode(
-    items: list[DecodeItem], bucket: Bucket, cfg: EngineConfig, batch: SegmentBatch, segments: list[Segment], first: int
+    items: list[DecodeItem],
+    bucket: Bucket,
+    cfg: EngineConfig,
+    batch: SegmentBatch,
+    segments: list[Segment],
+    first: int,
 ) -> None:
     rows = batch.decode
     for i, item in enumerate(items):
@@ -191,7 +201,12 @@ def _fill_decode(
 def _fill_sample(rows: SampleRows, i: int, served: ServedItem) -> None:
     p = served.params
     rows.slots[i], rows.index[i], rows.seed[i] = served.slot, served.index, served.seed
-    rows.temperature[i], rows.top_k[i], rows.top_p[i], rows.min_p[i] = p.temperature, p.top_k, p.top_p, p.min_p
+    rows.temperature[i], rows.top_k[i], rows.top_p[i], rows.min_p[i] = (
+        p.temperature,
+        p.top_k,
+        p.top_p,
+        p.min_p,
+    )
     if p.level != "full":
         return
     rows.repetition_penalty[i] = p.repetition_penalty

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
-from pallas_kernels import AttentionPlan, SmlmPlan
 
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
+from pallas_kernels import AttentionPlan, SmlmPlan, plan_shapes
 
 
 @flax.struct.dataclass
@@ -21,10 +21,10 @@ class PackRows:
         tokens, targets, positions, segments: [G * L]; segment -1 is padding.
     """
 
-    tokens: Int[Array, "T"]
-    targets: Int[Array, "T"]
-    positions: Int[Array, "T"]
-    segments: Int[Array, "T"]
+    tokens: Int[Array, " T"]
+    targets: Int[Array, " T"]
+    positions: Int[Array, " T"]
+    segments: Int[Array, " T"]
 
 
 @flax.struct.dataclass
@@ -41,11 +41,11 @@ class TrainRows:
     """
 
     rows: PackRows
-    weights: Float[Array, "T"]
+    weights: Float[Array, " T"]
     pages: Int[Array, "G MP"]
     grad_pages: Int[Array, "G MP"]
-    drop_keys: UInt[Array, "T"]
-    drop_rates: Float[Array, "G"]
+    drop_keys: UInt[Array, " T"]
+    drop_rates: Float[Array, " G"]
 
 
 @flax.struct.dataclass
@@ -59,12 +59,12 @@ class PrefillRows:
         last_row: [C] row of a chunk's last token, counted within the prefill rows.
     """
 
-    tokens: Int[Array, "rows"]
-    positions: Int[Array, "rows"]
-    kv_page: Int[Array, "rows"]
-    kv_offset: Int[Array, "rows"]
+    tokens: Int[Array, " rows"]
+    positions: Int[Array, " rows"]
+    kv_page: Int[Array, " rows"]
+    kv_offset: Int[Array, " rows"]
     plan: AttentionPlan
-    last_row: Int[Array, "C"]
+    last_row: Int[Array, " C"]
 
 
 @flax.struct.dataclass
@@ -77,10 +77,10 @@ class DecodeRows:
         plan: Blocks of one row.
     """
 
-    slots: Int[Array, "B"]
-    positions: Int[Array, "B"]
-    kv_page: Int[Array, "B"]
-    kv_offset: Int[Array, "B"]
+    slots: Int[Array, " B"]
+    positions: Int[Array, " B"]
+    kv_page: Int[Array, " B"]
+    kv_offset: Int[Array, " B"]
     plan: AttentionPlan
 
 
@@ -96,16 +96,16 @@ class SampleRows:
         banned_ids: [n, NS] ids that may not be sampled yet (min_tokens), -1 = none.
     """
 
-    slots: Int[Array, "n"]
-    index: Int[Array, "n"]
-    seed: UInt[Array, "n"]
-    temperature: Float[Array, "n"]
-    top_k: Int[Array, "n"]
-    top_p: Float[Array, "n"]
-    min_p: Float[Array, "n"]
-    repetition_penalty: Float[Array, "n"]
-    presence_penalty: Float[Array, "n"]
-    frequency_penalty: Float[Array, "n"]
+    slots: Int[Array, " n"]
+    index: Int[Array, " n"]
+    seed: UInt[Array, " n"]
+    temperature: Float[Array, " n"]
+    top_k: Int[Array, " n"]
+    top_p: Float[Array, " n"]
+    min_p: Float[Array, " n"]
+    repetition_penalty: Float[Array, " n"]
+    presence_penalty: Float[Array, " n"]
+    frequency_penalty: Float[Array, " n"]
     bias_ids: Int[Array, "n NB"]
     bias: Float[Array, "n NB"]
     banned_ids: Int[Array, "n NS"]
@@ -155,26 +155,52 @@ def empty_batch(bucket: Bucket, cfg: EngineConfig) -> SegmentBatch:
 
     b, t, n, tiles = bucket, bucket.train_rows, bucket.samples, num_tiles(bucket)
     return SegmentBatch(
-        lora=SmlmPlan(
-            tile_row=i32(tiles), tile_len=i32(tiles), tile_pages=i32(tiles, mp), row_slot=i32(b.rows, fill=-1)
-        ),
-        train=None if not t else TrainRows(
-            rows=packs(t), weights=f32(t), pages=i32(b.packs, mp), grad_pages=i32(b.packs, mp),
-            drop_keys=np.zeros(t, np.uint32), drop_rates=f32(b.packs),
+        lora=jax.tree.map(lambda s: np.zeros(s.shape, np.int32), plan_shapes(b.rows, tiles, mp)),
+        train=None
+        if not t
+        else TrainRows(
+            rows=packs(t),
+            weights=f32(t),
+            pages=i32(b.packs, mp),
+            grad_pages=i32(b.packs, mp),
+            drop_keys=np.zeros(t, np.uint32),
+            drop_rates=f32(b.packs),
         ),
         score=None if not b.score_rows else packs(b.score_rows),
-        prefill=None if not b.prefill else PrefillRows(
-            tokens=i32(b.prefill), positions=i32(b.prefill), kv_page=i32(b.prefill), kv_offset=i32(b.prefill),
-            plan=attention(b.prefill // BLOCK, b.chunks), last_row=i32(b.chunks),
+        prefill=None
+        if not b.prefill
+        else PrefillRows(
+            tokens=i32(b.prefill),
+            positions=i32(b.prefill),
+            kv_page=i32(b.prefill),
+            kv_offset=i32(b.prefill),
+            plan=attention(b.prefill // BLOCK, b.chunks),
+            last_row=i32(b.chunks),
         ),
-        decode=None if not b.decode else DecodeRows(
-            slots=i32(b.decode, fill=trash_slot), positions=i32(b.decode), kv_page=i32(b.decode),
-            kv_offset=i32(b.decode), plan=attention(b.decode, b.decode),
+        decode=None
+        if not b.decode
+        else DecodeRows(
+            slots=i32(b.decode, fill=trash_slot),
+            positions=i32(b.decode),
+            kv_page=i32(b.decode),
+            kv_offset=i32(b.decode),
+            plan=attention(b.decode, b.decode),
         ),
-        sample=None if not n else SampleRows(
-            slots=i32(n, fill=trash_slot), index=i32(n), seed=np.zeros(n, np.uint32), temperature=f32(n), top_k=i32(n),
-            top_p=f32(n, fill=1.0), min_p=f32(n), repetition_penalty=f32(n, fill=1.0), presence_penalty=f32(n),
-            frequency_penalty=f32(n), bias_ids=i32(n, cfg.max_logit_bias, fill=-1), bias=f32(n, cfg.max_logit_bias),
+        sample=None
+        if not n
+        else SampleRows(
+            slots=i32(n, fill=trash_slot),
+            index=i32(n),
+            seed=np.zeros(n, np.uint32),
+            temperature=f32(n),
+            top_k=i32(n),
+            top_p=f32(n, fill=1.0),
+            min_p=f32(n),
+            repetition_penalty=f32(n, fill=1.0),
+            presence_penalty=f32(n),
+            frequency_penalty=f32(n),
+            bias_ids=i32(n, cfg.max_logit_bias, fill=-1),
+            bias=f32(n, cfg.max_logit_bias),
             banned_ids=i32(n, MAX_BANNED, fill=-1),
         ),
     )
@@ -187,10 +213,12 @@ def shapes_of(tree: Any) -> Any:
 
 def ravel(tree: Any) -> np.ndarray:
     """All leaves (4-byte numpy arrays) as one int32 buffer: one host-to-device copy a step instead of dozens."""
-    return np.concatenate([np.ascontiguousarray(leaf).view(np.int32).ravel() for leaf in jax.tree.leaves(tree)])
+    return np.concatenate(
+        [np.ascontiguousarray(leaf).view(np.int32).ravel() for leaf in jax.tree.leaves(tree)]
+    )
 
 
-def unravel(template: Any, flat: Int[Array, "N"]) -> Any:
+def unravel(template: Any, flat: Int[Array, " N"]) -> Any:
     """The inverse of `ravel` inside jit; `template` has the shapes and dtypes."""
     leaves, tree = jax.tree.flatten(template)
     out, start = [], 0
@@ -207,7 +235,7 @@ def host_tree_size(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def positions_of(batch: SegmentBatch) -> Int[Array, "T"]:
+def positions_of(batch: SegmentBatch) -> Int[Array, " T"]:
     """Positions of all rows in flat order."""
     parts = [
         batch.train.rows.positions if batch.train else None,

@@ -13,8 +13,15 @@ from loquetier_jax.step.ops import ReplayOps
 
 
 def backward_start(
-    spec: DecoderSpec, cfg: EngineConfig, packs: int, loss: Loss | None, template: TrainRows,
-    head: Params, hidden: jax.Array, logp: jax.Array, flat: jax.Array,
+    spec: DecoderSpec,
+    cfg: EngineConfig,
+    packs: int,
+    loss: Loss | None,
+    template: TrainRows,
+    head: Params,
+    hidden: jax.Array,
+    logp: jax.Array,
+    flat: jax.Array,
 ) -> jax.Array:
     """From the log-probs of the targets to d loss / d hidden.
 
@@ -33,9 +40,20 @@ def backward_start(
 
 
 def backward_slice(
-    spec: DecoderSpec, cfg: EngineConfig, tokens: int, pack_pages: int, use_dropout: bool, window_layer: int,
-    template: TrainRows, layers: list[dict[str, jax.Array]], pages: Pages, kept: Kept, dx: jax.Array, grads: Pages,
-    first: jax.Array, flat: jax.Array,
+    spec: DecoderSpec,
+    cfg: EngineConfig,
+    tokens: int,
+    pack_pages: int,
+    use_dropout: bool,
+    window_layer: int,
+    template: TrainRows,
+    layers: list[dict[str, jax.Array]],
+    pages: Pages,
+    kept: Kept,
+    dx: jax.Array,
+    grads: Pages,
+    first: jax.Array,
+    flat: jax.Array,
 ) -> tuple[jax.Array, Pages]:
     """Replays some layers, last first, and adds their adapter gradients to the pool.
 
@@ -44,7 +62,7 @@ def backward_slice(
         window_layer: Static: first layer of the slice, for its attention windows.
         layers, pages, kept, grads: Those of the slice, in order; `grads` is donated, `kept` cannot be (no output has
             its shapes): it dies when the caller drops the last reference.
-        dx: [T, D] gradient of the slice's output; donated.
+        dx: [T, D] gradient of the slice's output; kept, because its readiness tells that the slice before is done.
         first: Traced index of the slice's first layer (dropout), so that slices share a compile.
 
     Returns:
@@ -58,10 +76,16 @@ def backward_slice(
         lora = jax.tree.map(lambda a: a[ids].astype(jnp.float32), pages[i])  # so that their gradients are f32
         ops = (window_layer + i, first + i, layers[i])
 
-        def replay(x: jax.Array, lora: dict[str, tuple[jax.Array, jax.Array]], ops=ops, kept=kept[i]) -> jax.Array:
+        def replay(
+            x: jax.Array, lora: dict[str, tuple[jax.Array, jax.Array]], ops=ops, kept=kept[i]
+        ) -> jax.Array:
             window, index, w = ops
             return layer(
-                spec, w, x, rope, ReplayOps(spec, cfg, tokens, window, index, w, lora, kept, train, use_dropout)
+                spec,
+                w,
+                x,
+                rope,
+                ReplayOps(spec, cfg, tokens, window, index, w, lora, kept, train, use_dropout),
             )
 
         dx, delta = jax.vjp(replay, kept[i]["x"], lora)[1](dx)

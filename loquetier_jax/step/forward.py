@@ -51,8 +51,17 @@ def tokens_of(batch: SegmentBatch, slots: SlotState) -> jax.Array:
 
 
 def run_layers(
-    spec: DecoderSpec, cfg: EngineConfig, bucket: Bucket, use_dropout: bool, params: Params, pages: Pages,
-    kv: Cache | None, batch: SegmentBatch, x: jax.Array, rope: tuple[jax.Array, jax.Array], first: int = 0,
+    spec: DecoderSpec,
+    cfg: EngineConfig,
+    bucket: Bucket,
+    use_dropout: bool,
+    params: Params,
+    pages: Pages,
+    kv: Cache | None,
+    batch: SegmentBatch,
+    x: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    first: int = 0,
 ) -> tuple[jax.Array, Cache, Kept]:
     """Layers first, first + 1, ... over the rows x [T, D]; `params["layers"]`, `pages` and `kv` hold just those."""
     kept, written = [], []
@@ -67,8 +76,16 @@ def run_layers(
 
 
 def forward(
-    spec: DecoderSpec, cfg: EngineConfig, bucket: Bucket, template: SegmentBatch, use_dropout: bool,
-    params: Params, pages: Pages, kv: Cache, slots: SlotState, flat: jax.Array,
+    spec: DecoderSpec,
+    cfg: EngineConfig,
+    bucket: Bucket,
+    template: SegmentBatch,
+    use_dropout: bool,
+    params: Params,
+    pages: Pages,
+    kv: Cache,
+    slots: SlotState,
+    flat: jax.Array,
 ) -> tuple[Cache, SlotState, ForwardOut]:
     """One step over every kind of row.
 
@@ -89,14 +106,23 @@ def forward(
         train = score_rows(spec, params, x[:t], batch.train.rows.targets, limit=cfg.logit_chunk, top=0)
     if s:
         scored = x[t : t + s]
-        score = score_rows(spec, params, scored, batch.score.targets, limit=cfg.logit_chunk, top=cfg.max_logprobs)
+        score = score_rows(
+            spec, params, scored, batch.score.targets, limit=cfg.logit_chunk, top=cfg.max_logprobs
+        )
     if bucket.samples:
         rows = sample_rows(bucket, batch, x[t + s :])
         slots, sampled = sample(
-            logits(spec, params, final_norm(spec, params, rows)), batch.sample, slots,
-            level=bucket.sampling, max_logprobs=cfg.max_logprobs,
+            logits(spec, params, final_norm(spec, params, rows)),
+            batch.sample,
+            slots,
+            level=bucket.sampling,
+            max_logprobs=cfg.max_logprobs,
         )
-    return kv, slots, ForwardOut(sampled=sampled, train=train, score=score, kept=kept, hidden=x[:t] if t else None)
+    return (
+        kv,
+        slots,
+        ForwardOut(sampled=sampled, train=train, score=score, kept=kept, hidden=x[:t] if t else None),
+    )
 
 
 def sample_rows(bucket: Bucket, batch: SegmentBatch, x: jax.Array) -> jax.Array:
@@ -107,17 +133,23 @@ def sample_rows(bucket: Bucket, batch: SegmentBatch, x: jax.Array) -> jax.Array:
     return jnp.concatenate([decode, x[batch.prefill.last_row]])
 
 
-def forward_start(
-    spec: DecoderSpec, template: SegmentBatch, params: Params, flat: jax.Array
-) -> jax.Array:
+def forward_start(spec: DecoderSpec, template: SegmentBatch, params: Params, flat: jax.Array) -> jax.Array:
     """Embeddings of the train rows of a step that has no other rows: the start of a sliced forward. -> [T, D]."""
     batch = unravel(template, flat)
     return embed(spec, params, batch.train.rows.tokens)
 
 
 def forward_slice(
-    spec: DecoderSpec, cfg: EngineConfig, bucket: Bucket, template: SegmentBatch, use_dropout: bool, first: int,
-    layers: list[dict[str, jax.Array]], pages: Pages, x: jax.Array, flat: jax.Array,
+    spec: DecoderSpec,
+    cfg: EngineConfig,
+    bucket: Bucket,
+    template: SegmentBatch,
+    use_dropout: bool,
+    first: int,
+    layers: list[dict[str, jax.Array]],
+    pages: Pages,
+    x: jax.Array,
+    flat: jax.Array,
 ) -> tuple[jax.Array, Kept]:
     """Some layers of the train rows alone, for packs whose whole forward would overrun the latency promise."""
     batch = unravel(template, flat)

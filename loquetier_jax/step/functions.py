@@ -54,7 +54,11 @@ class StepFunctions:
     def __init__(self, spec: DecoderSpec, cfg: EngineConfig, state: DeviceState) -> None:
         self.spec, self.cfg = spec, cfg
         self._params, self._pages = shapes_of(state.params), shapes_of(state.pages)
-        self._kv, self._slots, self._grads = shapes_of(state.kv), shapes_of(state.slots), shapes_of(state.grads)
+        self._kv, self._slots, self._grads = (
+            shapes_of(state.kv),
+            shapes_of(state.slots),
+            shapes_of(state.grads),
+        )
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._lock = threading.Lock()
         self._building: dict[Any, threading.Lock] = {}
@@ -81,9 +85,11 @@ class StepFunctions:
             template = shapes_of(empty_batch(bucket, self.cfg))
             f = functools.partial(forward.forward, self.spec, self.cfg, bucket, template, dropout)
             flat = self._flat(template)
-            return jax.jit(f, donate_argnums=(2, 3)).lower(
-                self._params, self._pages, self._kv, self._slots, flat
-            ).compile()
+            return (
+                jax.jit(f, donate_argnums=(2, 3))
+                .lower(self._params, self._pages, self._kv, self._slots, flat)
+                .compile()
+            )
 
         return self._get(("forward", bucket, dropout), build)
 
@@ -93,7 +99,9 @@ class StepFunctions:
         prompt = jax.ShapeDtypeStruct((self.cfg.max_model_len,), jnp.int32)
         return self._get(
             "admit",
-            lambda: jax.jit(admit_slot, donate_argnums=0).lower(self._slots, scalar, prompt, scalar).compile(),
+            lambda: (
+                jax.jit(admit_slot, donate_argnums=0).lower(self._slots, scalar, prompt, scalar).compile()
+            ),
         )
 
     def forward_start(self, key: TrainKey) -> Callable[..., Any]:
@@ -118,9 +126,16 @@ class StepFunctions:
             f = functools.partial(
                 forward.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, start
             )
-            return jax.jit(f).lower(
-                self._params["layers"][start:stop], self._pages[start:stop], self._hidden(key), self._flat(template)
-            ).compile()
+            return (
+                jax.jit(f)
+                .lower(
+                    self._params["layers"][start:stop],
+                    self._pages[start:stop],
+                    self._hidden(key),
+                    self._flat(template),
+                )
+                .compile()
+            )
 
         where = start if key.dropout else None
         return self._get(("forward_slice", key.bucket, key.dropout, windows, where), build)
@@ -131,7 +146,9 @@ class StepFunctions:
 
         def build() -> Callable[..., Any]:
             f = functools.partial(forward.forward_end, self.spec, self.cfg, template)
-            return jax.jit(f).lower(head_params(self._params), self._hidden(key), self._flat(template)).compile()
+            return (
+                jax.jit(f).lower(head_params(self._params), self._hidden(key), self._flat(template)).compile()
+            )
 
         return self._get(("forward_end", key.bucket), build)
 
@@ -142,25 +159,43 @@ class StepFunctions:
         def build() -> Callable[..., Any]:
             f = functools.partial(backward.backward_start, self.spec, self.cfg, key.packs, key.loss, template)
             logp = jax.ShapeDtypeStruct((key.bucket.train_rows,), jnp.float32)
-            return jax.jit(f).lower(
-                head_params(self._params), self._hidden(key), logp, self._flat(template)
-            ).compile()
+            return (
+                jax.jit(f)
+                .lower(head_params(self._params), self._hidden(key), logp, self._flat(template))
+                .compile()
+            )
 
         return self._get(("backward_start", key.bucket, key.loss), build)
 
     def backward_slice(self, key: TrainKey, start: int, stop: int) -> Callable[..., Any]:
-        """(layers, pages, kept, dx*, grads*, first, flat) -> (dx, grads) for layers [start, stop)."""
+        """(layers, pages, kept, dx, grads*, first, flat) -> (dx, grads) for layers [start, stop)."""
         template = shapes_of(empty_batch(key.bucket, self.cfg)).train
         windows = self.spec.sliding_window[start:stop]
 
         def build() -> Callable[..., Any]:
             f = functools.partial(
-                backward.backward_slice, self.spec, self.cfg, key.pack_tokens, key.pages, key.dropout, start, template
+                backward.backward_slice,
+                self.spec,
+                self.cfg,
+                key.pack_tokens,
+                key.pages,
+                key.dropout,
+                start,
+                template,
             )
-            return jax.jit(f, donate_argnums=(3, 4)).lower(
-                self._params["layers"][start:stop], self._pages[start:stop], [self._kept(key)] * (stop - start),
-                self._hidden(key), self._grads[start:stop], jax.ShapeDtypeStruct((), jnp.int32), self._flat(template),
-            ).compile()
+            return (
+                jax.jit(f, donate_argnums=4)
+                .lower(
+                    self._params["layers"][start:stop],
+                    self._pages[start:stop],
+                    [self._kept(key)] * (stop - start),
+                    self._hidden(key),
+                    self._grads[start:stop],
+                    jax.ShapeDtypeStruct((), jnp.int32),
+                    self._flat(template),
+                )
+                .compile()
+            )
 
         return self._get(("backward_slice", key.bucket, key.pages, key.dropout, windows), build)
 
@@ -192,6 +227,9 @@ class StepFunctions:
     def _kept(self, key: TrainKey) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of what the forward keeps of one layer."""
         widths = {group: sum(outs) for group, (_, outs) in self.spec.group_shapes.items()}
-        widths |= {"attention": self.spec.num_attention_heads * self.spec.head_dim, "x": self.spec.hidden_size}
+        widths |= {
+            "attention": self.spec.num_attention_heads * self.spec.head_dim,
+            "x": self.spec.hidden_size,
+        }
         dtype, rows = jnp.dtype(self.cfg.dtype), key.bucket.train_rows
         return {n: jax.ShapeDtypeStruct((rows, widths[n]), dtype) for n in sorted({*self.cfg.keep, "x"})}

@@ -11,25 +11,33 @@ from loquetier_jax.config import PACK_ALIGN
 from loquetier_jax.models.decoder import final_norm, logits
 from loquetier_jax.models.spec import DecoderSpec
 
-Loss = Callable[[Float[Array, "L"], Float[Array, "L"]], Float[Array, ""]]
+Loss = Callable[[Float[Array, " L"], Float[Array, " L"]], Float[Array, ""]]
 
 
 def chunk_rows(rows: int, limit: int) -> int:
     """The largest divisor of `rows` that is a multiple of PACK_ALIGN and at most `limit` (PACK_ALIGN at least)."""
-    fits = [c for c in range(PACK_ALIGN, rows + 1, PACK_ALIGN) if rows % c == 0 and c <= max(limit, PACK_ALIGN)]
+    fits = [
+        c for c in range(PACK_ALIGN, rows + 1, PACK_ALIGN) if rows % c == 0 and c <= max(limit, PACK_ALIGN)
+    ]
     return max(fits)
 
 
 def token_scores(
-    spec: DecoderSpec, params: dict[str, Any], x: Float[Array, "C D"], targets: Int[Array, "C"]
-) -> tuple[Float[Array, "C"], Float[Array, "C V"]]:
+    spec: DecoderSpec, params: dict[str, Any], x: Float[Array, "C D"], targets: Int[Array, " C"]
+) -> tuple[Float[Array, " C"], Float[Array, "C V"]]:
     """Log-probs of `targets` and of the whole vocabulary for one chunk of final hidden states (before the norm)."""
     logp = jax.nn.log_softmax(logits(spec, params, final_norm(spec, params, x)), axis=-1)
     return jnp.take_along_axis(logp, targets[:, None], axis=1)[:, 0], logp
 
 
 def score_rows(
-    spec: DecoderSpec, params: dict[str, Any], x: Float[Array, "T D"], targets: Int[Array, "T"], *, limit: int, top: int
+    spec: DecoderSpec,
+    params: dict[str, Any],
+    x: Float[Array, "T D"],
+    targets: Int[Array, " T"],
+    *,
+    limit: int,
+    top: int,
 ) -> dict[str, Array]:
     """Scores rows chunk by chunk, so that vocabulary-sized logits exist only for `limit` rows at once.
 
@@ -53,8 +61,13 @@ def score_rows(
 
 
 def backward_head(
-    spec: DecoderSpec, params: dict[str, Any], x: Float[Array, "T D"], targets: Int[Array, "T"],
-    dlogp: Float[Array, "T"], *, limit: int,
+    spec: DecoderSpec,
+    params: dict[str, Any],
+    x: Float[Array, "T D"],
+    targets: Int[Array, " T"],
+    dlogp: Float[Array, " T"],
+    *,
+    limit: int,
 ) -> Float[Array, "T D"]:
     """d loss / d x (final hidden states, before the norm) from d loss / d log-prob; logits are recomputed by chunk."""
     c = chunk_rows(x.shape[0], limit)
@@ -67,7 +80,9 @@ def backward_head(
     return dx.reshape(x.shape)
 
 
-def loss_cotangent(loss: Loss | None, logp: Float[Array, "G L"], weights: Float[Array, "G L"]) -> Float[Array, "G L"]:
+def loss_cotangent(
+    loss: Loss | None, logp: Float[Array, "G L"], weights: Float[Array, "G L"]
+) -> Float[Array, "G L"]:
     """d loss / d log-prob, pack by pack.
 
     Args:

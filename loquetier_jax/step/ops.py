@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from pallas_kernels import pack_lora, paged_attention, smlm
 
 from loquetier_jax.batch.segments import PackRows, SegmentBatch, TrainRows
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
@@ -20,10 +19,18 @@ from loquetier_jax.models.decoder import base_linear
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from loquetier_jax.step.pack_attention import pack_attention
+from pallas_kernels import pack_lora, paged_attention, smlm
 
 
 def attend_packs(
-    spec: DecoderSpec, cfg: EngineConfig, layer: int, rows: PackRows, tokens: int, q: jax.Array, k: jax.Array, v: jax.Array
+    spec: DecoderSpec,
+    cfg: EngineConfig,
+    layer: int,
+    rows: PackRows,
+    tokens: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
 ) -> jax.Array:
     """Causal attention inside packs of `tokens` rows. q [T, N, H], k and v [T, K, H] -> [T, N * H]."""
 
@@ -31,8 +38,14 @@ def attend_packs(
         return a.reshape(-1, tokens, *a.shape[1:])
 
     out = pack_attention(
-        packs(q), packs(k), packs(v), packs(rows.positions), packs(rows.segments), scale=spec.head_dim**-0.5,
-        window=spec.sliding_window[layer], implementation=cfg.train_attention,
+        packs(q),
+        packs(k),
+        packs(v),
+        packs(rows.positions),
+        packs(rows.segments),
+        scale=spec.head_dim**-0.5,
+        window=spec.sliding_window[layer],
+        implementation=cfg.train_attention,
     )
     return out.reshape(q.shape[0], -1)
 
@@ -86,7 +99,9 @@ class ForwardOps:
         ):
             if rows is not None:
                 cut = slice(at, at + count)
-                parts.append(attend_packs(self.spec, self.cfg, self.layer, rows, tokens, q[cut], k[cut], v[cut]))
+                parts.append(
+                    attend_packs(self.spec, self.cfg, self.layer, rows, tokens, q[cut], k[cut], v[cut])
+                )
                 at += count
         if b.prefill is not None or b.decode is not None:
             parts += self._attend_cache(q[at:], k[at:], v[at:])
@@ -102,8 +117,13 @@ class ForwardOps:
             if rows is not None:
                 size = rows.positions.shape[0]
                 out = paged_attention(
-                    q[at : at + size], *self.kv, rows.plan, block_rows=block, scale=self.spec.head_dim**-0.5,
-                    window=self.spec.sliding_window[self.layer], implementation=self.cfg.attention,
+                    q[at : at + size],
+                    *self.kv,
+                    rows.plan,
+                    block_rows=block,
+                    scale=self.spec.head_dim**-0.5,
+                    window=self.spec.sliding_window[self.layer],
+                    implementation=self.cfg.attention,
                 )
                 outs.append(out.reshape(size, -1))
                 at += size
@@ -116,7 +136,9 @@ def known(f: Callable[..., jax.Array], y: jax.Array, *args: Any) -> jax.Array:
     return y
 
 
-def _known_forward(f: Callable[..., jax.Array], y: jax.Array, *args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+def _known_forward(
+    f: Callable[..., jax.Array], y: jax.Array, *args: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
     return y, args
 
 
@@ -167,5 +189,7 @@ class ReplayOps:
         return self._run(group, project, h, *self.lora[group])
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        attend = functools.partial(attend_packs, self.spec, self.cfg, self.window_layer, self.train.rows, self.tokens)
+        attend = functools.partial(
+            attend_packs, self.spec, self.cfg, self.window_layer, self.train.rows, self.tokens
+        )
         return self._run("attention", attend, q, k, v)

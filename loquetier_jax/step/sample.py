@@ -22,7 +22,7 @@ class SlotState:
         prompt_seen: [S + 1, V] whether its prompt holds the token.
     """
 
-    last_token: Int[Array, "S"]
+    last_token: Int[Array, " S"]
     counts: Int[Array, "S V"]
     prompt_seen: Bool[Array, "S V"]
 
@@ -36,7 +36,9 @@ def empty_slots(num_slots: int, vocab_size: int) -> SlotState:
     )
 
 
-def admit_slot(slots: SlotState, slot: Int[Array, ""], prompt: Int[Array, "S"], length: Int[Array, ""]) -> SlotState:
+def admit_slot(
+    slots: SlotState, slot: Int[Array, ""], prompt: Int[Array, " S"], length: Int[Array, ""]
+) -> SlotState:
     """Resets the penalty statistics of `slot` to those of a fresh request; `prompt` is padded. `slots` is donated."""
     vocab = slots.counts.shape[1]
     ids = jnp.where(jnp.arange(prompt.shape[0]) < length, prompt, vocab)  # out of bounds: dropped
@@ -109,10 +111,10 @@ def sample(
     return slots, out
 
 
-def draw(logits: Float[Array, "n V"], rows: SampleRows) -> Int[Array, "n"]:
+def draw(logits: Float[Array, "n V"], rows: SampleRows) -> Int[Array, " n"]:
     """One categorical draw a row, keyed by (seed, output index)."""
 
-    def one(logits: Float[Array, "V"], seed: Array, index: Array) -> Int[Array, ""]:
+    def one(logits: Float[Array, " V"], seed: Array, index: Array) -> Int[Array, ""]:
         key = jax.random.fold_in(jax.random.key(seed), index)
         return jax.random.categorical(key, logits).astype(jnp.int32)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
 from loquetier_jax.batch.segments import SegmentBatch, ravel
-from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.config import EngineConfig
 from loquetier_jax.step.forward import ForwardOut, Kept
 from loquetier_jax.step.functions import StepFunctions, TrainKey
 from loquetier_jax.step.state import DeviceState, head_params
@@ -43,6 +43,11 @@ class TrainPass:
     _dx: jax.Array | None = None
 
     @property
+    def tail(self) -> jax.Array | None:
+        """What the last dispatched quantum ends in: ready when that quantum has completed."""
+        return self._dx if self.forward_done else self._hidden
+
+    @property
     def forward_done(self) -> bool:
         """Whether the log-probs have been dispatched."""
         return self.logp is not None
@@ -59,7 +64,9 @@ class TrainPass:
             return "forward_slice"
         return "backward_slice" if self.backward else "done"
 
-    def take_fused(self, out: ForwardOut, batch: SegmentBatch, functions: StepFunctions, state: DeviceState) -> None:
+    def take_fused(
+        self, out: ForwardOut, batch: SegmentBatch, functions: StepFunctions, state: DeviceState
+    ) -> None:
         """Takes over from a forward that carried these packs beside other rows; starts the backward.
 
         Args:
@@ -92,13 +99,23 @@ class TrainPass:
             self._flat = None
             self._start_backward(None, functions, state)
 
-    def _start_backward(self, batch: SegmentBatch | None, functions: StepFunctions, state: DeviceState) -> None:
+    def _start_backward(
+        self, batch: SegmentBatch | None, functions: StepFunctions, state: DeviceState
+    ) -> None:
         if batch is not None:
             self._flat_train = jnp.asarray(ravel(batch.train))
         start = functions.backward_start(self.key)
         self._dx = start(head_params(state.params), self._hidden, self.logp, self._flat_train)
         self._hidden = None
         self.backward = functions.slices(self.slice_layers)[::-1]
+
+    def run_backward(self, count: int, functions: StepFunctions, state: DeviceState) -> None:
+        """Dispatches the next `count` slices; all of an untouched backward are one call."""
+        if count >= len(self.backward) and len(self.backward) == len(functions.slices(self.slice_layers)):
+            self.backward = functions.slices(0)
+            count = 1
+        for _ in range(min(count, len(self.backward))):
+            self.run_backward_slice(functions, state)
 
     def run_backward_slice(self, functions: StepFunctions, state: DeviceState) -> None:
         """Dispatches the next slice of the backward: adds to `state.grads`, frees the slice's activations."""
@@ -107,11 +124,16 @@ class TrainPass:
         kept = self._kept[start:stop]
         del self._kept[start:]
         self._dx, state.grads[start:stop] = run(
-            state.params["layers"][start:stop], state.pages[start:stop], kept, self._dx, state.grads[start:stop],
-            jnp.int32(start), self._flat_train,
+            state.params["layers"][start:stop],
+            state.pages[start:stop],
+            kept,
+            self._dx,
+            state.grads[start:stop],
+            jnp.int32(start),
+            self._flat_train,
         )
         if not self.backward:
-            self._dx = self._flat_train = None
+            self._flat_train = None
 
     def results(self) -> list[dict[str, Any]]:
         """Per pack {"logp": np [L], "correct": np [L]}; waits for the device."""
@@ -121,13 +143,3 @@ class TrainPass:
             {"logp": logp[g * size : (g + 1) * size], "correct": correct[g * size : (g + 1) * size]}
             for g in range(len(self.items))
         ]
-
-
-def pass_bucket(key: TrainKey, served: Bucket | None) -> Bucket:
-    """The bucket of a pass alone, or fused with the rows of `served`."""
-    if served is None:
-        return key.bucket
-    return Bucket(
-        packs=key.packs, pack_tokens=key.pack_tokens, score_packs=served.score_packs, score_tokens=served.score_tokens,
-        prefill=served.prefill, chunks=served.chunks, decode=served.decode, sampling=served.sampling,
-    )

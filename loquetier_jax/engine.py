@@ -1,0 +1,207 @@
+"""Engine: one base on the device, adapters and jobs on it. Composes the managers and drives the loop."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from loquetier_jax.adapters.store import AdapterStore
+from loquetier_jax.config import EngineConfig, require
+from loquetier_jax.faces.adapters import AdapterCalls
+from loquetier_jax.faces.jobs import JobCalls, JobHandle
+from loquetier_jax.faces.requests import RequestCalls
+from loquetier_jax.kv.pages import KVPages
+from loquetier_jax.kv.slots import Slots
+from loquetier_jax.models.load import load_hf
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.presets import engine_config
+from loquetier_jax.runtime.loop import Loop
+from loquetier_jax.runtime.score_requests import ScoreRequests
+from loquetier_jax.runtime.scoring import Scoring
+from loquetier_jax.runtime.serving import Serving
+from loquetier_jax.runtime.training import Training
+from loquetier_jax.runtime.warmup import BackgroundCompiler, compile_serving, enable_compilation_cache
+from loquetier_jax.schedule.latency import LatencyModel
+from loquetier_jax.schedule.policy import PolicyConfig
+from loquetier_jax.serve.tokenizer import load_tokenizer
+from loquetier_jax.step.functions import StepFunctions
+from loquetier_jax.step.state import new_state
+
+
+class Engine(AdapterCalls, RequestCalls, JobCalls):
+    """Serves and trains many adapters on one base model.
+
+    Nothing runs by itself: `generate`, `stream`, `log_probs` and `JobHandle.wait` drive the loop while they wait, and
+    jobs train beside them; or `step()` drives it once. `start()` gives the loop a thread of its own instead.
+
+    Args:
+        spec: Architecture of the base.
+        params: Its parameters on the device; kept by reference, never copied or changed.
+        cfg: Everything fixed for the life of the engine.
+        tokenizer: None: prompts are token ids and outputs have no text.
+        policy: Settings of the scheduler.
+        progress: Whether compiling shows a progress bar.
+        name: What exported adapters name as their base model.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        params: Any,
+        cfg: EngineConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        policy: PolicyConfig | None = None,
+        progress: bool = False,
+        name: str = "",
+    ) -> None:
+        enable_compilation_cache(cfg.compilation_cache_dir)
+        self.spec, self.cfg, self.tokenizer, self.name = spec, cfg, tokenizer, name
+        self.state = new_state(spec, cfg, params)
+        self.functions = StepFunctions(spec, cfg, self.state)
+        self.latency = LatencyModel()
+        self.compiler = BackgroundCompiler()
+        self.adapters = AdapterStore(
+            spec, num_pages=cfg.adapter_pages, max_pages=cfg.max_lora_pages, write=self._write_pages
+        )
+        self.jobs: dict[str, JobHandle] = {}
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._ids = itertools.count()
+        self._rng = np.random.default_rng(cfg.seed)
+        serving = Serving(self.adapters, KVPages(cfg.kv_pages, cfg.kv_page_size), Slots(cfg.max_num_seqs))
+        scoring = Scoring()
+        training = Training(
+            cfg,
+            self.state,
+            self.functions,
+            self.adapters,
+            self.compiler,
+            scoring,
+            self._job_stepped,
+            self._job_ended,
+        )
+        self.loop = Loop(
+            cfg,
+            self.state,
+            self.functions,
+            serving,
+            scoring,
+            training,
+            self.latency,
+            policy or PolicyConfig(),
+            cfg.slo,
+        )
+        score_rows = max((b.score_tokens for b in cfg.buckets), default=0)
+        self._scores = ScoreRequests(self.adapters, score_rows, lambda: self.loop.epoch)
+        compile_serving(self.functions, self.state, cfg, self.latency, progress)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        config: EngineConfig | str | None = None,
+        policy: PolicyConfig | None = None,
+        progress: bool = True,
+        **overrides: Any,
+    ) -> "Engine":
+        """Loads a HF model folder and compiles the serving buckets.
+
+        Args:
+            path: config.json, safetensors, tokenizer.
+            config: An EngineConfig, a preset of configs/engine/ or a YAML file; None is "gpu" or "cpu" by device.
+            policy: Settings of the scheduler.
+            progress: Whether to show what is being compiled.
+            **overrides: Fields of EngineConfig, e.g. max_adapters=64.
+
+        Raises:
+            ConfigError: an unknown field, or max_model_len beyond what the model was made for.
+            ModelError: see `models.load.load_hf`.
+        """
+        if not isinstance(config, EngineConfig):
+            preset = config or ("cpu" if jax.default_backend() == "cpu" else "gpu")
+            config = engine_config(preset)
+        known = {f.name for f in fields(EngineConfig)}
+        for key, value in overrides.items():
+            require(key in known, key, value, f"one of {sorted(known)}")
+        cfg = replace(config, **overrides)
+        spec, params = load_hf(path, jnp.dtype(cfg.dtype))
+        limit = spec.max_position_embeddings
+        if cfg.max_model_len > limit:
+            require(
+                "max_model_len" not in overrides,
+                "max_model_len",
+                cfg.max_model_len,
+                f"<= {limit} for this model",
+            )
+            cfg = replace(cfg, max_model_len=limit)
+        return cls(spec, params, cfg, load_tokenizer(path), policy=policy, progress=progress, name=str(path))
+
+    # The loop.
+
+    def step(self) -> bool:
+        """Drives the loop once; returns whether there was anything to do."""
+        with self._lock:
+            worked = self.loop.iterate()
+            self._changed.notify_all()
+        return worked
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Drives the loop, or waits for the thread that does, until `done()`.
+
+        Raises:
+            RuntimeError: nothing is left to do and `done()` is still false.
+        """
+        while not done():
+            if self._thread is not None:
+                with self._changed:
+                    if not done():
+                        self._changed.wait(0.1)
+            elif not self.step():
+                if not self.compiler.busy and not done():
+                    raise RuntimeError(
+                        "engine: nothing is left to do, and what was waited for has not happened"
+                    )
+                time.sleep(0.005)
+
+    def start(self) -> None:
+        """Gives the loop a thread of its own, so that jobs train while nobody waits; see `stop`."""
+        if self._thread is None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._run, name="loquetier-loop", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            if not self.step():
+                with self._changed:
+                    self._changed.wait(0.005)
+
+    def stop(self) -> None:
+        """Ends the thread of `start`; what is queued stays queued."""
+        if self._thread is not None:
+            self._stopping = True
+            self._thread.join()
+            self._thread = None
+
+    def drain(self) -> None:
+        """Reads everything dispatched: afterwards the device is idle."""
+        with self._lock:
+            self.loop.drain()
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless pages, slots and versions add up."""
+        with self._lock:
+            self.loop.serving.check_integrity()
+            self.loop.training.check_integrity()

@@ -1,0 +1,1 @@
+"""What a user calls on an Engine, by subject: adapters, requests, jobs."""

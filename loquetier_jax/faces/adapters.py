@@ -1,0 +1,86 @@
+"""The calls about adapters: load, unload, rename, pin, save, all at run time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from loquetier_jax.adapters.lora import LoraShape, LoraWeights
+from loquetier_jax.adapters.pages import pages_of, write_pages
+from loquetier_jax.adapters.peft import write_peft
+from loquetier_jax.adapters.store import AdapterStore
+from loquetier_jax.adapters.version import Version
+from loquetier_jax.config import EngineConfig
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.state import DeviceState
+
+
+class AdapterCalls:
+    """Part of Engine."""
+
+    spec: DecoderSpec
+    cfg: EngineConfig
+    state: DeviceState
+    adapters: AdapterStore
+    name: str
+    _lock: Any
+
+    def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> Version:
+        """Adds an adapter from a PEFT folder; it serves the next request, nothing recompiles.
+
+        Raises:
+            AdapterError: see `adapters.peft.read_peft`; also a name in use, unless `replace` makes a new version.
+        """
+        with self._lock:
+            return self.adapters.load(name, path, replace=replace)
+
+    def add_adapter(
+        self, name: str, weights: LoraWeights, shape: LoraShape, *, replace: bool = False
+    ) -> Version:
+        """Adds an adapter from weights in memory (copied to the host).
+
+        Raises:
+            AdapterError: weights that do not fit the shape or the base, or a name in use.
+        """
+        with self._lock:
+            return self.adapters.add(name, weights, shape, replace=replace)
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes a name out of service; requests that have it run to their end."""
+        with self._lock:
+            self.adapters.unload(name)
+
+    def rename_adapter(self, name: str, new: str) -> None:
+        """Gives an adapter another name."""
+        with self._lock:
+            self.adapters.rename(name, new)
+
+    def pin_adapter(self, name: str, pinned: bool = True) -> None:
+        """Keeps an adapter on the device, or lets it be evicted again.
+
+        Raises:
+            AdapterError: unknown name.
+            CapacityError: no room now.
+        """
+        with self._lock:
+            self.adapters.pin(name) if pinned else self.adapters.unpin(name)
+
+    def save_adapter(self, name: str, path: str | Path) -> Path:
+        """Writes the current version of an adapter as a PEFT folder."""
+        with self._lock:
+            version = self.adapters.get(name)
+            weights = self.adapters.weights(version)
+        write_peft(
+            path,
+            weights,
+            version.shape,
+            self.spec,
+            config=version.config,
+            base_model_name_or_path=self.name or None,
+        )
+        return Path(path)
+
+    def _write_pages(self, page_ids: Sequence[int], weights: Any, shape: Any) -> None:
+        new = pages_of(weights, shape, self.spec, jnp.dtype(self.cfg.dtype))
+        self.state.pages = write_pages(self.state.pages, page_ids, new)

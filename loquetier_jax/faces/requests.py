@@ -1,0 +1,256 @@
+"""The calls about requests: submit, cancel, generate, stream, log_probs."""
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from loquetier_jax.batch.segments import MAX_BANNED
+from loquetier_jax.config import EngineConfig
+from loquetier_jax.errors import RequestError
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.runtime.loop import Loop
+from loquetier_jax.runtime.score_requests import ScoreRequests, prompt_logprobs
+from loquetier_jax.serve.output import RequestOutput, StreamPiece
+from loquetier_jax.serve.params import SamplingParams, refuse
+from loquetier_jax.serve.request import Request, collect, make_requests
+from loquetier_jax.serve.tokenizer import Prompt, encode_prompt
+
+A = TypeVar("A")
+
+
+@dataclass
+class Submitted:
+    """A prompt on its way: its n requests."""
+
+    requests: list[Request]
+
+    @property
+    def request_id(self) -> str:
+        return self.requests[0].request_id
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended and prompt log-probs, if wanted, are there."""
+        first = self.requests[0]
+        scored = first.params.prompt_logprobs is None or first.prompt_logprobs is not None
+        aborted = first.finish_reason in ("abort", "error")
+        return all(r.finished for r in self.requests) and (scored or aborted)
+
+    def output(self) -> RequestOutput:
+        """The output so far."""
+        return collect(self.requests)
+
+
+class RequestCalls:
+    """Part of Engine."""
+
+    spec: DecoderSpec
+    cfg: EngineConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    loop: Loop
+    wait: Callable[[Callable[[], bool]], None]
+    _lock: Any
+    _changed: threading.Condition
+    _ids: "itertools.count[int]"
+    _rng: np.random.Generator
+    _scores: ScoreRequests
+
+    def submit(
+        self,
+        prompt: Prompt,
+        adapter: str | None = None,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        listener: Callable[[StreamPiece], None] | None = None,
+    ) -> Submitted:
+        """Queues a prompt; returns at once.
+
+        Args:
+            prompt: Text, token ids, or chat messages.
+            adapter: Name; None is the base model.
+            params: How to sample.
+            request_id: The caller's name for it; unique among live requests.
+            listener: Called with every StreamPiece, from whatever drives the loop.
+
+        Raises:
+            RequestError: a prompt that cannot fit, bad parameters, an id in use.
+            AdapterError: an unknown adapter. In both cases running requests do not notice.
+        """
+        params = params or SamplingParams()
+        with self._lock:
+            ids = encode_prompt(self.tokenizer, prompt, self.spec.vocab_size)
+            request_id = request_id or f"request-{next(self._ids)}"
+            requests = make_requests(
+                request_id,
+                ids,
+                params,
+                arrival=self.loop.clock(),
+                max_model_len=self.cfg.max_model_len,
+                default_seed=int(self._rng.integers(2**32)),
+                adapter=adapter,
+                prompt=prompt if isinstance(prompt, str) else None,
+                tokenizer=self.tokenizer,
+                eos_token_ids=self.spec.eos_token_ids,
+            )
+            self._check(requests[0])
+            submitted = Submitted(requests)
+            if params.prompt_logprobs is not None:
+                self._score_prompt(submitted, ids, adapter, params.prompt_logprobs)
+            for request in requests:
+                self.loop.serving.add(request, listener)
+            self._changed.notify_all()
+        return submitted
+
+    def _score_prompt(
+        self, submitted: Submitted, ids: Sequence[int], adapter: str | None, count: int
+    ) -> None:
+        def done(scores: list[dict[str, np.ndarray]]) -> None:
+            result = prompt_logprobs(ids, scores[0], count) if scores else [None]
+            for request in submitted.requests:
+                request.prompt_logprobs = result
+
+        self.loop.scoring.add(self._scores.task([ids] if len(ids) > 1 else [], adapter, done))
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends all completions of a request at once; returns whether any was alive."""
+        with self._lock:
+            serving = self.loop.serving
+            live = [
+                r.id
+                for r in (*serving.waiting.values(), *serving.running.values())
+                if r.request_id == request_id
+            ]
+            for name in live:
+                serving.cancel(name, self.loop.clock(), self.loop.epoch)
+            self._changed.notify_all()
+        return bool(live)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | str,
+        adapter: str | Sequence[str | None] | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts and waits for all of them.
+
+        Args:
+            prompts: One text, or a list of texts, token id lists or chats.
+            adapter: One for all, or one per prompt.
+            params: Likewise.
+
+        Returns:
+            One RequestOutput per prompt, in order.
+
+        Raises:
+            RequestError, AdapterError: see `submit`; none of the prompts is run then.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        adapters = _each(adapter, len(prompts), "adapter", (str, type(None)))
+        every = _each(params, len(prompts), "params", (SamplingParams, type(None)))
+        submitted: list[Submitted] = []
+        try:
+            for prompt, name, one in zip(prompts, adapters, every, strict=True):
+                submitted.append(self.submit(prompt, name, one))
+        except Exception:
+            for one in submitted:
+                self.cancel(one.request_id)
+            raise
+        self.wait(lambda: all(s.finished for s in submitted))
+        return [s.output() for s in submitted]
+
+    def stream(
+        self, prompt: Prompt, adapter: str | None = None, params: SamplingParams | None = None
+    ) -> Iterator[StreamPiece]:
+        """Yields a prompt's output piece by piece; leaving the iteration early cancels the request."""
+        pieces: deque[StreamPiece] = deque()
+        submitted = self.submit(prompt, adapter, params, listener=pieces.append)
+        try:
+            while pieces or not submitted.finished:
+                if not pieces:
+                    self.wait(lambda: bool(pieces) or submitted.finished)
+                while pieces:
+                    yield pieces.popleft()
+        finally:
+            self.cancel(submitted.request_id)
+
+    def log_probs(self, sequences: Sequence[Prompt], adapter: str | None = None) -> list[np.ndarray]:
+        """f32 [n - 1] log-probs of each sequence's tokens after the first, by the training forward's own code.
+
+        Raises:
+            RequestError: a sequence of one token, or longer than a score pack.
+        """
+        result: list[np.ndarray] = []
+        finished = threading.Event()
+
+        def done(scores: list[dict[str, np.ndarray]]) -> None:
+            result.extend(s["logp"] for s in scores)
+            finished.set()
+
+        with self._lock:
+            ids = [encode_prompt(self.tokenizer, s, self.spec.vocab_size) for s in sequences]
+            self.loop.scoring.add(self._scores.task(ids, adapter, done))
+            self._changed.notify_all()
+        self.wait(finished.is_set)
+        return result
+
+    def _check(self, request: Request) -> None:
+        """Refuses what this engine cannot run, before anything is queued."""
+        cfg, params = self.cfg, request.params
+        live = (*self.loop.serving.waiting.values(), *self.loop.serving.running.values())
+        in_use = any(r.request_id == request.request_id for r in live)
+        refuse(not in_use, "request_id", request.request_id, "an id that no live request has")
+        pages, room = self.loop.serving.kv.pages_for(request.num_tokens), self.loop.serving.kv.num_pages
+        refuse(
+            pages <= room,
+            "prompt",
+            f"{request.num_tokens} tokens with max_tokens ({pages} KV pages)",
+            f"<= {room}",
+        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            refuse(
+                value is None or value <= cfg.max_logprobs, name, value, f"<= max_logprobs {cfg.max_logprobs}"
+            )
+        bias = params.logit_bias or {}
+        refuse(
+            len(bias) <= cfg.max_logit_bias, "logit_bias", f"{len(bias)} entries", f"<= {cfg.max_logit_bias}"
+        )
+        foreign = next((t for t in (*bias, *params.stop_token_ids) if t >= self.spec.vocab_size), None)
+        refuse(
+            foreign is None,
+            "logit_bias or stop_token_ids",
+            foreign,
+            f"ids < vocab_size {self.spec.vocab_size}",
+        )
+        held = len(request.stop_ids) if params.min_tokens else 0
+        refuse(held <= MAX_BANNED, "stop_token_ids", f"{held} ids with min_tokens", f"<= {MAX_BANNED}")
+        levels = {b.sampling for b in cfg.buckets if b.decode}
+        order = ("greedy", "plain", "full")
+        able = any(order.index(level) >= order.index(params.level) for level in levels)
+        refuse(
+            able,
+            "params",
+            f"sampling level {params.level!r}",
+            f"at most that of the buckets: {sorted(levels)}",
+        )
+        if params.prompt_logprobs is not None and len(request.prompt_ids) - 1 > self._scores.rows:
+            raise RequestError(
+                f"prompt_logprobs: got a prompt of {len(request.prompt_ids)} tokens, expected at most "
+                f"{self._scores.rows + 1} (the largest score bucket)"
+            )
+
+
+def _each(value: A | Sequence[A], count: int, name: str, kinds: tuple[type, ...]) -> list[A]:
+    """`value` for each of `count` prompts, or the sequence it is already."""
+    if isinstance(value, kinds):
+        return [value] * count
+    values = list(value)
+    refuse(len(values) == count, name, f"{len(values)} values", f"one, or one per prompt ({count})")
+    return values

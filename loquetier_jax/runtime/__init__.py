@@ -1,0 +1,1 @@
+"""The loop that turns decisions into dispatched steps: requests, scoring, training, each with its own keeper."""

@@ -1,0 +1,83 @@
+"""All that a job is, between two packs: what a checkpoint holds and what a migration carries."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from loquetier_jax.adapters.lora import LoraConfig, LoraModule, LoraShape
+from loquetier_jax.adapters.pages import empty_pages
+from loquetier_jax.errors import CheckpointError
+from loquetier_jax.jobs.checkpoint import read_arrays, read_state
+from loquetier_jax.jobs.fingerprint import base_fingerprint
+from loquetier_jax.jobs.optimizer import init_state
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.runtime.trainee import Trainee
+
+
+@dataclass
+class JobState:
+    """Host copies.
+
+    Attributes:
+        arrays: {"master", "opt_state", "grads"}, numpy.
+        host: JSON data: {"job", "lora", "shape", "base"}.
+    """
+
+    arrays: dict[str, Any]
+    host: dict[str, Any]
+
+    @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(**self.host["lora"])
+
+    @property
+    def shape(self) -> LoraShape:
+        return shape_of(self.host)
+
+    def check_base(self, fingerprint: str) -> None:
+        """Raises CheckpointError unless the job was trained on the base of this fingerprint."""
+        if self.host["base"] != fingerprint:
+            raise CheckpointError(
+                f"base: got {fingerprint[:12]}, expected {self.host['base'][:12]}: another base model"
+            )
+
+
+def shape_of(host: dict[str, Any]) -> LoraShape:
+    """The adapter's shape of a saved job."""
+    return LoraShape(modules=tuple(LoraModule(*module) for module in host["shape"]))
+
+
+def take_job_state(engine: Any, trainee: Trainee) -> JobState:
+    """Copies a job's state to the host.
+
+    Raises:
+        JobError: packs of it are in flight.
+    """
+    host = {
+        "job": trainee.job.state_dict(),
+        "lora": asdict(trainee.lora),
+        "shape": [list(module) for module in trainee.shape.modules],
+        "base": base_fingerprint(engine.spec, engine.state.params),
+    }
+    arrays = {"master": trainee.master, "opt_state": trainee.opt_state}
+    return JobState(jax.tree.map(np.array, arrays) | {"grads": trainee.accumulators(engine.state)}, host)
+
+
+def read_job_state(spec: DecoderSpec, path: Path) -> JobState:
+    """Reads a committed checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, or holds other arrays than its own state says.
+    """
+    host = read_state(path)
+    shape = shape_of(host)
+    zeros = {
+        key: {name: np.zeros(s, np.float32) for name, s in arrays.items()}
+        for key, arrays in shape.array_shapes(spec).items()
+    }
+    master, opt_state = init_state(zeros, host["job"]["config"]["optim"])
+    grads = empty_pages(spec, shape.num_pages, np.float32)
+    return JobState(read_arrays(path, {"master": master, "opt_state": opt_state, "grads": grads}), host)

@@ -1,0 +1,239 @@
+"""One iteration: look at the queues, decide, dispatch, and read what the iteration before left on the device."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loquetier_jax.batch.pack import StepItems, pack_step
+from loquetier_jax.batch.segments import ravel
+from loquetier_jax.config import Bucket, EngineConfig, SLOConfig
+from loquetier_jax.runtime.scoring import ScoreTask, Scoring
+from loquetier_jax.runtime.serving import SampledRow, Serving
+from loquetier_jax.runtime.snapshot import snapshot
+from loquetier_jax.runtime.training import OptimizerResult, RunningPass, Training
+from loquetier_jax.schedule.latency import (
+    BACKWARD,
+    BACKWARD_SLICE,
+    FORWARD,
+    FORWARD_SLICE,
+    OPTIMIZER,
+    LatencyModel,
+)
+from loquetier_jax.schedule.policy import PolicyConfig, decide
+from loquetier_jax.schedule.snapshot import Decision, Fairness, Quantum
+from loquetier_jax.serve.request import Request
+from loquetier_jax.step.functions import StepFunctions
+from loquetier_jax.step.state import DeviceState
+
+LatencyKey = tuple[tuple[str, str], int]  # key of the latency model, rows
+
+
+@dataclass
+class Pending:
+    """What an iteration dispatched and nobody has read yet.
+
+    Attributes:
+        epoch: Number of the iteration.
+        started: When its first dispatch began, seconds.
+        rows, sampled: Tokens and whose they are.
+        tasks, scores, score_rows: Score rows and whose they are.
+        done: A training pass whose last gradient is among the dispatched.
+        optimizers: Optimizer steps.
+        tail: More arrays whose readiness means that the iteration has completed.
+        forward, quantum: What ran, for the latency model; None when nothing of that kind did.
+    """
+
+    epoch: int
+    started: float
+    rows: list[SampledRow] = field(default_factory=list)
+    sampled: dict[str, jax.Array] = field(default_factory=dict)
+    tasks: list[ScoreTask] = field(default_factory=list)
+    scores: dict[str, jax.Array] = field(default_factory=dict)
+    score_rows: int = 0
+    done: RunningPass | None = None
+    optimizers: list[OptimizerResult] = field(default_factory=list)
+    tail: list[Any] = field(default_factory=list)
+    forward: LatencyKey | None = None
+    quantum: LatencyKey | None = None
+
+
+@dataclass
+class Loop:
+    """Runs iterations. The host is at most one iteration ahead of the device.
+
+    Attributes:
+        epoch: Iterations dispatched; the epoch of the last one.
+        on_iteration: Called with (decision, milliseconds) whenever an iteration has been read.
+    """
+
+    cfg: EngineConfig
+    state: DeviceState
+    functions: StepFunctions
+    serving: Serving
+    scoring: Scoring
+    training: Training
+    latency: LatencyModel
+    policy: PolicyConfig
+    slo: SLOConfig
+    clock: Callable[[], float] = time.perf_counter
+    epoch: int = 0
+    fairness: Fairness = field(default_factory=Fairness)
+    on_iteration: Callable[[Pending, float], None] | None = None
+    _pending: list[Pending] = field(default_factory=list)
+    _last_ready: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether dispatched work has not been read."""
+        return bool(self._pending)
+
+    def iterate(self) -> bool:
+        """Dispatches one decision and reads the one before; returns whether there was anything to do."""
+        self.training.tick(self.epoch)
+        decision = decide(snapshot(self), self.latency, self.policy)
+        self.fairness = decision.fairness
+        admitted = [r for r in decision.admit if self._admit(self.serving.waiting[r])]
+        decision = replace(decision, prefill=self._admitted_only(decision, admitted))
+        sent = self._dispatch(decision)
+        if self._pending and (not sent or len(self._pending) > 1):
+            self.read()
+            return True
+        return sent or bool(decision.admit)
+
+    def drain(self) -> None:
+        """Reads everything dispatched."""
+        while self._pending:
+            self.read()
+
+    def _admit(self, request: Request) -> bool:
+        if not self.serving.admit(request, self.clock(), self.epoch):
+            return False
+        if request.params.level == "full":
+            prompt = np.zeros(self.cfg.max_model_len, np.int32)
+            prompt[: len(request.prompt_ids)] = request.prompt_ids
+            length = np.int32(len(request.prompt_ids))
+            self.state.slots = self.functions.admit()(
+                self.state.slots, np.int32(request.slot), prompt, length
+            )
+        return True
+
+    def _admitted_only(self, decision: Decision, admitted: list[str]) -> tuple[tuple[str, int], ...]:
+        refused = set(decision.admit) - set(admitted)
+        return tuple((name, count) for name, count in decision.prefill if name not in refused)
+
+    def _dispatch(self, decision: Decision) -> bool:
+        pending = Pending(self.epoch + 1, self.clock())
+        self.epoch += 1  # whatever is released from here on may be in use by this iteration
+        if decision.bucket is not None and (
+            decision.decode or decision.prefill or decision.packs or decision.score
+        ):
+            self._forward(pending, decision)
+        if decision.quantum is not None:
+            self._quantum(pending, decision.quantum)
+        pending.done = self.training.close_pass()
+        if pending.forward is None and pending.quantum is None:
+            self.epoch -= 1
+            return False
+        self._pending.append(pending)
+        return True
+
+    def _forward(self, pending: Pending, decision: Decision) -> None:
+        """Dispatches one forward with everything that the decision puts into it."""
+        bucket, running = decision.bucket, self.serving.running
+        wanted = set(decision.decode)
+        items = StepItems(
+            prefill=[self.serving.chunk(running[name], count) for name, count in decision.prefill],
+            decode=[item for name, item in self.serving.decode_items() if name in wanted],
+        )
+        self._run_forward(pending, bucket, items, decision.packs, decision.score)
+
+    def _run_forward(
+        self,
+        pending: Pending,
+        bucket: Bucket,
+        items: StepItems,
+        packs: tuple[str, ...],
+        score: tuple[str, ...],
+    ) -> None:
+        started = self.training.start_pass(packs, bucket.packs) if packs else None
+        if started is not None:
+            items.train = started.run.items
+        items.score, pending.tasks = self.scoring.take(len(score))
+        batch = pack_step(items, bucket, self.cfg)
+        run = self.functions.forward(bucket, started is not None and started.run.key.dropout)
+        state = self.state
+        state.kv, state.slots, out = run(
+            state.params, state.pages, state.kv, state.slots, jnp.asarray(ravel(batch))
+        )
+        pending.rows = self.serving.sent(items, bucket)
+        pending.sampled, pending.scores, pending.score_rows = out.sampled, out.score, bucket.score_tokens
+        pending.forward = (FORWARD, bucket.name), bucket.rows
+        if started is not None:
+            started.run.take_fused(out, batch, self.functions, state)
+            pending.tail.append(started.run.tail)
+
+    def _quantum(self, pending: Pending, quantum: Quantum) -> None:
+        """Dispatches a piece of training or scoring without inference rows."""
+        training = self.training
+        if quantum.kind == "forward":
+            self._run_forward(pending, quantum.bucket, StepItems(), quantum.packs, quantum.score)
+            return
+        if quantum.kind == "optimizer":
+            pending.optimizers = training.optimize(quantum.jobs, pending.epoch)
+            pending.quantum = (OPTIMIZER, quantum.jobs[0]), 1
+            return
+        if quantum.packs:
+            training.start_pass(quantum.packs, quantum.bucket.packs).run.start_slices(
+                self.cfg, self.functions, self.state
+            )
+        run = training.current.run
+        shape = run.key.bucket
+        if quantum.kind == "forward_slice":
+            for _ in range(min(quantum.count, len(run.forward))):
+                run.run_forward_slice(self.functions, self.state)
+            pending.quantum = (FORWARD_SLICE, shape.name), shape.rows * quantum.count
+        else:
+            whole = quantum.count >= len(self.functions.slices(run.slice_layers))
+            run.run_backward(quantum.count, self.functions, self.state)
+            pending.quantum = (BACKWARD if whole else BACKWARD_SLICE, shape.name), shape.rows * quantum.count
+        pending.tail.append(run.tail)
+
+    def read(self) -> None:
+        """Waits for the oldest iteration and hands its results out."""
+        pending = self._pending.pop(0)
+        sampled = {name: np.asarray(value) for name, value in pending.sampled.items()}
+        scores = {name: np.asarray(value) for name, value in pending.scores.items()}
+        jax.block_until_ready((pending.tail, [o.metrics for o in pending.optimizers]))
+        now = self.clock()
+        ms = 1e3 * (now - max(self._last_ready, pending.started))
+        self._last_ready = now
+        self._observe(pending, ms)
+        self.serving.accept(pending.rows, sampled, now, self.epoch)
+        self.scoring.accept(pending.tasks, scores, pending.score_rows)
+        if pending.done is not None:
+            self.training.accept_pass(pending.done)
+        for result in pending.optimizers:
+            self.training.accept_optimizer(result)
+        self.serving.complete(pending.epoch)
+        self.training.complete(pending.epoch)
+        if self.on_iteration is not None:
+            self.on_iteration(pending, ms)
+
+    def _observe(self, pending: Pending, ms: float) -> None:
+        """Keeps the latency table true; of a forward and a quantum together, the quantum is what is new."""
+        if pending.quantum is None:
+            key, rows = pending.forward
+        else:
+            key, rows = pending.quantum
+            if pending.forward is not None:
+                ms -= self.latency.predict(*pending.forward)
+        if key[0] in (BACKWARD_SLICE, FORWARD_SLICE):
+            shape_rows = self.training.current.run.key.bucket.rows if self.training.current else rows
+            ms, rows = ms * shape_rows / max(rows, 1), shape_rows  # of one slice
+        if ms > 0:
+            self.latency.observe(key, ms, rows)

@@ -1,0 +1,137 @@
+"""One job on the device: its masters, optimizer state, pages, and its place in the gradient pool."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights
+from loquetier_jax.adapters.pages import Pages, pages_of, read_pages, write_pages
+from loquetier_jax.adapters.store import AdapterStore
+from loquetier_jax.adapters.version import Version
+from loquetier_jax.batch.segments import shapes_of
+from loquetier_jax.jobs.job import Job
+from loquetier_jax.jobs.optimizer import build_optimizer_step, hyperparams
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.functions import TrainKey
+from loquetier_jax.step.state import DeviceState
+
+
+@dataclass(eq=False)
+class Trainee:
+    """What a job owns on the device. Its numbers depend on nothing else.
+
+    Attributes:
+        job: The host side.
+        lora, shape: Its adapter.
+        master, opt_state: f32 at exact rank; donated through every optimizer step.
+        grads: Accumulators to start from (of a checkpoint or another engine), host arrays; None: zeros.
+        pages: Adapter pages its steps read; () until it starts.
+        write_pages: Adapter pages its next optimizer step writes: `pages`, or fresh ones after a publish.
+        grad_pages: Its pages of the gradient pool.
+        published: The version that took over `pages`, until the next optimizer step; or None.
+        run_optimizer: The compiled optimizer step; None until it has been compiled.
+    """
+
+    job: Job
+    lora: LoraConfig
+    shape: LoraShape
+    master: LoraWeights
+    opt_state: Any
+    grads: Pages | None = None
+    pages: tuple[int, ...] = ()
+    write_pages: tuple[int, ...] = ()
+    grad_pages: tuple[int, ...] = ()
+    published: Version | None = None
+    run_optimizer: Callable[..., Any] | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Of the job and its adapter."""
+        return self.job.name
+
+    @property
+    def group(self) -> str:
+        """Jobs of equal group and pack length may ride one step: they need the same compiled functions."""
+        loss = self.job.cfg.loss
+        return f"{self.shape.num_pages}/{self.lora.lora_dropout > 0}/{id(loss) if callable(loss) else loss}"
+
+    def key(self, packs: int) -> TrainKey:
+        """The compiled functions of a pass of `packs` packs."""
+        loss = self.job.cfg.loss
+        return TrainKey(
+            packs=packs,
+            pack_tokens=self.job.cfg.pack_tokens,
+            pages=self.shape.num_pages,
+            dropout=self.lora.lora_dropout > 0,
+            loss=loss if callable(loss) else None,
+        )
+
+    def enter(
+        self, state: DeviceState, spec: DecoderSpec, pages: tuple[int, ...], grad_pages: tuple[int, ...]
+    ) -> None:
+        """Moves in: writes the cast of the masters and the accumulators into pages that are now the job's."""
+        self.pages = self.write_pages = pages
+        self.grad_pages = grad_pages
+        host = jax.tree.map(np.asarray, self.master)
+        dtype = jax.tree.leaves(state.pages)[0].dtype
+        state.pages = write_pages(state.pages, pages, pages_of(host, self.shape, spec, dtype))
+        grads, self.grads = self.grads, None
+        if grads is None:
+            grads = jax.tree.map(lambda a: np.zeros((len(grad_pages), *a.shape[1:]), np.float32), state.grads)
+        state.grads = write_pages(state.grads, grad_pages, grads)
+
+    def compile_optimizer(self, state: Any, spec: DecoderSpec) -> None:
+        """Compiles the optimizer step ahead of time; jobs of one shape and kind share it.
+
+        Args:
+            state: A DeviceState of shapes.
+            spec: The base.
+        """
+        step = build_optimizer_step(spec, self.shape, self.job.cfg.optim)
+        ids = np.zeros(self.shape.num_pages, np.int32)
+        arrays = shapes_of((self.master, self.opt_state))
+        self.run_optimizer = step.lower(
+            *arrays, state.grads, state.pages, ids, ids, *self._numbers()
+        ).compile()
+
+    def _numbers(self) -> tuple[Any, ...]:
+        """denom, max_grad_norm and hyperparameters of the step that is due."""
+        job = self.job
+        hyper = hyperparams(job.cfg, job.step, job.total_steps)
+        return (
+            np.float32(max(job.num_targets, 1)),
+            np.float32(job.cfg.max_grad_norm),
+            {name: np.float32(value) for name, value in hyper.items()},
+        )
+
+    def optimize(self, state: DeviceState, store: AdapterStore, epoch: int) -> dict[str, jax.Array]:
+        """Dispatches the optimizer step that is due: masters, optimizer state, pages and pool move on.
+
+        Returns:
+            {"grad_norm", "finite"} on the device.
+        """
+        if self.published is not None:
+            store.weights(self.published)  # its own copy, before the masters it was published from change
+        ids = np.asarray(self.grad_pages, np.int32), np.asarray(self.write_pages, np.int32)
+        outs = self.run_optimizer(
+            self.master, self.opt_state, state.grads, state.pages, *ids, *self._numbers()
+        )
+        self.master, self.opt_state, state.grads, state.pages, metrics = outs
+        self.pages = self.write_pages
+        if self.published is not None:
+            store.release(self.published, epoch)
+            self.published = None
+        return metrics
+
+    def host_weights(self) -> LoraWeights:
+        """The masters, copied to the host."""
+        return jax.tree.map(lambda a: np.array(a), self.master)
+
+    def accumulators(self, state: DeviceState) -> Pages:
+        """What the gradient pool holds for this job, copied to the host."""
+        if self.grads is not None:
+            return self.grads
+        return jax.tree.map(np.asarray, read_pages(state.grads, self.grad_pages))

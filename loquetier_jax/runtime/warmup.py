@@ -1,0 +1,134 @@
+"""Compiling and measuring every bucket ahead of time: serving first, training in the background."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from loquetier_jax.batch.segments import empty_batch, ravel
+from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.schedule.latency import FORWARD, LatencyModel
+from loquetier_jax.step.functions import StepFunctions
+from loquetier_jax.step.state import DeviceState
+
+log = logging.getLogger(__name__)
+
+
+def enable_compilation_cache(folder: str | None) -> None:
+    """Switches the persistent XLA cache on: a second start compiles nothing.
+
+    Args:
+        folder: Where; "" leaves jax's setting alone, None is ~/.cache/loquetier_jax/xla.
+    """
+    if folder == "":
+        return
+    path = Path(folder) if folder else Path.home() / ".cache" / "loquetier_jax" / "xla"
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def serving_first(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """Buckets in the order they are compiled: those a request cannot do without, then score, then train."""
+    return sorted(buckets, key=lambda b: (b.packs > 0, b.score_packs > 0, b.rows))
+
+
+def compile_serving(
+    functions: StepFunctions, state: DeviceState, cfg: EngineConfig, latency: LatencyModel, progress: bool
+) -> None:
+    """Compiles and measures all forwards without train rows; the engine is ready when this returns."""
+    buckets = [b for b in serving_first(cfg.buckets) if not b.packs]
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, disable=not progress, transient=True) as bar:
+        task = bar.add_task("compiling", total=len(buckets) + 1)
+        functions.admit()
+        bar.advance(task)
+        for bucket in buckets:
+            bar.update(task, description=f"compiling {bucket.name}")
+            measure_forward(functions, state, cfg, latency, bucket)
+            bar.advance(task)
+
+
+def measure_forward(
+    functions: StepFunctions,
+    state: DeviceState,
+    cfg: EngineConfig,
+    latency: LatencyModel,
+    bucket: Bucket,
+    repeats: int = 3,
+) -> None:
+    """Runs a forward of padding alone (only trash pages and the trash slot are written) and records its time."""
+    run = functions.forward(bucket)
+    flat = jnp.asarray(ravel(empty_batch(bucket, cfg)))
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        state.kv, state.slots, out = run(state.params, state.pages, state.kv, state.slots, flat)
+        jax.block_until_ready((state.slots, out))
+        times.append(1e3 * (time.perf_counter() - start))
+    latency.seed((FORWARD, bucket.name), times[1:], bucket.rows)  # the first run loads the executable
+
+
+class BackgroundCompiler:
+    """Compiles on threads of its own, so that serving goes on meanwhile."""
+
+    def __init__(self) -> None:
+        self._threads: dict[Hashable, threading.Thread] = {}
+        self._errors: dict[Hashable, Exception] = {}
+        self._ready: set[Hashable] = set()
+
+    def request(self, key: Hashable, build: Callable[[], None]) -> None:
+        """Starts `build` unless it has been asked for under this key before."""
+        if key in self._threads:
+            return
+
+        def run() -> None:
+            try:
+                build()
+                self._ready.add(key)
+            except Exception as error:  # handed to whoever asks: a thread has no caller to raise to
+                log.exception("compiling %s failed", key)
+                self._errors[key] = error
+
+        self._threads[key] = threading.Thread(target=run, name="compile", daemon=True)
+        self._threads[key].start()
+
+    def ready(self, key: Hashable) -> bool:
+        """Whether `build` has finished.
+
+        Raises:
+            Exception: what it failed with.
+        """
+        if key in self._errors:
+            raise self._errors[key]
+        return key in self._ready
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being compiled."""
+        return any(thread.is_alive() for thread in self._threads.values())
+
+    def wait(self) -> None:
+        """Returns when nothing is being compiled."""
+        for thread in list(self._threads.values()):
+            thread.join()

@@ -1,0 +1,164 @@
+"""The replay backward against autodiff of the plain reference, and what its compiled code must not hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loquetier_jax.adapters.pages import gradients_of, read_pages
+from loquetier_jax.batch.pack import StepItems, TrainItem
+from loquetier_jax.models import dense
+from loquetier_jax.step.functions import TrainKey
+from loquetier_jax.step.train_pass import TrainPass
+from tests.step.cases import (
+    MIXED,
+    PACK,
+    TRAIN,
+    World,
+    make_world,
+    mixed_items,
+    random_pack,
+    tiny_config,
+    tiny_spec,
+)
+
+KEY = TrainKey(packs=2, pack_tokens=PACK, pages=2)
+
+
+def samples(pack):
+    """(tokens, targets, weights) of each sample of a pack."""
+    for segment in sorted(set(pack.segments.tolist()) - {-1}):
+        rows = pack.segments == segment
+        yield pack.tokens[rows], pack.targets[rows], pack.weights[rows]
+
+
+def reference_loss(world: World, weights, shape, pack):
+    """-sum(weight * log-prob) of a pack through models.dense, in f32."""
+    lora = {
+        (m.layer, m.target): (weights[key]["lora_A"], weights[key]["lora_B"], m.scaling)
+        for key, m in shape.by_key.items()
+    }
+    total = 0.0
+    for tokens, targets, w in samples(pack):
+        logits = dense.forward(world.spec, world.state.params, jnp.asarray(tokens)[None], lora)[0]
+        logp = jnp.take_along_axis(
+            jax.nn.log_softmax(logits, axis=-1), jnp.asarray(targets)[:, None], axis=1
+        )[:, 0]
+        total = total - (logp * w).sum()
+    return total
+
+
+def run_pass(world: World, items: StepItems, bucket, slice_layers=0, key=KEY) -> TrainPass:
+    passing = TrainPass(key, items.train, slice_layers)
+    if slice_layers and bucket is None:
+        passing.start_slices(world.cfg, world.functions, world.state)
+        while not passing.forward_done:
+            passing.run_forward_slice(world.functions, world.state)
+    else:
+        out, batch = world.run(items, bucket, key.dropout)
+        passing.take_fused(out, batch, world.functions, world.state)
+        del out
+    while not passing.done:
+        passing.run_backward_slice(world.functions, world.state)
+    return passing
+
+
+def page_gradients(world: World, item: TrainItem):
+    """What the pool holds for one item's adapter, at exact rank."""
+    shape = world.adapters[item.pages][0]
+    return gradients_of(read_pages(world.state.grads, item.grad_pages), shape, world.spec)
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return tiny_spec()
+
+
+@pytest.mark.parametrize("slice_layers", [0, 2])
+@pytest.mark.parametrize("how", ["mixed", "alone", "sliced forward"])
+def test_gradients_equal_autodiff_of_the_dense_reference(spec, how, slice_layers):
+    if how == "sliced forward" and not slice_layers:
+        pytest.skip("a sliced forward needs slices")
+    world = make_world(spec)
+    items = mixed_items(np.random.default_rng(0))
+    bucket = {"mixed": MIXED, "alone": TRAIN, "sliced forward": None}[how]
+    if how != "mixed":
+        items = StepItems(train=items.train)
+    passing = run_pass(world, items, bucket, slice_layers)
+    for item, result in zip(items.train, passing.results(), strict=True):
+        shape, weights = world.adapters[item.pages]
+        loss, want = jax.value_and_grad(lambda w, s=shape, p=item.pack: reference_loss(world, w, s, p))(
+            weights
+        )
+        got = page_gradients(world, item)
+        assert got.keys() == want.keys()
+        for name in want:
+            for part in ("lora_A", "lora_B"):
+                scale = np.abs(want[name][part]).max() + 1e-9
+                np.testing.assert_allclose(
+                    got[name][part] / scale, want[name][part] / scale, atol=2e-5, rtol=0
+                )
+        np.testing.assert_allclose(-(result["logp"] * item.pack.weights).sum(), loss, rtol=2e-6)
+
+
+def test_two_packs_of_one_job_add_up_and_nobody_elses_pages_move(spec):
+    world = make_world(spec)
+    rng = np.random.default_rng(1)
+    world.state.grads = jax.tree.map(lambda a: jnp.full_like(a, 0.5), world.state.grads)
+    pages_before = jax.tree.map(np.asarray, world.state.pages)
+    items = StepItems(train=[TrainItem(random_pack(rng, (30,)), (1,), (2,)) for _ in range(2)])
+    run_pass(world, items, TRAIN)
+    shape, weights = world.adapters[(1,)]
+    want = jax.grad(lambda w: sum(reference_loss(world, w, shape, i.pack) for i in items.train))(weights)
+    after = read_pages(world.state.grads, (2,))
+    got = gradients_of(jax.tree.map(lambda a: a - 0.5, after), shape, world.spec)
+    for name in want:
+        scale = np.abs(want[name]["lora_B"]).max()
+        np.testing.assert_allclose(got[name]["lora_B"] / scale, want[name]["lora_B"] / scale, atol=2e-5)
+    for layer in world.state.grads:  # pages 1, 3, 4 are untouched; 0 is trash
+        for leaf in jax.tree.leaves(layer):
+            np.testing.assert_array_equal(np.asarray(leaf)[[1, 3, 4]], 0.5)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, world.state.pages), pages_before)
+
+
+@pytest.mark.parametrize("keep", [(), ("attention",), ("qkv_proj", "o_proj")])
+def test_any_subset_of_kept_activations_gives_the_gradient(spec, keep):
+    world, full = make_world(spec, tiny_config(keep=keep)), make_world(spec)
+    items = mixed_items(np.random.default_rng(2))
+    for w in (world, full):
+        run_pass(w, mixed_items(np.random.default_rng(2)), MIXED)
+    for item in items.train:
+        got, want = page_gradients(world, item), page_gradients(full, item)
+        for name in want:
+            scale = np.abs(want[name]["lora_A"]).max() + 1e-9
+            np.testing.assert_allclose(got[name]["lora_A"] / scale, want[name]["lora_A"] / scale, atol=1e-5)
+
+
+def test_dropout_gradient_is_that_of_the_masked_forward(spec):
+    """Numerically: the loss moves along the gradient by its squared norm."""
+    world = make_world(spec)
+    rng = np.random.default_rng(3)
+    item = TrainItem(random_pack(rng, (60,)), (1,), (1,), 0.3)
+    key = TrainKey(packs=2, pack_tokens=PACK, pages=2, dropout=True)
+    items = StepItems(train=[item])
+    first = run_pass(world, items, TRAIN, key=key).results()[0]["logp"]
+    again = run_pass(world, items, TRAIN, key=key).results()[0]["logp"]
+    np.testing.assert_array_equal(first, again)
+    plain = run_pass(world, StepItems(train=[item]), TRAIN).results()[0]["logp"]
+    assert np.abs(first - plain).max() > 1e-4, "dropout did nothing"
+    world = make_world(spec)
+    loss0 = -(run_pass(world, items, TRAIN, key=key).results()[0]["logp"] * item.pack.weights).sum(
+        dtype=np.float64
+    )
+    grads = read_pages(world.state.grads, (1,))
+    norm2 = sum(float((np.asarray(g, np.float64) ** 2).sum()) for g in jax.tree.leaves(grads))
+    step = 1e-3 / np.sqrt(norm2)
+    for page, grad in zip(world.state.pages, grads, strict=True):
+        for group in page:
+            page[group] = tuple(
+                a.at[1].add(-step * g[0]) for a, g in zip(page[group], grad[group], strict=True)
+            )
+    loss1 = -(run_pass(world, items, TRAIN, key=key).results()[0]["logp"] * item.pack.weights).sum(
+        dtype=np.float64
+    )
+    assert (loss0 - loss1) / (step * norm2) == pytest.approx(1.0, rel=0.05)
