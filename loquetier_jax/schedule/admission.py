@@ -1,0 +1,94 @@
+"""Which waiting requests get a slot and KV pages."""
+
+from collections.abc import Iterable, Sequence
+
+from loquetier_jax.config import SAMPLING_LEVELS, Bucket, Sampling
+from loquetier_jax.schedule.snapshot import Snapshot, Waiting
+
+EXAMINED = 64  # of the waiting requests, so many are looked at for not fitting
+
+
+def highest(levels: Iterable[Sampling]) -> Sampling:
+    """The level that does the work of all: "greedy" of none."""
+    return max(levels, key=SAMPLING_LEVELS.index, default="greedy")
+
+
+def decode_limits(buckets: Sequence[Bucket]) -> dict[Sampling, int]:
+    """Most requests that may run together when the highest level among them is the key.
+
+    0 where no bucket prefills or none decodes at that level: such a request must be refused on arrival.
+    """
+    limits: dict[Sampling, int] = {}
+    for i, level in enumerate(SAMPLING_LEVELS):
+        able = [b for b in buckets if SAMPLING_LEVELS.index(b.sampling) >= i]
+        limits[level] = max((b.decode for b in able), default=0) if any(b.prefill for b in able) else 0
+    return limits
+
+
+class Admission:
+    """Room for waiting requests during one decision.
+
+    A request that does not fit is overtaken by `max_overtakes` later ones at most: then they wait behind it.
+
+    Attributes:
+        admitted: Who was admitted, in order.
+    """
+
+    def __init__(self, snapshot: Snapshot, max_overtakes: int) -> None:
+        """Starts from the free slots and pages of `snapshot`."""
+        self.admitted: list[str] = []
+        self._limits = decode_limits(snapshot.buckets)
+        self._slots, self._pages = snapshot.free_slots, snapshot.free_pages
+        self._adapter_pages = snapshot.free_adapter_pages
+        self._pinned: set[str] = set()
+        running = [*snapshot.running, *snapshot.prefilling]
+        self._count, self._level = len(running), highest(r.sampling for r in running)
+        self._rank = {w.id: i for i, w in enumerate(snapshot.waiting)}
+        self._max_overtakes = max_overtakes
+        self._before = snapshot.fairness.overtaken
+        # Who has no room, or has been overtaken so often that nobody may take it from him: how often.
+        self._blocked: dict[str, int] = {}
+        for request in snapshot.waiting[:EXAMINED]:
+            if not self._room(request) or self._before.get(request.id, 0) >= max_overtakes:
+                self._block(request)
+
+    def _room(self, request: Waiting) -> bool:
+        adapter_pages = 0 if request.adapter in self._pinned else request.adapter_pages
+        return (
+            self._slots > 0
+            and request.pages <= self._pages
+            and adapter_pages <= self._adapter_pages
+            and self._count < self._limits[highest((self._level, request.sampling))]
+        )
+
+    def _block(self, request: Waiting) -> None:
+        if request.id not in self._blocked:
+            later = sum(self._rank[i] > self._rank[request.id] for i in self.admitted)
+            self._blocked[request.id] = self._before.get(request.id, 0) + later
+
+    def fits(self, request: Waiting) -> bool:
+        """Whether the request can be admitted now; remembers it when there is no room."""
+        if not self._room(request):
+            self._block(request)
+            return False
+        rank = self._rank[request.id]
+        return not any(n >= self._max_overtakes and self._rank[i] < rank for i, n in self._blocked.items())
+
+    def take(self, request: Waiting) -> None:
+        """Admits a request that fits."""
+        self.admitted.append(request.id)
+        self._blocked.pop(request.id, None)
+        for i in self._blocked:
+            self._blocked[i] += self._rank[i] < self._rank[request.id]
+        self._slots -= 1
+        self._pages -= request.pages
+        self._count += 1
+        self._level = highest((self._level, request.sampling))
+        if request.adapter not in self._pinned:
+            self._adapter_pages -= request.adapter_pages
+            self._pinned.add(request.adapter)
+
+    def overtaken(self) -> dict[str, int]:
+        """Per waiting request that had no room, how many later ones have been admitted before it so far."""
+        before = {i: n for i, n in self._before.items() if i in self._rank and i not in self.admitted}
+        return before | {i: n for i, n in self._blocked.items() if n}

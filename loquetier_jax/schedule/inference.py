@@ -1,0 +1,141 @@
+"""The inference rows of a step: all decodes, and the prompt chunks that are worth their time."""
+
+from dataclasses import dataclass, field
+
+from loquetier_jax.config import Bucket, Sampling
+from loquetier_jax.errors import CapacityError
+from loquetier_jax.schedule.admission import highest
+from loquetier_jax.schedule.fairness import FairShare
+from loquetier_jax.schedule.latency import LatencyModel
+from loquetier_jax.schedule.lattice import blocks, cheapest, forward_ms, serving_need
+from loquetier_jax.schedule.prefill import Filling, rank
+from loquetier_jax.schedule.slack import step_slack
+from loquetier_jax.schedule.snapshot import Snapshot
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """Inference rows of one step.
+
+    Attributes:
+        decode, admit, prefill: As in Decision.
+        finishing: Requests whose prompt ends in this step: they get their first token.
+        sampling: Highest level of the rows that sample.
+        bucket: The cheapest that covers them; None without rows.
+        ms: Its predicted time.
+        head: Whether the fairest candidate for prefill is served.
+        share: Prompt tokens served per adapter, afterwards.
+        overtaken: See Fairness, afterwards.
+        prefill_waits: See Fairness, afterwards.
+    """
+
+    decode: tuple[str, ...] = ()
+    admit: tuple[str, ...] = ()
+    prefill: tuple[tuple[str, int], ...] = ()
+    finishing: tuple[str, ...] = ()
+    sampling: Sampling = "greedy"
+    bucket: Bucket | None = None
+    ms: float = 0.0
+    head: bool = True
+    share: dict[str, float] = field(default_factory=dict)
+    overtaken: dict[str, int] = field(default_factory=dict)
+    prefill_waits: int = 0
+
+    @property
+    def need(self) -> Bucket | None:
+        """The shape of the rows."""
+        rows = sum(blocks(tokens) for _, tokens in self.prefill)
+        return serving_need(len(self.decode), self.sampling, rows, len(self.prefill))
+
+
+def plan_inference(
+    snapshot: Snapshot,
+    latency: LatencyModel,
+    *,
+    max_overtakes: int,
+    max_prefill_waits: int,
+    gap_factor: float,
+) -> Plan:
+    """Chooses the inference rows of the next step.
+
+    All running requests decode. Of the buckets with prefill rows, the one that moves most prompt tokens per
+    millisecond is taken, if it ends before the next token of anybody is due; if none does, prefill waits a
+    few steps for slack, then goes anyway. Where no bucket holds decodes and a prompt together, they take
+    turns.
+
+    Raises:
+        CapacityError: more requests run than any bucket can decode: admission was not the scheduler's.
+    """
+    decode_only = _decode_plan(snapshot, latency)
+    candidates = [*snapshot.prefilling, *snapshot.waiting]
+    if not candidates:
+        return decode_only
+    able = _prefill_buckets(snapshot)
+    mixed = [b for b in able if b.decode >= len(snapshot.running) and rank(b.sampling) >= rank(decode_only.sampling)]
+    slack = step_slack(snapshot, gap_factor)
+    turn = snapshot.fairness.prefill_waits > 0 or not snapshot.running
+    if mixed:
+        plans = [_fill(snapshot, b, latency, decode_only, max_overtakes) for b in mixed]
+    else:
+        alone = Plan(share=decode_only.share, overtaken=decode_only.overtaken)
+        plans = [_fill(snapshot, b, latency, alone, max_overtakes) for b in able] if turn else []
+        slack -= decode_only.ms  # the decodes come only after it
+    plans = [p for p in plans if p.prefill]
+    plans = [p for p in plans if p.head] or plans
+    in_time = [p for p in plans if p.ms <= slack]
+    if in_time:
+        return max(in_time, key=_rate)
+    if plans and (not snapshot.running or snapshot.fairness.prefill_waits >= max_prefill_waits):
+        return min(plans, key=lambda p: p.ms)
+    if plans or not mixed:
+        decode_only.prefill_waits = snapshot.fairness.prefill_waits + 1
+    return decode_only
+
+
+def _rate(plan: Plan) -> float:
+    return sum(tokens for _, tokens in plan.prefill) / plan.ms
+
+
+def _prefill_buckets(snapshot: Snapshot) -> list[Bucket]:
+    """Buckets with prefill rows; those that also carry train or score rows only where no other is there."""
+    able = [b for b in snapshot.buckets if b.prefill]
+    return [b for b in able if not b.packs and not b.score_packs] or able
+
+
+def _decode_plan(snapshot: Snapshot, latency: LatencyModel) -> Plan:
+    candidates = [*snapshot.prefilling, *snapshot.waiting]
+    waiting = {w.id for w in snapshot.waiting}
+    plan = Plan(
+        decode=tuple(r.id for r in snapshot.running),
+        sampling=highest(r.sampling for r in snapshot.running),
+        share=FairShare(snapshot.fairness.adapters, (c.adapter for c in candidates)).state(),
+        overtaken={i: n for i, n in snapshot.fairness.overtaken.items() if i in waiting},
+    )
+    if plan.decode:
+        plan.bucket = cheapest(snapshot.buckets, plan.need, latency)
+        if plan.bucket is None:
+            raise CapacityError(
+                f"decode: got {len(plan.decode)} running requests at level {plan.sampling!r}, expected a "
+                f"bucket that holds them among {[b.name for b in snapshot.buckets]}"
+            )
+        plan.ms = forward_ms(plan.bucket, latency)
+    return plan
+
+
+def _fill(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan, max_overtakes: int) -> Plan:
+    """`base` and as many prompt chunks as `bucket` holds, in the cheapest bucket that then covers them."""
+    filling = Filling(snapshot, bucket, max_overtakes)
+    plan = Plan(
+        decode=base.decode,
+        admit=tuple(filling.admission.admitted),
+        prefill=tuple(filling.prefill),
+        finishing=tuple(filling.finishing),
+        sampling=highest((base.sampling, filling.sampling)),
+        head=filling.head is not False,
+        share=filling.share.state(),
+        overtaken=filling.admission.overtaken(),
+    )
+    if plan.prefill:
+        plan.bucket = cheapest(snapshot.buckets, plan.need, latency)
+        plan.ms = forward_ms(plan.bucket, latency)
+    return plan

@@ -1,0 +1,157 @@
+"""Who runs next: a pure function from a snapshot of the queues to a decision; no device, no clock.
+
+Every step, in this order: all running decodes; prompt chunks, as many as are worth their time and make no
+token late; then one quantum of training or scoring. With a promise to keep (SLO), the largest quantum that
+fits what the promise leaves; without one, training gets its share of the device time; when no request is
+there, the largest quantum there is.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loquetier_jax.config import BLOCK, require
+from loquetier_jax.schedule.admission import highest
+from loquetier_jax.schedule.choose import Budget, choose
+from loquetier_jax.schedule.inference import Plan, plan_inference
+from loquetier_jax.schedule.latency import LatencyModel
+from loquetier_jax.schedule.lattice import cheapest, forward_ms, serving_need
+from loquetier_jax.schedule.slack import first_token_budget, step_slack, token_budget
+from loquetier_jax.schedule.snapshot import Decision, Fairness, Snapshot
+from loquetier_jax.schedule.training import Option, job_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Settings of the policy.
+
+    Attributes:
+        train_share: Share of the device time that training and scoring get beside requests when nothing is
+            promised to those, in [0, 1].
+        train_floor: The same, guaranteed even where it breaks the promise.
+        max_quantum_ms: Longest quantum beside requests when nothing is promised, if there is any shorter one.
+        gap_factor: With a TPOT promise, no single gap between tokens is planned longer than this times it.
+        max_lead: Most packs a job may be ahead of the least served job that wants to train.
+        max_overtakes: Most later requests admitted before one that does not fit.
+        max_prefill_waits: Most steps in a row that prefill waits for slack.
+    """
+
+    train_share: float = 0.5
+    train_floor: float = 0.0
+    max_quantum_ms: float = 50.0
+    gap_factor: float = 4.0
+    max_lead: int = 1
+    max_overtakes: int = 16
+    max_prefill_waits: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("train_share", "train_floor"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, name, value, "a number in [0, 1]")
+        require(self.max_quantum_ms > 0, "max_quantum_ms", self.max_quantum_ms, "a number > 0")
+        require(self.gap_factor >= 1, "gap_factor", self.gap_factor, "a number >= 1")
+        require(self.max_lead >= 1, "max_lead", self.max_lead, "an integer >= 1")
+        for name in ("max_overtakes", "max_prefill_waits"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "an integer >= 0")
+
+
+def decide(snapshot: Snapshot, latency: LatencyModel, config: PolicyConfig) -> Decision:
+    """Chooses what the engine does next.
+
+    Args:
+        snapshot: The queues; not changed.
+        latency: Predictions; not changed.
+        config: Settings.
+
+    Returns:
+        A decision whose bucket and shapes are among those of the snapshot. Its `fairness` belongs into the
+        next snapshot. Equal arguments give equal decisions.
+
+    Raises:
+        CapacityError: more requests run than any bucket can decode.
+    """
+    plan = plan_inference(
+        snapshot,
+        latency,
+        max_overtakes=config.max_overtakes,
+        max_prefill_waits=config.max_prefill_waits,
+        gap_factor=config.gap_factor,
+    )
+    budget = _budget(snapshot, plan, latency, config)
+    share = job_share(snapshot)
+    chosen, any_work = choose(snapshot, plan, budget, latency, share, config.max_lead)
+    for name in (n for option in chosen for n in option.charged):
+        share.charge(name, 1)
+    fairness = Fairness(
+        adapters=plan.share,
+        jobs=share.state(),
+        overtaken=plan.overtaken,
+        credit_ms=_credit_left(budget, chosen) if any_work else 0.0,
+        prefill_waits=plan.prefill_waits,
+        score_turn=not chosen[0].scored if chosen else snapshot.fairness.score_turn,
+    )
+    return _decision(plan, chosen, latency, fairness)
+
+
+def _credit_left(budget: Budget, chosen: Sequence[Option]) -> float:
+    if budget.idle or math.isinf(budget.credit):
+        return 0.0
+    left = budget.credit - sum(option.ms for option in chosen)
+    return max(0.0, left) if budget.promised else left  # what fits a promise is no debt
+
+
+def _decision(plan: Plan, chosen: Sequence[Option], latency: LatencyModel, fairness: Fairness) -> Decision:
+    riding = chosen[0] if chosen and chosen[0].fused else None
+    return Decision(
+        admit=plan.admit,
+        bucket=riding.fused if riding else plan.bucket,
+        decode=plan.decode,
+        prefill=plan.prefill,
+        packs=riding.packs if riding else (),
+        score=riding.score if riding else (),
+        quanta=tuple(option.quantum for option in chosen if option.quantum is not None),
+        forward_ms=forward_ms(riding.fused, latency) if riding else plan.ms,
+        fairness=fairness,
+    )
+
+
+def _budget(snapshot: Snapshot, plan: Plan, latency: LatencyModel, config: PolicyConfig) -> Budget:
+    served = dict(plan.prefill)
+    pending = [r for r in snapshot.prefilling if served.get(r.id, 0) < r.remaining]
+    pending += [r for r in snapshot.waiting if served.get(r.id, 0) < r.prompt_tokens]
+    idle = not snapshot.running and not plan.prefill and not pending
+    next_ms, rows = _next_forward(snapshot, plan, bool(pending), latency)
+    at = snapshot.now + plan.ms / 1e3
+    decoded = bool(plan.decode)
+    slack = min(
+        token_budget(snapshot, decoded, len(plan.finishing), at, next_ms, config.gap_factor),
+        first_token_budget(snapshot, pending, at, next_ms, rows),
+    )
+    share = config.train_share if math.isinf(slack) else config.train_floor
+    # With no inference row in this step nobody is held up: requests are there, but cannot be admitted.
+    earned = math.inf if share == 1 or plan.bucket is None else plan.ms * share / (1 - share)
+    return Budget(
+        idle=idle,
+        slack=slack,
+        step=step_slack(snapshot, config.gap_factor) if decoded else math.inf,
+        credit=snapshot.fairness.credit_ms + earned,
+        longest=config.max_quantum_ms,
+    )
+
+
+def _next_forward(snapshot: Snapshot, plan: Plan, pending: bool, latency: LatencyModel) -> tuple[float, int]:
+    """(predicted ms of the forward after this one, its prefill rows)."""
+    running = len(snapshot.running) + len(plan.finishing)
+    sampling = highest((plan.sampling, *(r.sampling for r in snapshot.running)))
+    chunk = (BLOCK, 1) if pending else (0, 0)
+    need = serving_need(running, sampling, *chunk)
+    if need is None:
+        return 0.0, 0
+    bucket = cheapest(snapshot.buckets, need, latency)
+    if bucket is not None:
+        return forward_ms(bucket, latency), bucket.prefill
+    halves = [serving_need(running, sampling), serving_need(0, "greedy", *chunk)]  # they take turns
+    found = [cheapest(snapshot.buckets, h, latency) for h in halves if h is not None]
+    found = [b for b in found if b is not None]
+    return sum(forward_ms(b, latency) for b in found), max((b.prefill for b in found), default=0)

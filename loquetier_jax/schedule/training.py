@@ -1,0 +1,160 @@
+"""What training or scoring could do next: options with their size and their price."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from loquetier_jax.config import Bucket
+from loquetier_jax.schedule.fairness import FairShare, pack_order
+from loquetier_jax.schedule.inference import Plan
+from loquetier_jax.schedule.latency import OPTIMIZER, LatencyModel
+from loquetier_jax.schedule.lattice import cheapest, forward_ms, slices_ms
+from loquetier_jax.schedule.snapshot import JobView, Quantum, Snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One thing that could be done.
+
+    Attributes:
+        ms: What it adds to the iteration.
+        size: Rows, slices or jobs: how much it does; compared between options of one list only.
+        fused: The bucket that replaces the plan's, when the rows ride in the same forward.
+        packs, score: What rides in it.
+        quantum: What runs after the forward, when it is not fused.
+    """
+
+    ms: float
+    size: float
+    fused: Bucket | None = None
+    packs: tuple[str, ...] = ()
+    score: tuple[str, ...] = ()
+    quantum: Quantum | None = None
+
+    @property
+    def charged(self) -> tuple[str, ...]:
+        """One job name per pack started."""
+        return self.packs or (self.quantum.packs if self.quantum else ())
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """One id per pack scored."""
+        return self.score or (self.quantum.score if self.quantum else ())
+
+
+def job_share(snapshot: Snapshot) -> FairShare:
+    """Packs served per job that wants service."""
+    active = [job.name for job in snapshot.jobs if job.status != "waiting"]
+    return FairShare(snapshot.fairness.jobs, active)
+
+
+def train_options(
+    snapshot: Snapshot, plan: Plan, latency: LatencyModel, share: FairShare, max_lead: int
+) -> Iterator[list[Option]]:
+    """Yields lists of options to try in order: due optimizer steps, else the pass in flight, else new ones.
+
+    An optimizer step comes first: it is short, and its job cannot go on without it. Of new passes, those with
+    the job that was served least come first.
+    """
+    due = [job.name for job in snapshot.jobs if job.status == "optimizer"]
+    if due:
+        yield list(_optimizer_options(due, latency))
+    elif snapshot.train_pass is not None:
+        yield list(_pass_options(snapshot, latency))
+    else:
+        yield from _new_pass_options(snapshot, plan, latency, share, max_lead)
+
+
+def _optimizer_options(due: list[str], latency: LatencyModel) -> Iterator[Option]:
+    ms = 0.0
+    for i, name in enumerate(due, 1):
+        ms += latency.predict((OPTIMIZER, name), 1)
+        yield Option(ms=ms, size=i, quantum=Quantum(kind="optimizer", jobs=tuple(due[:i]), ms=ms))
+
+
+def _pass_options(snapshot: Snapshot, latency: LatencyModel) -> Iterator[Option]:
+    view = snapshot.train_pass
+    backward = view.stage == "backward"
+    kind = "backward_slice" if backward else "forward_slice"
+    for count in range(1, view.slices_left + 1):
+        ms = slices_ms(backward, view.packs, view.pack_tokens, count, view.slices, latency)
+        yield Option(ms=ms, size=count, quantum=Quantum(kind=kind, count=count, ms=ms))
+
+
+def _new_pass_options(
+    snapshot: Snapshot, plan: Plan, latency: LatencyModel, share: FairShare, max_lead: int
+) -> Iterator[list[Option]]:
+    shapes = {b.pack_tokens for b in snapshot.buckets if b.packs} | {s.pack_tokens for s in snapshot.sliced}
+    ready = [j for j in snapshot.jobs if j.status == "ready" and j.packs > 0 and j.pack_tokens in shapes]
+    while ready:
+        first = share.first(j.name for j in ready)
+        kind = next((j.pack_tokens, j.group) for j in ready if j.name == first)
+        together = [j for j in ready if (j.pack_tokens, j.group) == kind]
+        ready = [j for j in ready if (j.pack_tokens, j.group) != kind]
+        options = list(_pack_options(snapshot, plan, latency, together, share, max_lead))
+        if options:
+            yield options
+
+
+def _pack_options(
+    snapshot: Snapshot,
+    plan: Plan,
+    latency: LatencyModel,
+    jobs: list[JobView],
+    share: FairShare,
+    max_lead: int,
+) -> Iterator[Option]:
+    tokens = jobs[0].pack_tokens
+    sliced = [s for s in snapshot.sliced if s.pack_tokens == tokens]
+    limits = {b.packs for b in snapshot.buckets if b.packs and b.pack_tokens == tokens} | {s.packs for s in sliced}
+    order = tuple(pack_order(jobs, share, max(limits), max_lead))
+    if not order:
+        return
+    for limit in sorted(limits):
+        packs = order[:limit]
+        need = Bucket(packs=len(packs), pack_tokens=tokens)
+        for fused, bucket, ms in _forwards(snapshot, plan, latency, need):
+            quantum = None if fused else Quantum(kind="forward", packs=packs, bucket=bucket, ms=ms)
+            riding = packs if fused else ()
+            yield Option(ms=ms, size=need.train_rows, fused=bucket if fused else None, packs=riding, quantum=quantum)
+    for shape in sliced:
+        packs = order[: shape.packs]
+        for count in range(1, shape.slices + 1):
+            ms = slices_ms(False, shape.packs, tokens, count, shape.slices, latency)
+            bucket = Bucket(packs=shape.packs, pack_tokens=tokens)
+            quantum = Quantum(kind="forward_slice", count=count, packs=packs, bucket=bucket, ms=ms)
+            yield Option(ms=ms, size=len(packs) * tokens * count / shape.slices, quantum=quantum)
+
+
+def _forwards(
+    snapshot: Snapshot, plan: Plan, latency: LatencyModel, need: Bucket
+) -> Iterator[tuple[bool, Bucket, float]]:
+    """(fused, bucket, added ms) of the cheapest forward with the plan's rows and of the cheapest without."""
+    alone = cheapest(snapshot.buckets, need, latency)
+    if alone is not None:
+        yield False, alone, forward_ms(alone, latency)
+    if plan.need is None:
+        return
+    rows = {n: getattr(need, n) for n in ("packs", "pack_tokens", "score_packs", "score_tokens") if getattr(need, n)}
+    p = plan.need
+    both = Bucket(**rows, prefill=p.prefill, chunks=p.chunks, decode=p.decode, sampling=p.sampling)
+    fused = cheapest(snapshot.buckets, both, latency)
+    if fused is not None:
+        yield True, fused, forward_ms(fused, latency) - plan.ms
+
+
+def score_options(snapshot: Snapshot, plan: Plan, latency: LatencyModel) -> list[Option]:
+    """Options for the score work that came first, joined by what fits beside it."""
+    options: list[Option] = []
+    if not snapshot.score:
+        return options
+    waiting = [(view.id, view.tokens) for view in snapshot.score for _ in range(view.packs)]
+    for packs, tokens in sorted({(b.score_packs, b.score_tokens) for b in snapshot.buckets if b.score_packs}):
+        if waiting[0][1] > tokens:
+            continue
+        ids = tuple(i for i, length in waiting if length <= tokens)[:packs]
+        need = Bucket(score_packs=len(ids), score_tokens=tokens)
+        for fused, bucket, ms in _forwards(snapshot, plan, latency, need):
+            quantum = None if fused else Quantum(kind="forward", score=ids, bucket=bucket, ms=ms)
+            riding = ids if fused else ()
+            options.append(Option(ms=ms, size=len(ids), fused=bucket if fused else None, score=riding, quantum=quantum))
+    return options
