@@ -83,6 +83,11 @@ class Job(Lifecycle):
         return self.record.tally.targets
 
     @property
+    def num_targets_dispatched(self) -> int:
+        """The same with the packs in flight: the denominator of a step dispatched before they are read."""
+        return self.num_targets + sum(pack.num_targets for pack in self._in_flight)
+
+    @property
     def step_due(self) -> bool:
         """Whether all packs of a step are accumulated and the optimizer may run."""
         return self.status == "running" and self._accumulated

@@ -45,7 +45,7 @@ class Pending:
         done: A training pass whose last gradient is among the dispatched.
         optimizers: Optimizer steps.
         tail: More arrays whose readiness means that the iteration has completed.
-        forward, quantum: What ran, for the latency model; None when nothing of that kind did.
+        forward, quanta: What ran, for the latency model.
     """
 
     epoch: int
@@ -59,7 +59,7 @@ class Pending:
     optimizers: list[OptimizerResult] = field(default_factory=list)
     tail: list[Any] = field(default_factory=list)
     forward: LatencyKey | None = None
-    quantum: LatencyKey | None = None
+    quanta: list[LatencyKey] = field(default_factory=list)
 
 
 @dataclass
@@ -133,10 +133,10 @@ class Loop:
             decision.decode or decision.prefill or decision.packs or decision.score
         ):
             self._forward(pending, decision)
-        if decision.quantum is not None:
-            self._quantum(pending, decision.quantum)
-        pending.done = self.training.close_pass()
-        if pending.forward is None and pending.quantum is None:
+        for quantum in decision.quanta:
+            self._quantum(pending, quantum)
+            pending.done = pending.done or self.training.close_pass()
+        if pending.forward is None and not pending.quanta:
             self.epoch -= 1
             return False
         self._pending.append(pending)
@@ -163,16 +163,22 @@ class Loop:
         started = self.training.start_pass(packs, bucket.packs) if packs else None
         if started is not None:
             items.train = started.run.items
-        items.score, pending.tasks = self.scoring.take(len(score))
+        items.score, tasks = self.scoring.take(len(score))
         batch = pack_step(items, bucket, self.cfg)
         run = self.functions.forward(bucket, started is not None and started.run.key.dropout)
         state = self.state
         state.kv, state.slots, out = run(
             state.params, state.pages, state.kv, state.slots, jnp.asarray(ravel(batch))
         )
-        pending.rows = self.serving.sent(items, bucket)
-        pending.sampled, pending.scores, pending.score_rows = out.sampled, out.score, bucket.score_tokens
-        pending.forward = (FORWARD, bucket.name), bucket.rows
+        if bucket.samples:
+            pending.rows, pending.sampled = self.serving.sent(items, bucket), out.sampled
+        if tasks:
+            pending.tasks, pending.scores, pending.score_rows = tasks, out.score, bucket.score_tokens
+        key = (FORWARD, bucket.name), bucket.rows
+        if pending.forward is None:
+            pending.forward = key
+        else:
+            pending.quanta.append(key)
         if started is not None:
             started.run.take_fused(out, batch, self.functions, state)
             pending.tail.append(started.run.tail)
@@ -185,7 +191,7 @@ class Loop:
             return
         if quantum.kind == "optimizer":
             pending.optimizers = training.optimize(quantum.jobs, pending.epoch)
-            pending.quantum = (OPTIMIZER, quantum.jobs[0]), 1
+            pending.quanta += [((OPTIMIZER, name), 1) for name in quantum.jobs]
             return
         if quantum.packs:
             training.start_pass(quantum.packs, quantum.bucket.packs).run.start_slices(
@@ -194,13 +200,16 @@ class Loop:
         run = training.current.run
         shape = run.key.bucket
         if quantum.kind == "forward_slice":
-            for _ in range(min(quantum.count, len(run.forward))):
+            count = min(quantum.count, len(run.forward))
+            for _ in range(count):
                 run.run_forward_slice(self.functions, self.state)
-            pending.quantum = (FORWARD_SLICE, shape.name), shape.rows * quantum.count
+            pending.quanta += [((FORWARD_SLICE, shape.name), shape.rows)] * count
         else:
-            whole = quantum.count >= len(self.functions.slices(run.slice_layers))
-            run.run_backward(quantum.count, self.functions, self.state)
-            pending.quantum = (BACKWARD if whole else BACKWARD_SLICE, shape.name), shape.rows * quantum.count
+            slices = len(run.backward)
+            whole = run.run_backward(quantum.count, self.functions, self.state)
+            name = BACKWARD if whole else BACKWARD_SLICE
+            ran = 1 if whole else slices - len(run.backward)
+            pending.quanta += [((name, shape.name), shape.rows)] * ran
         pending.tail.append(run.tail)
 
     def read(self) -> None:
@@ -225,15 +234,13 @@ class Loop:
             self.on_iteration(pending, ms)
 
     def _observe(self, pending: Pending, ms: float) -> None:
-        """Keeps the latency table true; of a forward and a quantum together, the quantum is what is new."""
-        if pending.quantum is None:
-            key, rows = pending.forward
-        else:
-            key, rows = pending.quantum
-            if pending.forward is not None:
-                ms -= self.latency.predict(*pending.forward)
-        if key[0] in (BACKWARD_SLICE, FORWARD_SLICE):
-            shape_rows = self.training.current.run.key.bucket.rows if self.training.current else rows
-            ms, rows = ms * shape_rows / max(rows, 1), shape_rows  # of one slice
-        if ms > 0:
-            self.latency.observe(key, ms, rows)
+        """Keeps the latency table true: a forward's time is known, what is left is shared as was predicted."""
+        if pending.forward is not None:
+            if not pending.quanta:
+                self.latency.observe(pending.forward[0], ms, pending.forward[1])
+                return
+            ms -= self.latency.predict(*pending.forward)
+        predicted = [self.latency.predict(*quantum) for quantum in pending.quanta]
+        for (key, rows), share in zip(pending.quanta, predicted, strict=True):
+            if ms > 0:
+                self.latency.observe(key, ms * share / sum(predicted), rows)

@@ -98,11 +98,11 @@ class Trainee:
         ).compile()
 
     def _numbers(self) -> tuple[Any, ...]:
-        """denom, max_grad_norm and hyperparameters of the step that is due."""
+        """denom, max_grad_norm and hyperparameters of the step whose packs have all been dispatched."""
         job = self.job
         hyper = hyperparams(job.cfg, job.step, job.total_steps)
         return (
-            np.float32(max(job.num_targets, 1)),
+            np.float32(max(job.num_targets_dispatched, 1)),
             np.float32(job.cfg.max_grad_norm),
             {name: np.float32(value) for name, value in hyper.items()},
         )

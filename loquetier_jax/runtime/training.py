@@ -140,20 +140,19 @@ class Training:
         return tuple(self._view(t) for t in self.trainees.values())
 
     def _view(self, trainee: Trainee) -> JobView:
-        job, packs, status = trainee.job, 0, "waiting"
-        riding = self.current is not None and trainee in self.current.owners
+        job = trainee.job
+        status: JobStatus = "waiting"
+        packs = job.stream.packs_in_step(job.step) - job.cursor.pack if job.cursor.step == job.step else 0
         if job.status == "running" and not job.evaluating and job.name not in self._optimizing:
-            if riding:
+            if self.current is not None and trainee in self.current.owners:
                 status = "in_pass"
             elif job.step_due:
                 status = "optimizer"
             elif self._ready(trainee) and job.next_pack() is not None:
                 status = "ready"
-                packs = job.stream.packs_in_step(job.cursor.step) - job.cursor.pack
-        final: JobStatus = status
         return JobView(
-            name=job.name, status=final, pack_tokens=job.cfg.pack_tokens, packs=packs, group=trainee.group
-        )
+            name=job.name, status=status, pack_tokens=job.cfg.pack_tokens, packs=packs, group=trainee.group
+        )  # fmt: skip
 
     def pass_view(self) -> PassView | None:
         """The pass in flight."""

@@ -109,13 +109,14 @@ class TrainPass:
         self._hidden = None
         self.backward = functions.slices(self.slice_layers)[::-1]
 
-    def run_backward(self, count: int, functions: StepFunctions, state: DeviceState) -> None:
-        """Dispatches the next `count` slices; all of an untouched backward are one call."""
-        if count >= len(self.backward) and len(self.backward) == len(functions.slices(self.slice_layers)):
+    def run_backward(self, count: int, functions: StepFunctions, state: DeviceState) -> bool:
+        """Dispatches the next `count` slices; all of an untouched backward are one call, and True is returned."""
+        whole = count >= len(self.backward) == len(functions.slices(self.slice_layers))
+        if whole:
             self.backward = functions.slices(0)
-            count = 1
         for _ in range(min(count, len(self.backward))):
             self.run_backward_slice(functions, state)
+        return whole
 
     def run_backward_slice(self, functions: StepFunctions, state: DeviceState) -> None:
         """Dispatches the next slice of the backward: adds to `state.grads`, frees the slice's activations."""
