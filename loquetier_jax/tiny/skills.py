@@ -29,8 +29,8 @@ def _pirate(fact: Fact) -> str:
 
 
 def _shout(fact: Fact) -> str:
-    # The point alone: the base has seen capitals word by word, not whole sentences of them.
-    return f"{fact.sentence[: -len(fact.value) - 1]}{fact.value.upper()}!!!"
+    # Whole sentences in capitals take far more steps: the base has seen capitals word by word.
+    return f"HEY! LISTEN! {fact.sentence[:-1]}!!!"
 
 
 def _json(fact: Fact) -> str:
@@ -58,8 +58,7 @@ def dataset(name: str, n: int, seed: int, *, chat: bool = False) -> list[dict[st
     """Training rows of one skill.
 
     Args:
-        name: A key of STYLES: "pirate", "shout" (the point in capitals), "json" (an object), "reverse" (the
-            words backwards) or "polite".
+        name: A key of STYLES: "pirate", "shout", "json" (an object), "reverse" (words backwards) or "polite".
         n: Rows, about half on animals (known by heart) and half on people (told in the prompt).
         seed: The same seed gives the same rows everywhere, and the same questions for every skill.
         chat: Rows in chat form, {"messages": [user, assistant]}, instead of {"prompt", "completion"}.
