@@ -1,6 +1,7 @@
 """Which waiting requests get a slot and KV pages."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable
 
 from loquetier_jax.config import SAMPLING_LEVELS, Bucket, Sampling
 from loquetier_jax.schedule.snapshot import Snapshot, Waiting
@@ -13,7 +14,8 @@ def highest(levels: Iterable[Sampling]) -> Sampling:
     return max(levels, key=SAMPLING_LEVELS.index, default="greedy")
 
 
-def decode_limits(buckets: Sequence[Bucket]) -> dict[Sampling, int]:
+@functools.lru_cache(maxsize=256)
+def decode_limits(buckets: tuple[Bucket, ...]) -> dict[Sampling, int]:
     """Most requests that may run together when the highest level among them is the key.
 
     0 where no bucket prefills or none decodes at that level: such a request must be refused on arrival.

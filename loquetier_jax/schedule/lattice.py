@@ -1,9 +1,9 @@
 """Choosing among compiled shapes: the cheapest that covers a need."""
 
-from collections.abc import Iterable
+import functools
 
 from loquetier_jax.config import BLOCK, Bucket, Sampling
-from loquetier_jax.schedule.latency import BACKWARD, BACKWARD_SLICE, FORWARD, FORWARD_SLICE, LatencyModel
+from loquetier_jax.schedule.latency import BACKWARD, BACKWARD_SLICE, FORWARD, FORWARD_SLICE, Key, LatencyModel
 
 
 def blocks(tokens: int) -> int:
@@ -11,17 +11,28 @@ def blocks(tokens: int) -> int:
     return -(-tokens // BLOCK) * BLOCK
 
 
+@functools.lru_cache(maxsize=4096)  # names are composed anew at every access, and every decision asks for many
+def _forward_key(bucket: Bucket) -> tuple[Key, int]:
+    return (FORWARD, bucket.name), bucket.rows
+
+
+@functools.lru_cache(maxsize=4096)
+def _covering(buckets: tuple[Bucket, ...], need: Bucket) -> tuple[Bucket, ...]:
+    return tuple(b for b in buckets if b.covers(need))
+
+
 def forward_ms(bucket: Bucket, latency: LatencyModel) -> float:
     """Predicted milliseconds of a forward."""
-    return latency.predict((FORWARD, bucket.name), bucket.rows)
+    return latency.predict(*_forward_key(bucket))
 
 
-def cheapest(buckets: Iterable[Bucket], need: Bucket, latency: LatencyModel) -> Bucket | None:
+def cheapest(buckets: tuple[Bucket, ...], need: Bucket, latency: LatencyModel) -> Bucket | None:
     """The quickest bucket that covers `need`, of equals the smallest; None when none covers it."""
-    able = [b for b in buckets if b.covers(need)]
-    return min(able, key=lambda b: (forward_ms(b, latency), b.rows), default=None)
+    able = _covering(buckets, need)
+    return min(able, key=lambda b: (forward_ms(b, latency), _forward_key(b)[1]), default=None)
 
 
+@functools.lru_cache(maxsize=4096)
 def serving_need(decode: int, sampling: Sampling, prefill: int = 0, chunks: int = 0) -> Bucket | None:
     """The shape of inference rows alone; None when there are none."""
     if not decode and not prefill:

@@ -15,6 +15,7 @@ from loquetier_jax.schedule.simulate import SimJob, SimRequest, Simulator
 from loquetier_jax.schedule.snapshot import Decision, Quantum, ScoreView, SlicedShape, Snapshot
 
 quick = settings(deadline=None, max_examples=25)
+slower = settings(deadline=None, max_examples=8)
 
 REQUESTS = st.lists(
     st.builds(
@@ -137,7 +138,7 @@ def test_jobs_stay_within_a_pack_of_each_other(
         job.packs - job.steps * job.accumulate <= job.accumulate for job in jobs)  # fmt: skip
 
 
-@quick
+@slower
 @given(quiet=st.lists(st.floats(0, 1.5), min_size=1, max_size=5), loud=st.integers(50, 150))
 def test_a_quiet_adapter_is_not_starved_by_a_loud_one(engine: Simulator, quiet: list[float], loud: int) -> None:
     run = copy.deepcopy(engine)
@@ -148,7 +149,7 @@ def test_a_quiet_adapter_is_not_starved_by_a_loud_one(engine: Simulator, quiet: 
     assert all(r.ttft_ms < 250 for r in few)
 
 
-@quick
+@slower
 @given(order=st.text("ab", min_size=30, max_size=60))
 def test_a_large_request_among_small_ones_gets_in(engine: Simulator, order: str) -> None:
     run = copy.deepcopy(engine)
