@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from loquetier_jax.batch.segments import SegmentBatch, positions_of, unravel
-from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.config import PACK_ALIGN, Bucket, EngineConfig
 from loquetier_jax.models.decoder import embed, final_norm, layer, logits, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.loss import score_rows
@@ -112,7 +112,7 @@ def forward(
     if bucket.samples:
         rows = sample_rows(bucket, batch, x[t + s :])
         slots, sampled = sample(
-            logits(spec, params, final_norm(spec, params, rows)),
+            sample_logits(spec, params, rows),
             batch.sample,
             slots,
             level=bucket.sampling,
@@ -131,6 +131,16 @@ def sample_rows(bucket: Bucket, batch: SegmentBatch, x: jax.Array) -> jax.Array:
     if batch.prefill is None:
         return decode
     return jnp.concatenate([decode, x[batch.prefill.last_row]])
+
+
+def sample_logits(spec: DecoderSpec, params: Params, x: jax.Array) -> jax.Array:
+    """f32 logits of the rows a token is drawn from, as the training forward computes them. [n, D] -> [n, V].
+
+    Filled up to a multiple of PACK_ALIGN rows: fewer rows take another GEMM on the XLA CPU path, whose last bits differ
+    from those of train and score rows.
+    """
+    padded = jnp.pad(x, ((0, -x.shape[0] % PACK_ALIGN), (0, 0)))
+    return logits(spec, params, final_norm(spec, params, padded))[: x.shape[0]]
 
 
 def forward_start(spec: DecoderSpec, template: SegmentBatch, params: Params, flat: jax.Array) -> jax.Array:
