@@ -67,28 +67,28 @@ def plan_inference(
         CapacityError: more requests run than any bucket can decode: admission was not the scheduler's.
     """
     decode_only = _decode_plan(snapshot, latency)
-    candidates = [*snapshot.prefilling, *snapshot.waiting]
-    if not candidates:
+    if not snapshot.prefilling and not snapshot.waiting:
         return decode_only
     able = _prefill_buckets(snapshot)
     mixed = [b for b in able if b.decode >= len(snapshot.running) and rank(b.sampling) >= rank(decode_only.sampling)]
+    waits = snapshot.fairness.prefill_waits
     slack = step_slack(snapshot, gap_factor)
-    turn = snapshot.fairness.prefill_waits > 0 or not snapshot.running
     if mixed:
         plans = [_fill(snapshot, b, latency, decode_only, max_overtakes) for b in mixed]
     else:
         alone = Plan(share=decode_only.share, overtaken=decode_only.overtaken)
-        plans = [_fill(snapshot, b, latency, alone, max_overtakes) for b in able] if turn else []
+        plans = [_fill(snapshot, b, latency, alone, max_overtakes) for b in able]
+        plans = plans if waits or not snapshot.running else []
         slack -= decode_only.ms  # the decodes come only after it
     plans = [p for p in plans if p.prefill]
     plans = [p for p in plans if p.head] or plans
     in_time = [p for p in plans if p.ms <= slack]
     if in_time:
         return max(in_time, key=_rate)
-    if plans and (not snapshot.running or snapshot.fairness.prefill_waits >= max_prefill_waits):
+    if plans and (not snapshot.running or waits >= max_prefill_waits):
         return min(plans, key=lambda p: p.ms)
     if plans or not mixed:
-        decode_only.prefill_waits = snapshot.fairness.prefill_waits + 1
+        decode_only.prefill_waits = waits + 1
     return decode_only
 
 

@@ -1,9 +1,9 @@
 """Who runs next: a pure function from a snapshot of the queues to a decision; no device, no clock.
 
 Every step, in this order: all running decodes; prompt chunks, as many as are worth their time and make no
-token late; then one quantum of training or scoring. With a promise to keep (SLO), the largest quantum that
-fits what the promise leaves; without one, training gets its share of the device time; when no request is
-there, the largest quantum there is.
+token late; then training or scoring. With a promise to keep (SLO), the largest quantum that fits what the
+promise leaves, and the stages after it while there is time; without one, a quantum now and then, so that
+training has its share of the device time; when no request is there, the largest quantum there is.
 """
 
 import math

@@ -237,16 +237,7 @@ def make_requests(
     Raises:
         RequestError: an empty prompt, no room for prompt + max_tokens, stop strings without a tokenizer.
     """
-    if not len(prompt_ids):
-        raise RequestError("prompt: got no tokens, expected at least one")
-    total = len(prompt_ids) + params.max_tokens
-    if total > max_model_len:
-        raise RequestError(
-            f"prompt: got {len(prompt_ids)} tokens + max_tokens {params.max_tokens} = {total}, "
-            f"expected <= max_model_len {max_model_len}"
-        )
-    if params.stop and tokenizer is None:
-        raise RequestError(f"stop: got {params.stop!r}, expected none: this engine has no tokenizer")
+    _check(prompt_ids, params, max_model_len, tokenizer)
     ids = tuple(int(i) for i in prompt_ids)
     base = default_seed if params.seed is None else params.seed
     return [
@@ -266,6 +257,24 @@ def make_requests(
         )
         for i in range(params.n)
     ]
+
+
+def _check(
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    max_model_len: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    if not len(prompt_ids):
+        raise RequestError("prompt: got no tokens, expected at least one")
+    total = len(prompt_ids) + params.max_tokens
+    if total > max_model_len:
+        raise RequestError(
+            f"prompt: got {len(prompt_ids)} tokens + max_tokens {params.max_tokens} = {total}, "
+            f"expected <= max_model_len {max_model_len}"
+        )
+    if params.stop and tokenizer is None:
+        raise RequestError(f"stop: got {params.stop!r}, expected none: this engine has no tokenizer")
 
 
 def completion_seed(seed: int, index: int) -> int:
