@@ -1,0 +1,91 @@
+"""The public op: validation and choice of implementation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.paged_attention.plan import AttentionPlan
+from pallas_kernels.paged_attention.triton import TRITON_HEAD_DIMS, paged_attention_triton
+from pallas_kernels.paged_attention.xla import paged_attention_xla
+
+IMPLEMENTATIONS = ("xla", "triton")
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    k_pages: Float[Array, "P S K H"],
+    v_pages: Float[Array, "P S K H"],
+    plan: AttentionPlan,
+    *,
+    block_rows: int,
+    scale: float,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "T N H"]:
+    """Causal attention of packed query rows over a paged KV cache; prefill chunks and decode rows alike.
+
+    Each block of `block_rows` rows belongs to one sequence; see AttentionPlan for which keys a row sees. Softmax and
+    sums are float32. Keys and values that no row of a block sees (a page's unused tail, page 0) may hold
+    anything, NaN included. Not differentiable on purpose: train rows use packed attention.
+
+    Args:
+        q: Query rows, bfloat16, float16 or float32; N is a multiple of K.
+        k_pages: Keys of one layer, q's dtype; S slots a page.
+        v_pages: Values, likewise.
+        plan: Work list of T / block_rows blocks.
+        block_rows: Rows of a block: 1 for decode, 16 for prefill.
+        scale: Factor of the scores, usually H ** -0.5.
+        window: Row p sees keys p - window < t <= p; None: all up to p.
+        implementation: "xla", "triton", or None: triton on a GPU where it supports H, else xla.
+
+    Returns:
+        Attention output in q's dtype; 0 in rows beyond a block's length.
+
+    Raises:
+        ValueError: Shapes disagree, or an argument is out of range or unknown.
+        TypeError: Dtypes disagree.
+        NotImplementedError: The named implementation does not support this case.
+    """
+    _check_arrays(q, k_pages, v_pages)
+    plan.check(q.shape[0], block_rows)
+    if window is not None and window < 1:
+        raise ValueError(f"window: got {window}, expected None or at least 1")
+    if q.shape[0] == 0:
+        return q
+    choice = _choose(implementation, q.shape[2])
+    function = paged_attention_triton if choice == "triton" else paged_attention_xla
+    plan = jax.tree.map(jnp.asarray, plan)
+    return function(q, k_pages, v_pages, plan, block_rows=block_rows, scale=scale, window=window)
+
+
+def _choose(implementation: str | None, head_dim: int) -> str:
+    if implementation is None:
+        fits = jax.default_backend() == "gpu" and head_dim in TRITON_HEAD_DIMS
+        return "triton" if fits else "xla"
+    if implementation == "mosaic":
+        raise NotImplementedError(f"implementation: got 'mosaic', expected one of {IMPLEMENTATIONS} or None")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: got {implementation!r}, expected one of {IMPLEMENTATIONS} or None")
+    if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
+        raise NotImplementedError(
+            f"implementation: got 'triton' with head_dim {head_dim}, expected head_dim in {TRITON_HEAD_DIMS}"
+        )
+    return implementation
+
+
+def _check_arrays(q: Any, k_pages: Any, v_pages: Any) -> None:
+    for name, array, rank in (("q", q, 3), ("k_pages", k_pages, 4), ("v_pages", v_pages, 4)):
+        if array.ndim != rank:
+            raise ValueError(f"{name}: got shape {array.shape}, expected {rank} dimensions")
+        if array.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {array.dtype}, expected q's {q.dtype}")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise TypeError(f"q: got dtype {q.dtype}, expected a floating one")
+    if k_pages.shape != v_pages.shape:
+        raise ValueError(f"v_pages: got shape {v_pages.shape}, expected k_pages' {k_pages.shape}")
+    if k_pages.shape[3] != q.shape[2]:
+        raise ValueError(f"k_pages: got head_dim {k_pages.shape[3]}, expected q's {q.shape[2]}")
+    if k_pages.shape[2] == 0 or q.shape[1] % k_pages.shape[2]:
+        raise ValueError(f"q: got {q.shape[1]} heads, expected a multiple of k_pages' {k_pages.shape[2]}")
