@@ -82,7 +82,9 @@ def plan_shapes(num_rows: int, num_tiles: int, max_pages: int) -> SmlmPlan:
     return SmlmPlan(*(jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes))
 
 
-def build_plan(segments: Sequence[Segment], num_rows: int, num_tiles: int, max_pages: int) -> SmlmPlan:
+def build_plan(
+    segments: Sequence[Segment], num_rows: int, num_tiles: int, max_pages: int, wide: int = WIDE
+) -> SmlmPlan:
     """Cuts segments into tiles, on the host.
 
     Neighbouring segments with the same pages are joined first: the decode rows of one adapter share tiles.
@@ -92,6 +94,7 @@ def build_plan(segments: Sequence[Segment], num_rows: int, num_tiles: int, max_p
         num_rows: T, rows of the step.
         num_tiles: NT, capacity in tiles; `num_tiles_bound` gives a number that always suffices.
         max_pages: MP, most pages of one adapter.
+        wide: Rows of a wide tile, a multiple of TILE; the kernels expect WIDE unless configured otherwise.
 
     Returns:
         The plan, in numpy.
@@ -110,7 +113,7 @@ def build_plan(segments: Sequence[Segment], num_rows: int, num_tiles: int, max_p
     if needed > num_tiles:
         raise ValueError(f"num_tiles: got {num_tiles}, expected at least {needed} for these segments")
     plan.used[0] = _fill(runs, TILE, plan.tile_row, plan.tile_len, plan.tile_pages, plan.row_slot)
-    plan.used[1] = _fill(runs, WIDE, plan.wide_row, plan.wide_len, plan.wide_pages, None)
+    plan.used[1] = _fill(runs, wide, plan.wide_row, plan.wide_len, plan.wide_pages, None)
     return plan
 
 

@@ -90,6 +90,7 @@ class Tile:
     """Rows and pages of a tile."""
 
     cut: Cut
+    length: Array  # scalar
     rows: Array  # [rows, 1]
     ok: Array  # [rows, 1]
     pages: list[Array]  # scalars
@@ -98,14 +99,14 @@ class Tile:
     @classmethod
     def load(cls, cut: Cut, tile: Array, row_ref: Any, len_ref: Any, pages_ref: Any) -> "Tile":
         offset = jnp.arange(cut.rows, dtype=jnp.int32)[:, None]
-        ok = offset < len_ref[tile]
+        length = len_ref[tile]
         # Rows beyond the tile keep their own index: a masked lane of a store must not collide with another.
         rows = row_ref[tile] + offset
 
         def page(m: Array) -> Array:
             return jnp.where(m < cut.max_pages, pages_ref[tile, jnp.minimum(m, cut.max_pages - 1)], 0)
 
-        return cls(cut, rows, ok, [pages_ref[tile, m] for m in range(cut.max_pages)], page)
+        return cls(cut, length, rows, offset < length, [pages_ref[tile, m] for m in range(cut.max_pages)], page)
 
     def for_page_groups(self, do: Callable[["Group", Any], Any], carry: Any) -> Any:
         """Folds `do` over groups of the tile's own pages; the loop ends with the last used page."""
@@ -199,41 +200,47 @@ def shrink(cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, h_ref: Any
     tile.for_page_groups(do, None)
 
 
-def _add(cut: Cut, tile: Tile, total: Array, columns: Array, inside: Array, y_ref: Any, o_ref: Any) -> None:
-    mask = tile.ok if cut.whole_blocks else tile.ok & inside
-    y = plt.load(y_ref.at[tile.rows, columns], mask=mask, other=0.0)
-    plt.store(o_ref.at[tile.rows, columns], (y.astype(F32) + total).astype(y.dtype), mask=mask)
+class _Block:
+    """A block of y under one tile. It is loaded at once, so that the loads are under way while S is computed."""
 
+    def __init__(self, cut: Cut, tile: Tile, part: Array, y_ref: Any) -> None:
+        self.target, self.columns, self._inside = cut.block(part)
+        self._whole, self._tile = cut.whole_blocks, tile
+        self._mask = tile.ok if self._whole else tile.ok & self._inside
+        self._y = plt.load(y_ref.at[tile.rows, self.columns], mask=self._mask, other=0.0)
 
-def _times_B(cut: Cut, group: Group, S: Array, columns: Array, inside: Array, B_ref: Any) -> Array:
-    mask = group.used[:, None] if cut.whole_blocks else group.used[:, None] & inside
-    b = plt.load(B_ref.at[group.page[:, None], group.rank[:, None], columns], mask=mask, other=0.0)
-    return _product(S.astype(b.dtype), b, 0)
+    def load_B(self, group: Group, B_ref: Any) -> Array:
+        mask = group.used[:, None] if self._whole else group.used[:, None] & self._inside
+        return plt.load(B_ref.at[group.page[:, None], group.rank[:, None], self.columns], mask=mask, other=0.0)
+
+    def store(self, delta: Array, o_ref: Any) -> None:
+        y = (self._y.astype(F32) + delta).astype(self._y.dtype)
+        plt.store(o_ref.at[self._tile.rows, self.columns], y, mask=self._mask)
 
 
 def expand(cut: Cut, tile: Tile, part: Array, h_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any) -> None:
     """y[rows, block] += S B, with S the ordered sum of the partial sums."""
-    target, columns, inside = cut.block(part)
+    block = _Block(cut, tile, part, y_ref)
 
-    def do(group: Group, total: Array) -> Array:
-        column = (target * (cut.max_pages * RANK_PAGE) + group.slot)[None, :]
+    def do(group: Group, delta: Array) -> Array:
+        b = block.load_B(group, B_ref)
+        column = (block.target * (cut.max_pages * RANK_PAGE) + group.slot)[None, :]
         mask = tile.ok & group.used[None, :]
         S = [plt.load(h_ref.at[p, tile.rows, column], mask=mask, other=0.0) for p in range(cut.parts)]
-        return total + _times_B(cut, group, tree_sum(S), columns, inside, B_ref)
+        return delta + _product(tree_sum(S).astype(b.dtype), b, 0)
 
-    total = tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32))
-    _add(cut, tile, total, columns, inside, y_ref, o_ref)
+    block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)
 
 
 def fused(
     cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any
 ) -> None:
     """y[rows, block] += (x A^T) B in one launch; every block of a tile computes the shrink again."""
-    target, columns, inside = cut.block(part)
+    block = _Block(cut, tile, part, y_ref)
 
-    def do(group: Group, total: Array) -> Array:
-        (S,) = _partial_sums(cut, tile, group, [target], 0, cut.spans, x_ref, A_ref)
-        return total + _times_B(cut, group, S, columns, inside, B_ref)
+    def do(group: Group, delta: Array) -> Array:
+        b = block.load_B(group, B_ref)
+        (S,) = _partial_sums(cut, tile, group, [block.target], 0, cut.spans, x_ref, A_ref)
+        return delta + _product(S.astype(b.dtype), b, 0)
 
-    total = tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32))
-    _add(cut, tile, total, columns, inside, y_ref, o_ref)
+    block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)

@@ -59,4 +59,4 @@ def default_config(in_features: int, rows: int, max_pages: int, dtype: jnp.dtype
         return SmlmConfig(programs_k=spans, block_k=32, block_n=64, shrink_stages=2, expand_stages=1)
     if rows <= 512:
         return SmlmConfig(programs_k=spans, block_k=256 if max_pages == 1 else 128, block_n=256)
-    return SmlmConfig(tile_rows=WIDE, programs_k=min(4, spans), block_k=128, block_n=128, shrink_stages=2)
+    return SmlmConfig(tile_rows=WIDE, programs_k=spans // 2 or 1, block_k=64, block_n=256, expand_warps=8)

@@ -1,11 +1,15 @@
 """The op in plain XLA, batched over tiles: the default off the GPU, and the bit-exact path of f32 tests."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
 
 
+@functools.partial(jax.jit, static_argnames="out_features")
 def smlm_xla(
     x: Float[Array, "T in"],
     A: Float[Array, "P nR in"],
