@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention.plan import AttentionPlan
-from pallas_kernels.paged_attention.triton import TRITON_HEAD_DIMS, paged_attention_triton
+from pallas_kernels.paged_attention.triton import MAX_HEAD_DIM, paged_attention_triton, supports_triton
 from pallas_kernels.paged_attention.xla import paged_attention_xla
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -62,15 +62,15 @@ def paged_attention(
 
 def _choose(implementation: str | None, head_dim: int) -> str:
     if implementation is None:
-        fits = jax.default_backend() == "gpu" and head_dim in TRITON_HEAD_DIMS
+        fits = jax.default_backend() == "gpu" and supports_triton(head_dim)
         return "triton" if fits else "xla"
     if implementation == "mosaic":
         raise NotImplementedError(f"implementation: got 'mosaic', expected one of {IMPLEMENTATIONS} or None")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: got {implementation!r}, expected one of {IMPLEMENTATIONS} or None")
-    if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
+    if implementation == "triton" and not supports_triton(head_dim):
         raise NotImplementedError(
-            f"implementation: got 'triton' with head_dim {head_dim}, expected head_dim in {TRITON_HEAD_DIMS}"
+            f"implementation: got 'triton' with head_dim {head_dim}, expected a multiple of 8 from 16 to {MAX_HEAD_DIM}"
         )
     return implementation
 

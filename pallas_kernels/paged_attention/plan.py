@@ -24,9 +24,9 @@ class AttentionPlan:
         tables: Page ids; entries at or past the sequence's end are never used, but must be valid ids.
     """
 
-    block_seq: Int[Array, "NB"]
-    block_pos: Int[Array, "NB"]
-    block_len: Int[Array, "NB"]
+    block_seq: Int[Array, " NB"]
+    block_pos: Int[Array, " NB"]
+    block_len: Int[Array, " NB"]
     tables: Int[Array, "Q MaxPages"]
 
     def check(self, rows: int, block_rows: int) -> None:

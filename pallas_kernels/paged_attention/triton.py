@@ -1,63 +1,60 @@
-"""Paged attention, Pallas-Triton: one program per block of rows and kv head, softmax in one pass over the keys."""
+"""Paged attention as Pallas-Triton launches (Ampere to Hopper); interpret mode on the CPU.
+
+One program per (block, kv head, part of the keys) walks the page table with an online softmax. Decode over wide
+tables is split-KV: the number of parts follows from the table's width alone, a second launch merges them in order,
+so that a row's result does not depend on the batch. No atomics.
+"""
 
 import functools
-import math
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention.plan import AttentionPlan
+from pallas_kernels.paged_attention.triton_kernels import Shape, attend_part, merge_parts
 
-TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
-BLOCK_KEYS = 64
-LOW = -1e30  # of masked scores: finite, so that a row without any key stays finite
+MAX_HEAD_DIM = 256
 
 
-def _kernel(
-    block_seq, block_pos, block_len, tables, q_ref, k_ref, v_ref, out_ref, *, rows, group, height, keys, scale, window
-):
-    """One block of `rows` rows and the `group` query heads of one kv head, as a matrix of `height` rows."""
-    i, head = pl.program_id(0), pl.program_id(1)
-    dim, page_size = q_ref.shape[-1], k_ref.shape[1]
-    seq, first, length = block_seq[i], block_pos[i], block_len[i]
-    m = jnp.arange(height)
-    row, column = m // group, jnp.arange(dim)
-    inside = (m < rows * group)[:, None]
-    at = (i * rows + row)[:, None], (head * group + m % group)[:, None], column[None, :]
-    q = plt.load(q_ref.at[at], mask=inside & (row < length)[:, None], other=0.0)
-    end, position = first + length, first + row
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How the kernel is cut; numbers, never results beyond rounding, depend on it.
 
-    def body(j, carry):
-        acc, top, total = carry
-        t = j * keys + jnp.arange(keys)
-        live = t < end  # what lies behind may be anything, NaN included: it is never loaded
-        if page_size % keys == 0:
-            page = jnp.full((keys,), tables[seq, (j * keys) // page_size])
-        else:
-            page = plt.load(tables.at[jnp.full((keys,), seq), t // page_size], mask=live, other=0)
-        where = page[:, None], (t % page_size)[:, None], jnp.full((1, 1), head), column[None, :]
-        k = plt.load(k_ref.at[where], mask=live[:, None], other=0.0)
-        v = plt.load(v_ref.at[where], mask=live[:, None], other=0.0)
-        s = plt.dot(q, k, trans_b=True) * (scale * math.log2(math.e))
-        seen = (t[None, :] <= position[:, None]) & live[None, :] & (row < length)[:, None]
-        if window is not None:
-            seen &= t[None, :] > position[:, None] - window
-        s = jnp.where(seen, s, LOW)
-        new_top = jnp.maximum(top, s.max(axis=1))
-        p = jnp.where(seen, jnp.exp2(s - new_top[:, None]), 0.0)
-        decay = jnp.exp2(top - new_top)
-        acc = acc * decay[:, None] + plt.dot(p.astype(v.dtype), v)
-        return acc, new_top, total * decay + p.sum(axis=1)
+    Attributes:
+        keys: Keys of one iteration, a power of two >= 16.
+        warps: Warps of a program.
+        stages: Depth of the load pipeline.
+        parts: Programs that share one block's keys; 1 writes the result at once.
+    """
 
-    start = 0 if window is None else jnp.maximum(first - window + 1, 0) // keys
-    carry = jnp.zeros((height, dim), jnp.float32), jnp.full((height,), LOW), jnp.zeros((height,), jnp.float32)
-    acc, _, total = lax.fori_loop(start, pl.cdiv(end, keys) * (length > 0), body, carry)
-    out = acc / jnp.where(total == 0, 1.0, total)[:, None]
-    plt.store(out_ref.at[at], out.astype(out_ref.dtype), mask=inside)
+    keys: int = 64
+    warps: int = 4
+    stages: int = 3
+    parts: int = 1
+
+
+def default_config(block_rows: int, group: int, head_dim: int, width: int) -> AttentionConfig:
+    """Cut for a table of `width` keys, from static shapes only (figures: benchmarks/kernels/paged_attention.py)."""
+    if block_rows > 1:
+        wide = padded_rows(block_rows, group) >= 128 or head_dim > 128
+        return AttentionConfig(keys=32 if head_dim > 128 else 64, warps=8 if wide else 4, stages=2)
+    parts = 1 if width <= 1024 else min(8, -(-width // 1024))
+    return AttentionConfig(keys=32 if head_dim > 128 else 64, parts=parts)
+
+
+def supports_triton(head_dim: int) -> bool:
+    """Head sizes of the kernel; one that is no power of two computes in the next one, masked."""
+    return 16 <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
+
+
+def padded_rows(block_rows: int, group: int) -> int:
+    """Rows of the score matrix: the block's query heads, padded to what a tensor core takes."""
+    return max(16, pl.next_power_of_2(block_rows * group))
 
 
 def paged_attention_triton(
@@ -65,26 +62,59 @@ def paged_attention_triton(
     k_pages: Float[Array, "P S K H"],
     v_pages: Float[Array, "P S K H"],
     plan: AttentionPlan,
+    *,
     block_rows: int,
     scale: float,
     window: int | None = None,
-    interpret: bool = False,
+    config: AttentionConfig | None = None,
+    interpret: bool | None = None,
 ) -> Float[Array, "T N H"]:
-    """Same contract as `paged_attention`. Probabilities are rounded to the dtype of V for the second product."""
-    blocks, kv_heads, group = plan.block_seq.shape[0], k_pages.shape[2], q.shape[1] // k_pages.shape[2]
-    height = max(16, 1 << (block_rows * group - 1).bit_length())
-    kernel = functools.partial(
-        _kernel, rows=block_rows, group=group, height=height, keys=BLOCK_KEYS, scale=scale, window=window
+    """Same contract as `paged_attention`.
+
+    Args:
+        q, k_pages, v_pages, plan, block_rows, scale, window: As there.
+        config: How to cut the work; by default from the shapes.
+        interpret: Run as plain XLA operations; by default on the CPU only.
+    """
+    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    rows, heads, dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    width = plan.tables.shape[1] * page_size
+    group = heads // kv_heads
+    config = config or default_config(block_rows, group, dim, width)
+    shape = Shape(
+        block_rows=block_rows, group=group, rows=padded_rows(block_rows, group), dim=dim,
+        lanes=pl.next_power_of_2(dim), page_size=page_size, keys=config.keys, parts=config.parts,
+        part_keys=-(-width // (config.parts * config.keys)) * config.keys, scale=scale, window=window,
     )
-    args = (plan.block_seq, plan.block_pos, plan.block_len, plan.tables, q, k_pages, v_pages)
-    whole = [pl.BlockSpec(a.shape, functools.partial(lambda n, *_: (0,) * n, a.ndim)) for a in args]
+    work = (plan.block_seq, plan.block_pos, plan.block_len, plan.tables)
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    call = functools.partial(_call, shape=shape, config=config, interpret=interpret)
+    grid = (plan.block_seq.shape[0], kv_heads)
+    if config.parts == 1:
+        return call(attend_part, (*grid, 1), (*work, q, k_pages, v_pages), [out])[0]
+    parts = (config.parts, rows, heads)
+    partial = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*parts, dim), parts, parts)]
+    partial = call(attend_part, (*grid, config.parts), (*work, q, k_pages, v_pages), partial)
+    return call(merge_parts, grid, (plan.block_pos, plan.block_len, *partial), [out])[0]
+
+
+def _call(
+    body: Any, grid: tuple[int, ...], args: tuple[Array, ...], outs: list[Any], *, shape: Shape,
+    config: AttentionConfig, interpret: bool,
+) -> list[Array]:
+    """Launches `body(shape, *refs)`; the kernels address whole arrays."""
+
+    def whole(a: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(a.shape, lambda *_: (0,) * len(a.shape))
+
     return pl.pallas_call(
-        kernel,
-        grid=(blocks, kv_heads),
-        in_specs=whole,
-        out_specs=pl.BlockSpec(q.shape, lambda *_: (0, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=plt.CompilerParams(num_warps=4 if height <= 64 else 8, num_stages=3),
+        functools.partial(body, shape),
+        grid=grid,
+        in_specs=[whole(a) for a in args],
+        out_specs=[whole(a) for a in outs],
+        out_shape=outs,
+        compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
-        name="paged_attention",
+        name=f"paged_{body.__name__}",
     )(*args)
