@@ -171,7 +171,7 @@ class Serving:
             if request.finished:
                 continue
             alternatives = rank = None
-            if "top_ids" in sampled and request.params.logprobs is not None:
+            if "top_ids" in sampled and request.params.logprobs:  # not by what its neighbours asked for
                 alternatives = list(
                     zip(sampled["top_ids"][i].tolist(), sampled["top_logp"][i].tolist(), strict=True)
                 )

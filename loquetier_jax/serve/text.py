@@ -15,6 +15,12 @@ def _decode_function(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]]
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """What `decode(skip_special_tokens=True)` leaves out: `all_special_ids` has the ones with a role only."""
+    added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset((*tokenizer.all_special_ids, *added))
+
+
 class Detokenizer:
     """Text of one growing token sequence; what was returned is never taken back.
 
@@ -31,7 +37,7 @@ class Detokenizer:
     ) -> None:
         """Starts behind `prompt_ids`, whose text is not returned."""
         self._decode = _decode_function(tokenizer)
-        self._skip = frozenset(tokenizer.all_special_ids) if skip_special_tokens else frozenset()
+        self._skip = _special_ids(tokenizer) if skip_special_tokens else frozenset()
         tail = [t for t in prompt_ids[-4 * PROMPT_CONTEXT :] if t not in self._skip]
         self._start(tail[-PROMPT_CONTEXT:])
 

@@ -73,7 +73,8 @@ def truncate(logits: Float[Array, "n V"], rows: SampleRows) -> Float[Array, "n V
         least = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
         ranked = jnp.where(ranked < least, NEGATIVE, ranked)
         p = jax.nn.softmax(ranked, axis=-1)
-        inside = (jnp.cumsum(p, axis=-1) - p) < rows.top_p[:, None]  # the first token is always inside
+        # The first token is always inside; where no top_p is wanted all are: in f32 the sum reaches 1 before the tail.
+        inside = ((jnp.cumsum(p, axis=-1) - p) < rows.top_p[:, None]) | (rows.top_p[:, None] >= 1)
         last = jnp.take_along_axis(ranked, inside.sum(axis=-1, dtype=jnp.int32)[:, None] - 1, axis=-1)
         return jnp.where(logits < jnp.maximum(least, last), NEGATIVE, logits)
 
