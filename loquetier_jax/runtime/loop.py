@@ -170,7 +170,7 @@ class Loop:
         state.kv, state.slots, out = run(
             state.params, state.pages, state.kv, state.slots, jnp.asarray(ravel(batch))
         )
-        if bucket.samples:
+        if items.decode or items.prefill:  # a second forward of this iteration has none: leave the first one's
             pending.rows, pending.sampled = self.serving.sent(items, bucket), out.sampled
         if tasks:
             pending.tasks, pending.scores, pending.score_rows = tasks, out.score, bucket.score_tokens
