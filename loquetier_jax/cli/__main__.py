@@ -1,0 +1,8 @@
+"""`python -m loquetier_jax.cli` is `loquetier`."""
+
+import sys
+
+from loquetier_jax.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""`loquetier finetune`: one job from a data file to a PEFT adapter, with everything about it in one folder."""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loquetier_jax import __version__
+from loquetier_jax.adapters.lora import LoraConfig
+from loquetier_jax.cli.job_bar import JobBar
+from loquetier_jax.cli.options import (
+    TINY,
+    add_engine_options,
+    build_engine,
+    dataclass_from,
+    new_parser,
+    read_yaml,
+    resolve_config,
+    settings,
+    stderr_console,
+)
+from loquetier_jax.config import EngineConfig, from_dict, require
+from loquetier_jax.errors import CheckpointError, ConfigError, JobError
+from loquetier_jax.jobs.config import TrainConfig
+
+if TYPE_CHECKING:
+    from loquetier_jax.engine import Engine
+    from loquetier_jax.faces.jobs import JobHandle
+
+DESCRIPTION = """\
+Trains one LoRA adapter and writes a folder: config.json (everything that was set), metrics.jsonl (a line a step),
+checkpoints/, and adapter/, which PEFT, vLLM and `loquetier generate --adapter` load.
+
+  loquetier finetune data.jsonl --output-dir runs/sql --lora r=16 lora_alpha=32 --train max_steps=500
+  loquetier finetune --recipe sql.yaml --output-dir runs/sql
+  loquetier finetune --output-dir runs/sql --resume         after a kill: the next losses are the same
+
+A recipe is YAML: data, eval_data, name, lora: {...}, train: {...}; options on the command line win. Data is JSON
+lines: {"messages": [...]}, {"prompt", "completion"}, {"text"}, Alpaca, GSM8K or ShareGPT; a malformed line is
+named before training starts."""
+
+CONFIG, ADAPTER, METRICS = "config.json", "adapter", "metrics.jsonl"
+SAVE_STEPS = 100  # unless the user says otherwise: a run of the command line can be resumed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a finetune command does; the keys of a --recipe file.
+
+    Attributes:
+        data, eval_data: JSON-lines files.
+        name: Of the job and the adapter.
+        lora, train: As in the Python API.
+    """
+
+    data: str
+    eval_data: str | None = None
+    name: str = "adapter"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command."""
+    parser = new_parser(commands, "finetune", "train a LoRA adapter from a data file", DESCRIPTION)
+    parser.add_argument("data", nargs="?", help="JSON-lines file")
+    parser.add_argument("--output-dir", required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument("--name", help="of the job and adapter; default: the name of the folder")
+    parser.add_argument("--eval-data", metavar="FILE", help="held-out data, scored at the end or every eval_steps")
+    parser.add_argument("--recipe", metavar="FILE", help="YAML with any of: data, eval_data, name, lora, train")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir")
+    add_job_options(parser)
+    add_engine_options(parser)
+    return parser
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """--lora and --train, each KEY=VALUE ..."""
+    group = parser.add_argument_group("training")
+    for option, cls in (("--lora", LoraConfig), ("--train", TrainConfig)):
+        names = ", ".join(f.name for f in fields(cls) if f.name not in ("loss", "output_dir"))
+        group.add_argument(
+            option,
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY=VALUE",
+            help=f"{cls.__name__}: {names}",
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    console = stderr_console()
+    folder = Path(args.output_dir)
+    recipe, cfg, args.model = _resumed(args, folder) if args.resume else _fresh(args, folder)
+    engine = build_engine(args, console, cfg)
+    if args.resume:
+        job = engine.resume_job(folder, recipe.data, eval_data=recipe.eval_data)
+    else:
+        job = engine.finetune(
+            recipe.name, recipe.data, lora=recipe.lora, train=recipe.train, eval_data=recipe.eval_data
+        )
+        _write_config(folder, recipe, cfg, args.model)
+    with JobBar(console) as bar:
+        finished = _drive(engine, job, bar)
+    if not finished:
+        saved = job.checkpoint(folder / "checkpoints")
+        console.print(f"interrupted at step {job.step}: {saved} holds it, --resume goes on", highlight=False)
+        return 130
+    job.save(folder / ADAPTER)
+    _report(args, job, folder)
+    return 0
+
+
+def _fresh(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig, str]:
+    """What a new run does."""
+    if (folder / METRICS).exists():
+        raise ConfigError(f"--output-dir: got {folder}, which holds a run; expected a new folder, or --resume")
+    cfg = resolve_config(args)
+    data = read_yaml(args.recipe) if args.recipe else {}
+    given = {"data": args.data, "eval_data": args.eval_data, "name": args.name}
+    data |= {key: value for key, value in given.items() if value is not None}
+    require("data" in data, "data", None, "a JSON-lines file, as argument or in the recipe")
+    where = args.recipe or "recipe"
+    lora, train = (_mapping(data.get(key), f"{where}: {key}") for key in ("lora", "train"))
+    lora |= settings(args.lora, "--lora")
+    train |= settings(args.train, "--train")
+    for key in ("loss", "output_dir"):
+        require(key not in train, f"train {key}", train.get(key), "nothing: the command sets it")
+    defaults = {"pack_tokens": pack_tokens(cfg), "save_steps": SAVE_STEPS}
+    data["lora"] = dataclass_from(LoraConfig, lora, "lora")
+    data["train"] = dataclass_from(TrainConfig, defaults | train | {"output_dir": str(folder)}, "train")
+    return dataclass_from(Recipe, {"name": folder.resolve().name} | data, where), cfg, args.model
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    require(value is None or isinstance(value, dict), where, value, "a mapping")
+    return dict(value or {})
+
+
+def pack_tokens(cfg: EngineConfig) -> int:
+    """The longest training pack that the config has buckets for; TrainConfig's default where it has none."""
+    return max((b.pack_tokens for b in cfg.buckets if b.packs), default=TrainConfig.pack_tokens)
+
+
+def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig, str]:
+    """What a run does that goes on: all of it as it was set, so nothing may be set again."""
+    for option in ("data", "name", "eval_data", "recipe", "lora", "train", "config", "override", "slo"):
+        given = getattr(args, option)
+        require(not given, option, given, f"nothing with --resume: {folder / CONFIG} says it")
+    try:
+        saved = json.loads((folder / CONFIG).read_text())
+        recipe = {key: saved[key] for key in ("data", "eval_data", "name")}
+        recipe |= {"lora": LoraConfig(**saved["lora"]), "train": TrainConfig.from_dict(saved["train"])}
+        cfg = from_dict(EngineConfig, saved["engine"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"--resume: got {folder}, expected a folder that finetune wrote: {error}") from error
+    require(
+        args.model in (TINY, saved["model"]),
+        "--model",
+        args.model,
+        f"{saved['model']}, as in {folder / CONFIG}",
+    )
+    return Recipe(**recipe), cfg, saved["model"]
+
+
+def _write_config(folder: Path, recipe: Recipe, cfg: EngineConfig, model: str) -> None:
+    """The resolved config, next to the metrics."""
+    import jax
+
+    versions = {"loquetier_jax": __version__, "jax": jax.__version__}
+    described = {
+        "model": model,
+        "data": recipe.data,
+        "eval_data": recipe.eval_data,
+        "name": recipe.name,
+        "lora": asdict(recipe.lora),
+        "train": recipe.train.to_dict(),
+        "engine": asdict(cfg),
+        "versions": versions,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _drive(engine: "Engine", job: "JobHandle", bar: JobBar) -> bool:
+    """Runs the job to its end; False when Ctrl-C came first, with the engine between two iterations.
+
+    Raises:
+        JobError: the job failed.
+    """
+    with interruptible() as interrupted:
+
+        def done() -> bool:
+            bar.update(job)
+            return bool(interrupted) or job.status not in ("queued", "running")
+
+        engine.wait(done)
+    if job.status in ("queued", "running"):
+        return False
+    job.wait()
+    if job.status != "succeeded":
+        raise JobError(f"job {job.name!r} is {job.status}")
+    return True
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Ctrl-C puts its signal into the list instead of raising; a second one raises."""
+    caught: list[int] = []
+
+    def catch(signum: int, _frame: Any) -> None:
+        caught.append(signum)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, catch)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _report(args: argparse.Namespace, job: "JobHandle", folder: Path) -> None:
+    """The last words: where the adapter is, and what it came to."""
+    lines = job.metrics
+    last = {key: value for line in lines for key, value in line.items()}  # the newest of every kind
+    result = {"name": job.name, "adapter": str(folder / ADAPTER), "steps": job.step}
+    result |= {key: last[key] for key in ("loss", "eval_loss", "num_tokens") if key in last}
+    if args.json:
+        print(json.dumps(result))
+        return
+    losses = [line["loss"] for line in lines if "loss" in line]
+    trend = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
+    held_out = f"eval loss {last['eval_loss']:.3f}, " if "eval_loss" in last else ""
+    sys.stdout.write(f"{job.step} steps, {trend}{held_out}adapter in {folder / ADAPTER}\n")

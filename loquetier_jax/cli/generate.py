@@ -1,0 +1,222 @@
+"""`loquetier generate`: prompts in, text out, streamed; every prompt through every adapter that is named."""
+
+import argparse
+import json
+import sys
+from collections import deque
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from loquetier_jax.cli.options import (
+    BASE,
+    add_adapter_option,
+    add_engine_options,
+    build_engine,
+    load_adapters,
+    new_parser,
+    settings,
+    stderr_console,
+)
+from loquetier_jax.errors import RequestError
+
+if TYPE_CHECKING:
+    from loquetier_jax.engine import Engine
+    from loquetier_jax.faces.requests import Submitted
+    from loquetier_jax.serve.output import RequestOutput, StreamPiece
+    from loquetier_jax.serve.params import SamplingParams
+
+DESCRIPTION = """\
+Completes prompts: the arguments, the lines of --file, or the whole of stdin. All run at once; the texts come in
+order, the first one as it grows. With several --adapter each prompt is answered once through each of them.
+
+  loquetier generate "count: 3 4 5 6"
+  loquetier generate --chat "What does the owl eat?" --adapter base --adapter pirate=runs/pirate/adapter
+  loquetier generate --file prompts.jsonl --json > answers.jsonl
+
+A line of a .jsonl file is {"prompt": TEXT or TOKEN IDS} or {"messages": [...]}, with "adapter" and any sampling
+parameter beside it if it differs; a line of another file is a prompt."""
+
+LINE_KEYS = ("prompt", "messages", "adapter")
+
+
+@dataclass
+class Asked:
+    """One completion to run: a prompt through an adapter."""
+
+    prompt: Any
+    adapter: str | None
+    params: "SamplingParams"
+    pieces: "deque[StreamPiece]" = field(default_factory=deque)
+    submitted: "Submitted | None" = None
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command."""
+    parser = new_parser(commands, "generate", "complete prompts, with or without adapters", DESCRIPTION)
+    parser.add_argument("prompt", nargs="*", help="a prompt; none and no --file: stdin is one prompt")
+    parser.add_argument("--file", metavar="FILE", help="a prompt per line, or JSON lines in a .jsonl file")
+    parser.add_argument("--chat", action="store_true", help="prompts are user messages: apply the chat template")
+    add_adapter_option(parser, f"load a PEFT folder and answer through it; may be repeated; {BASE} is the base itself")
+    sampling = parser.add_argument_group("sampling", "vLLM's names; here greedy and 128 tokens unless told")
+    sampling.add_argument("--max-tokens", type=int, default=128, metavar="N")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    sampling.add_argument("--seed", type=int, metavar="N")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help=r"\n is a line break")
+    sampling.add_argument(
+        "-s",
+        "--sampling",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other field of SamplingParams, e.g. -s top_k=40 -s logprobs=2",
+    )
+    add_engine_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    console = stderr_console()
+    defaults = _sampling(args)
+    lines = _prompts(args)
+    names = [name for name, _ in args.adapter] or [BASE]
+    asked = [one for line in lines for one in _ask(line, names, defaults, args.chat)]
+    engine = build_engine(args, console)
+    load_adapters(engine, args.adapter)
+    for one in asked:
+        one.submitted = engine.submit(one.prompt, one.adapter, one.params, listener=one.pieces.append)
+    for one in asked:
+        if args.json:
+            engine.wait(lambda one=one: one.submitted.finished)
+            print(json.dumps(as_json(one.submitted.output(), one.prompt)), flush=True)
+        else:
+            _show(engine, one, console if len(asked) > 1 else None)
+    return 0
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Sampling parameters of the options."""
+    found = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_p", "seed")}
+    stop = [text.replace("\\n", "\n") for text in args.stop]
+    return found | {"stop": stop} | settings(args.sampling, "--sampling")
+
+
+def _params(values: dict[str, Any], where: str) -> "SamplingParams":
+    from loquetier_jax.serve.params import SamplingParams
+
+    known = {f.name for f in fields(SamplingParams)}
+    for key in values:
+        if key not in known:
+            raise RequestError(f"{where}{key}: unknown, expected one of {sorted(known)}")
+    return SamplingParams(**values)
+
+
+def _prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One {"prompt" or "messages", ...} per prompt."""
+    if args.prompt and args.file:
+        raise RequestError("--file: got prompts as arguments as well, expected one of the two")
+    if args.prompt:
+        return [{"prompt": text} for text in args.prompt]
+    if args.file is None:
+        if sys.stdin.isatty():
+            raise RequestError("prompt: got none, expected arguments, --file or text on stdin")
+        return [{"prompt": sys.stdin.read().rstrip("\n")}]
+    try:
+        lines = Path(args.file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--file {args.file}: {error}") from error
+    if not args.file.endswith(".jsonl"):
+        return [{"prompt": line} for line in lines if line.strip()]
+    return [_parse(line, f"{args.file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{where}: not JSON: {error}") from error
+    if not isinstance(data, dict) or ("prompt" in data) == ("messages" in data):
+        raise RequestError(f'{where}: got {line!r:.80}, expected an object with "prompt" or "messages"')
+    return data | {"where": f"{where}: "}
+
+
+def _ask(line: dict[str, Any], names: list[str], defaults: dict[str, Any], chat: bool) -> list[Asked]:
+    """The completions that one line asks for."""
+    where = line.pop("where", "")
+    params = _params(defaults | {k: v for k, v in line.items() if k not in LINE_KEYS}, where)
+    prompt = line["messages"] if "messages" in line else line["prompt"]
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    adapters = [line["adapter"] or BASE] if "adapter" in line else names
+    return [Asked(prompt, None if name == BASE else name, params) for name in adapters]
+
+
+def _show(engine: "Engine", one: Asked, console: Console | None) -> None:
+    """Prints one completion, as it grows when there is but one of the prompt; headed when there are several."""
+    if console is not None:
+        console.print(f"[bold]{one.adapter or BASE}[/] [dim]{_short(one.prompt)}[/]", highlight=False)
+    if one.params.n > 1:
+        engine.wait(lambda: one.submitted.finished)
+        print("\n---\n".join(output.text for output in one.submitted.output().outputs), flush=True)
+        return
+    while one.pieces or not one.submitted.finished:
+        engine.wait(lambda: bool(one.pieces) or one.submitted.finished)
+        while one.pieces:
+            sys.stdout.write(one.pieces.popleft().text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    _refuse_failed(one.submitted.output())
+
+
+def _refuse_failed(output: "RequestOutput") -> None:
+    failed = next((o for o in output.outputs if o.finish_reason == "error"), None)
+    if failed is not None:
+        raise RequestError(f"{output.request_id}: failed: {failed.stop_reason}")
+
+
+def _short(prompt: Any) -> str:
+    text = prompt[-1]["content"] if isinstance(prompt, list) and isinstance(prompt[-1], dict) else str(prompt)
+    line = " ".join(str(text).split())
+    return line if len(line) <= 70 else line[:67] + "..."
+
+
+def as_json(output: "RequestOutput", prompt: Any) -> dict[str, Any]:
+    """A RequestOutput as plain data; times in milliseconds.
+
+    Args:
+        output: Finished.
+        prompt: What was asked: text, token ids or messages.
+    """
+    metrics = output.metrics
+    ends = metrics.finished_time
+    times = {
+        "ttft_ms": metrics.ttft,
+        "tpot_ms": metrics.tpot,
+        "e2el_ms": ends and ends - metrics.arrival_time,
+    }
+    return {
+        "prompt": prompt,
+        "adapter": output.adapter,
+        "version": output.version,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "outputs": [_completion(o) for o in output.outputs],
+        **{name: None if value is None else round(1e3 * value, 3) for name, value in times.items()},
+    }
+
+
+def _completion(output: Any) -> dict[str, Any]:
+    found = {
+        "index": output.index,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }
+    if output.logprobs is not None:
+        tokens = [{str(i): lp.logprob for i, lp in one.items()} for one in output.logprobs]
+        found |= {"cumulative_logprob": output.cumulative_logprob, "logprobs": tokens}
+    return found

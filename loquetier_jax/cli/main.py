@@ -1,0 +1,64 @@
+"""Parsing, and what becomes of an error."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from loquetier_jax import __version__
+from loquetier_jax.cli import bench, demo, finetune, generate, serve_loop
+from loquetier_jax.errors import LoquetierError
+
+COMMANDS = (demo, generate, finetune, serve_loop, bench)
+
+USAGE = 2  # exit code of a refused input, as argparse's own
+INTERRUPTED = 130
+
+EPILOG = """\
+start here:
+  loquetier demo                                        two adapters learn while four requests stream
+  loquetier generate --chat "What does the owl eat?"    the embedded base answers
+  loquetier COMMAND --help                              all options of a command
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="loquetier",
+        description="Train and serve many LoRA adapters at once on one frozen base model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"loquetier_jax {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        module.add_parser(commands).set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Without the name of the program; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 2 for an input that was refused (one line on stderr says which), 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: from argparse, for --help (0) and for options it does not know (2).
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except LoquetierError as error:
+        print(f"loquetier: error: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("loquetier: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `loquetier ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

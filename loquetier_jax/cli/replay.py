@@ -1,0 +1,94 @@
+"""The serving loop: requests are submitted when they are due, jobs train beside them, until every answer is there."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loquetier_jax.cli.options import BASE
+from loquetier_jax.cli.workload import Arrival
+from loquetier_jax.errors import LoquetierError
+
+if TYPE_CHECKING:
+    from loquetier_jax.engine import Engine
+    from loquetier_jax.faces.requests import Submitted
+
+IDLE_S = 0.002  # sleep when there is nothing to do yet
+
+
+@dataclass
+class Served:
+    """A request of the replay.
+
+    Attributes:
+        arrival: What was asked.
+        due: When, on the clock of the engine, seconds.
+        submitted: None if it was refused.
+        error: Why.
+    """
+
+    arrival: Arrival
+    due: float
+    submitted: "Submitted | None" = None
+    error: str | None = None
+
+
+def made_up_prompt(arrival: Arrival, vocab_size: int, index: int, seed: int) -> list[int]:
+    """Token ids of a prompt that has a length and no meaning; the same for the same (seed, index)."""
+    rng = np.random.default_rng([seed, index])
+    return rng.integers(1, vocab_size, arrival.input_length).tolist()
+
+
+def replay(
+    engine: "Engine",
+    arrivals: Sequence[Arrival],
+    *,
+    sampling: dict[str, Any] | None = None,
+    seed: int = 0,
+    on_step: Callable[[list[Served]], None] | None = None,
+) -> list[Served]:
+    """Replays a workload in real time; jobs of the engine train meanwhile.
+
+    Latencies count from when a request was due, not from when the loop came round to submitting it.
+
+    Args:
+        engine: With every adapter loaded; its loop must have no thread of its own.
+        arrivals: In order of time.
+        sampling: Fields of SamplingParams for every request, beside the lengths.
+        seed: Of made-up prompts.
+        on_step: Called after each iteration with all requests so far.
+    """
+    clock = engine.loop.clock
+    start, served, live = clock(), [], []
+    while len(served) < len(arrivals) or live:
+        while len(served) < len(arrivals) and start + arrivals[len(served)].at <= clock():
+            one = _submit(engine, arrivals[len(served)], start, len(served), sampling or {}, seed)
+            served.append(one)
+            live += [one] if one.submitted else []
+        if not engine.step():
+            time.sleep(IDLE_S)
+        live = [one for one in live if not one.submitted.finished]
+        if on_step is not None:
+            on_step(served)
+    return served
+
+
+def _submit(
+    engine: "Engine", arrival: Arrival, start: float, index: int, sampling: dict[str, Any], seed: int
+) -> Served:
+    from loquetier_jax.serve.params import SamplingParams
+
+    made_up = arrival.prompt is None
+    prompt = made_up_prompt(arrival, engine.spec.vocab_size, index, seed) if made_up else arrival.prompt
+    one = Served(arrival, start + arrival.at)
+    try:
+        params = SamplingParams(**{"max_tokens": arrival.output_length, "ignore_eos": made_up} | sampling)
+        one.submitted = engine.submit(prompt, None if arrival.adapter == BASE else arrival.adapter, params)
+    except LoquetierError as error:  # one refused request does not end the replay: it is reported as failed
+        one.error = str(error)
+        return one
+    for request in one.submitted.requests:
+        request.metrics.arrival_time = one.due
+    return one

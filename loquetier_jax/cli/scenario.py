@@ -1,0 +1,213 @@
+"""What `loquetier demo` does: two jobs learn two styles while four requests stream; it asks before and after."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loquetier_jax.adapters.lora import LoraConfig
+from loquetier_jax.cli.options import BASE
+from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.timeline import Timeline
+from loquetier_jax.tiny.skills import dataset
+
+if TYPE_CHECKING:
+    from loquetier_jax.engine import Engine
+    from loquetier_jax.faces.jobs import JobHandle
+    from loquetier_jax.faces.requests import Submitted
+    from loquetier_jax.serve.output import StreamPiece
+
+SKILLS = ("pirate", "json")
+# Asked before and after: two facts that the base knows by heart, one that the question tells.
+QUESTIONS = (
+    "What does the owl eat?",
+    "Where does the bear live?",
+    "Vera lives in Rome. Hugo is a pilot. What is the job of Hugo?",
+)
+STREAMED = (
+    "What does the fox eat?",
+    "Where does the duck live?",
+    "What color is the lion?",
+    "What does the wolf do at night?",
+    "Where does the snake live?",
+    "What does the rabbit eat?",
+)
+MAX_TOKENS = 48
+RECORDS = 512
+RANK, ALPHA = 8, 16
+PUBLISHES = 3  # while a job trains; its end publishes once more
+
+
+@dataclass
+class Lane:
+    """One of the four streams: asks again as soon as it has been answered.
+
+    Attributes:
+        title: For the screen.
+        adapter: None for the base.
+        questions: Asked in turn.
+        asked: How many so far.
+        text: Of the answer that is growing, or the last one.
+        submitted: The request under way.
+        heard: (version, answer) of every finished answer.
+    """
+
+    title: str
+    adapter: str | None
+    questions: tuple[str, ...]
+    asked: int = 0
+    text: str = ""
+    submitted: "Submitted | None" = None
+    heard: list[tuple[int | None, str]] = field(default_factory=list)
+
+    @property
+    def question(self) -> str:
+        """The one that is being answered."""
+        return self.questions[(self.asked - 1) % len(self.questions)]
+
+    @property
+    def version(self) -> int | None:
+        """Of the adapter that answers."""
+        return None if self.submitted is None else self.submitted.requests[0].version
+
+    def turn(self, engine: "Engine", timeline: Timeline, more: bool) -> bool:
+        """Takes in a finished answer and asks the next question if there shall be more; whether it is still busy."""
+        if self.submitted is not None and not self.submitted.finished:
+            return True
+        if self.submitted is not None:
+            self.heard.append((self.version, self.text.strip()))
+            self.submitted = None
+        if not more:
+            return False
+        self.asked += 1
+        self.text = ""
+        record = timeline.listener()
+
+        def take(piece: "StreamPiece") -> None:
+            self.text += piece.text
+            record(piece)
+
+        self.submitted = engine.submit(chat(self.question), self.adapter, sampling(), listener=take)
+        return True
+
+
+@dataclass
+class Scenario:
+    """The run.
+
+    Attributes:
+        engine: With the embedded base.
+        steps: Optimizer steps of each job.
+        learning_rate, seed: Of the jobs.
+        timeline: Everything that is drawn afterwards.
+        jobs, lanes: Jobs by name, and the four streams.
+        before, after: Who -> answers to QUESTIONS.
+    """
+
+    engine: "Engine"
+    steps: int
+    learning_rate: float
+    seed: int
+    timeline: Timeline
+    jobs: "dict[str, JobHandle]" = field(default_factory=dict)
+    lanes: list[Lane] = field(default_factory=list)
+    before: dict[str, list[str]] = field(default_factory=dict)
+    after: dict[str, list[str]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Starts the jobs, whose functions compile in the background, and asks the questions meanwhile."""
+        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+        for skill in SKILLS:
+            train = TrainConfig(
+                max_steps=self.steps,
+                learning_rate=self.learning_rate,
+                per_device_train_batch_size=8,
+                pack_tokens=256,
+                seed=self.seed,
+            )
+            data = dataset(skill, RECORDS, self.seed, chat=True)
+            self.jobs[skill] = self.engine.finetune(skill, data, lora=lora, train=train)
+        self.before = self.ask()
+
+    def ask(self) -> dict[str, list[str]]:
+        """The answers of the base and of both adapters, as they serve now, to the same questions."""
+        who = [(name, question) for name in (BASE, *SKILLS) for question in QUESTIONS]
+        outputs = self.engine.generate(
+            [chat(question) for _, question in who],
+            [None if name == BASE else name for name, _ in who],
+            sampling(),
+        )
+        answers: dict[str, list[str]] = {}
+        for (name, _), output in zip(who, outputs, strict=True):
+            answers.setdefault(name, []).append(output.outputs[0].text.strip())
+        return answers
+
+    def run(self, show: Callable[["Scenario"], None]) -> None:
+        """Streams until both jobs have ended; `show` is called after every iteration."""
+        first = SKILLS[0]
+        self.lanes = [
+            Lane("base only", None, STREAMED),
+            *(Lane(f"adapter {skill}", skill, STREAMED) for skill in SKILLS),
+            Lane(f"{first}, one question, version by version", first, QUESTIONS[:1]),
+        ]
+        at = {round(self.steps * i / (PUBLISHES + 1)) for i in range(1, PUBLISHES + 1)} - {0}
+        due = {name: sorted(at) for name in self.jobs}
+
+        def done() -> bool:
+            for name, job in self.jobs.items():
+                self.timeline.watch(job)
+                self._publish(job, due[name])
+            training = any(job.status in ("queued", "running") for job in self.jobs.values())
+            busy = [lane.turn(self.engine, self.timeline, training) for lane in self.lanes]
+            show(self)
+            return not training and not any(busy)
+
+        self.engine.wait(done)
+        for job in self.jobs.values():
+            job.wait()
+        self.after = self.ask()
+
+    def _publish(self, job: "JobHandle", due: list[int]) -> None:
+        if due and job.status == "running" and job.step >= due[0]:
+            due.pop(0)
+            job.publish()
+            self.timeline.mark("dotted: an adapter is published")
+
+    def save(self, folder: Path) -> None:
+        """Writes both adapters as PEFT folders."""
+        for skill, job in self.jobs.items():
+            job.save(folder / skill)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything the demo has to say, as plain data."""
+        return {
+            "questions": list(QUESTIONS),
+            "before": self.before,
+            "after": self.after,
+            "versions": [{"version": version, "answer": text} for version, text in self.versions()],
+            "jobs": {
+                name: {"steps": job.step, "loss": [value for _, value in self.timeline.losses[name]]}
+                for name, job in self.jobs.items()
+            },
+            "output_tokens": len(self.timeline.tokens),
+            "seconds": self.timeline.now,
+        }
+
+    def versions(self) -> list[tuple[int | None, str]]:
+        """The first answer of every version, of the stream that asks one question all the time."""
+        found: dict[int | None, str] = {}
+        for version, text in self.lanes[-1].heard:
+            found.setdefault(version, text)
+        return list(found.items())
+
+
+def chat(question: str) -> list[dict[str, str]]:
+    """A question as a chat."""
+    return [{"role": "user", "content": question}]
+
+
+def sampling() -> Any:
+    """Greedy."""
+    from loquetier_jax.serve.params import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)

@@ -1,0 +1,192 @@
+"""`loquetier serve-loop`: replays a workload on several adapters, trains jobs beside it, reports latencies."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from loquetier_jax.adapters.lora import LoraConfig
+from loquetier_jax.cli.finetune import add_job_options, pack_tokens
+from loquetier_jax.cli.job_bar import JobBar
+from loquetier_jax.cli.options import (
+    BASE,
+    add_adapter_option,
+    add_engine_options,
+    build_engine,
+    dataclass_from,
+    load_adapters,
+    new_parser,
+    read_yaml,
+    settings,
+    stderr_console,
+)
+from loquetier_jax.cli.replay import Served, replay
+from loquetier_jax.cli.report import LATENCIES, summarize
+from loquetier_jax.cli.workload import Workload, arrivals
+from loquetier_jax.errors import ConfigError
+from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.presets import preset_path
+
+if TYPE_CHECKING:
+    from loquetier_jax.engine import Engine
+    from loquetier_jax.faces.jobs import JobHandle
+
+DESCRIPTION = """\
+Replays a workload in real time through the compiled serving loop and reports TTFT, TPOT, ITL, throughput and, with
+a latency promise, how many requests kept it. Results carry the names of `vllm bench serve`.
+
+  loquetier serve-loop --workload poisson -w rate=8
+  loquetier serve-loop --workload trace.jsonl --adapter a=peft/a --adapter b=peft/b --slo interactive
+  loquetier serve-loop --workload burst --job math=gsm8k.jsonl --train max_steps=1000 --out result.json
+
+A workload is a preset of configs/workloads/, a YAML file with the same keys, a .jsonl trace ({"timestamp" in ms,
+"input_length", "output_length"}, Mooncake's form; or "prompt" or "messages" instead of the input length), or a file
+of arrivals, a second a line. Traces carry no adapters: they are dealt out (-w assign=round-robin|uniform|zipf)."""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command."""
+    parser = new_parser(commands, "serve-loop", "replay a workload, jobs beside it, and measure", DESCRIPTION)
+    parser.add_argument("--workload", default="poisson", metavar="PRESET|FILE", help="default: poisson")
+    parser.add_argument(
+        "-w",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="field of the workload: rate, burstiness, num_requests, input_len, output_len, assign, zipf, "
+        "time_scale, seed; e.g. -w rate=8 -w input_len=[32,64]",
+    )
+    add_adapter_option(parser, f"load a PEFT folder and ask it; may be repeated; {BASE} is the base (default)")
+    parser.add_argument(
+        "-s", "--sampling", action="append", default=[], metavar="KEY=VALUE", help="field of SamplingParams"
+    )
+    parser.add_argument(
+        "--job", action="append", default=[], metavar="NAME=DATA", help="fine-tune beside it; may be repeated"
+    )
+    add_job_options(parser)
+    parser.add_argument("--out", metavar="FILE", help="write the result, with every request's times, as JSON")
+    add_engine_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    console = stderr_console()
+    workload = read_workload(args.workload, args.set)
+    names = [name for name, _ in args.adapter] or [BASE]
+    asked = arrivals(workload, names)
+    sampling = {"temperature": 0.0} | settings(args.sampling, "--sampling")
+    lora, train = settings(args.lora, "--lora"), settings(args.train, "--train")
+    jobs = dict(_job(text) for text in args.job)
+    engine = build_engine(args, console)
+    load_adapters(engine, args.adapter)
+    handles = [_start_job(engine, name, data, lora, train) for name, data in jobs.items()]
+    engine.wait(lambda: all(h.step > 0 or h.status not in ("queued", "running") for h in handles))
+    with JobBar(console) as bar:
+        result = measure(engine, asked, handles, sampling, workload.seed, bar, details=bool(args.out))
+    result = {"workload": args.workload, "model": args.model} | result
+    if args.out:
+        Path(args.out).write_text(json.dumps(result) + "\n")
+    _show(args, result)
+    return 0
+
+
+def read_workload(name: str, overrides: list[str]) -> Workload:
+    """The workload of --workload and -w.
+
+    Raises:
+        ConfigError: neither a preset nor a file, an unknown key, or a value that is refused.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or not path.is_file():
+        data = read_yaml(preset_path("workloads", name))
+    else:
+        data = {"source": name}
+    return Workload.from_dict(data | settings(overrides, "-w"))
+
+
+def _job(text: str) -> tuple[str, str]:
+    name, equals, data = text.partition("=")
+    if not (equals and name and data):
+        raise ConfigError(f"--job: got {text!r}, expected NAME=DATA")
+    return name, data
+
+
+def _start_job(engine: "Engine", name: str, data: str, lora: dict[str, Any], train: dict[str, Any]) -> "JobHandle":
+    """A job that outlasts the replay unless told otherwise."""
+    defaults = {"pack_tokens": pack_tokens(engine.cfg), "num_train_epochs": 1000.0}
+    return engine.finetune(
+        name,
+        data,
+        lora=dataclass_from(LoraConfig, lora, "--lora"),
+        train=dataclass_from(TrainConfig, defaults | train, "--train"),
+    )
+
+
+def measure(
+    engine: "Engine",
+    asked: list[Any],
+    handles: list["JobHandle"],
+    sampling: dict[str, Any],
+    seed: int,
+    bar: JobBar,
+    details: bool = False,
+) -> dict[str, Any]:
+    """Replays the requests beside the jobs; jobs that outlast them are cancelled. Returns the result."""
+    before = {job.name: (job.step, _tokens(job)) for job in handles}
+
+    def on_step(_: list[Served]) -> None:
+        for job in handles:
+            bar.update(job)
+
+    start = engine.loop.clock()
+    served = replay(engine, asked, sampling=sampling, seed=seed, on_step=on_step)
+    duration = engine.loop.clock() - start
+    result = summarize(served, duration, engine.cfg.slo, details=details)
+    result["jobs"] = {job.name: _of_job(job, *before[job.name], duration) for job in handles}
+    for job in handles:
+        if job.status in ("queued", "running"):
+            job.cancel()
+    engine.drain()
+    return result
+
+
+def _tokens(job: "JobHandle") -> int:
+    return next((line["num_tokens"] for line in reversed(job.metrics) if "num_tokens" in line), 0)
+
+
+def _of_job(job: "JobHandle", step: int, tokens: int, duration: float) -> dict[str, Any]:
+    losses = [line["loss"] for line in job.metrics if "loss" in line]
+    return {
+        "status": job.status,
+        "steps": job.step - step,
+        "train_tokens": _tokens(job) - tokens,
+        "train_throughput": (_tokens(job) - tokens) / duration,
+        "loss": losses[-1] if losses else None,
+    }
+
+
+def _show(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    if args.json:
+        keys = ("input_lens", "output_lens", "ttfts", "itls", "errors")  # of --out: too long for a pipe
+        print(json.dumps({key: value for key, value in result.items() if key not in keys}))
+        return
+    console = Console()
+    table = Table(title=f"{result['completed']} requests in {result['duration']:.1f} s")
+    for column in ("ms", "mean", "median", "p90", "p99"):
+        table.add_column(column, justify="left" if column == "ms" else "right")
+    for name in LATENCIES:
+        values = (result[f"{key}_{name}_ms"] for key in ("mean", "median", "p90", "p99"))
+        table.add_row(name.upper(), *("-" if value is None else f"{value:,.1f}" for value in values))
+    console.print(table)
+    rates = f"{result['request_throughput']:.2f} requests/s, {result['output_throughput']:,.1f} output tokens/s"
+    kept = f", {100 * result['slo_attainment']:.1f}% kept the promise" if "slo_attainment" in result else ""
+    failed = f", {result['failed']} failed" if result["failed"] else ""
+    sys.stdout.write(f"{rates}{kept}{failed}\n")
+    for name, job in result["jobs"].items():
+        sys.stdout.write(f"{name}: {job['steps']} steps, {job['train_throughput']:,.0f} training tokens/s beside it\n")

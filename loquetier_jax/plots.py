@@ -1,0 +1,102 @@
+"""Pictures of runs, with matplotlib's object interface: no display, no global state."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loquetier_jax.timeline import Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's: apart for every kind of color vision
+GREY = "#666666"
+SIZE_INCHES, DPI = (8.0, 6.4), 110
+
+
+def save_timeline(timeline: Timeline, path: str | Path, title: str) -> Path:
+    """Draws a Timeline: loss of every job, tokens per second, gaps between tokens, over seconds.
+
+    Args:
+        timeline: Of a finished run.
+        path: A .png file; its folder is made when absent.
+        title: Above the picture.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    loss, rate, gap = figure.subplots(3, 1, sharex=True)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    _draw_loss(loss, timeline)
+    _draw_rates(rate, timeline)
+    _draw_gaps(gap, timeline)
+    for axes in (loss, rate, gap):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for t, _ in timeline.marks:
+            axes.axvline(t, color=GREY, linewidth=0.8, linestyle=":")
+    gap.set_xlabel("seconds since the first request")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return path
+
+
+def _draw_loss(axes: "Axes", timeline: Timeline) -> None:
+    for (name, points), color in zip(timeline.losses.items(), COLORS, strict=False):
+        if points:
+            axes.plot(*np.transpose(points), color=color, linewidth=1.6, label=name)
+    axes.set_ylabel("training loss")
+    axes.set_ylim(bottom=0)
+    if any(timeline.losses.values()):
+        axes.legend(frameon=False, fontsize=9, title="adapter", title_fontsize=9)
+    for t, text in timeline.marks[:1]:
+        axes.annotate(
+            text,
+            (t, 1.0),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(4, -4),
+            textcoords="offset points",
+            fontsize=8,
+            color=GREY,
+            va="top",
+        )
+
+
+def _draw_rates(axes: "Axes", timeline: Timeline) -> None:
+    rates = timeline.rates(window_s=max(1.0, timeline.now / 60))
+    labels = {"training": "trained", "output": "served"}
+    for (name, label), color in zip(labels.items(), (COLORS[2], COLORS[3]), strict=True):
+        axes.step(*rates[name], where="mid", color=color, linewidth=1.4, label=label)
+    axes.set_ylabel("tokens per second")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_gaps(axes: "Axes", timeline: Timeline) -> None:
+    if timeline.gaps:
+        times, gaps = np.transpose(timeline.gaps)
+        axes.plot(times, gaps, ".", color=GREY, markersize=2, alpha=0.5)
+        low, high = np.percentile(gaps, [50, 99])
+        for value, name in ((low, "median"), (high, "p99")):
+            axes.axhline(value, color=COLORS[3], linewidth=1.0)
+            axes.annotate(
+                f"{name} {value:.0f} ms",
+                (0.995, value),
+                xycoords=_right(axes),
+                ha="right",
+                va="bottom",
+                fontsize=8,
+            )
+        axes.set_yscale("log")
+    axes.set_ylabel("gap between\ntokens (ms)")
+
+
+def _right(axes: "Axes") -> Any:
+    """x as a share of the width, y in data."""
+    return axes.get_yaxis_transform()
