@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.faces.adapters import AdapterCalls
-from loquetier_jax.faces.jobs import JobCalls, JobHandle
+from loquetier_jax.faces.job_handle import JobHandle
+from loquetier_jax.faces.jobs import JobCalls
 from loquetier_jax.faces.requests import RequestCalls
 from loquetier_jax.kv.pages import KVPages
 from loquetier_jax.kv.slots import Slots

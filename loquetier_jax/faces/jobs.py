@@ -1,20 +1,19 @@
-"""The calls about fine-tuning jobs, and the handle of one."""
+"""The calls about fine-tuning jobs: start one, resume one."""
 
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.lora import LoraConfig, init_weights, resolve_shape
-from loquetier_jax.adapters.peft import write_peft
 from loquetier_jax.adapters.store import AdapterStore
-from loquetier_jax.adapters.version import Version
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.errors import AdapterError, JobError
+from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.jobs.checkpoint import CheckpointStore, find_checkpoint
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data import Data, load_dataset
@@ -28,157 +27,7 @@ from loquetier_jax.runtime.loop import Loop
 from loquetier_jax.runtime.trainee import Trainee
 from loquetier_jax.step.state import DeviceState
 
-if TYPE_CHECKING:
-    from loquetier_jax.engine import Engine
-
 CHECKPOINTS = "checkpoints"  # below a job's output_dir
-
-
-class JobHandle:
-    """A fine-tuning job as its owner sees it; `Engine.finetune` returns one."""
-
-    def __init__(self, engine: "Engine", trainee: Trainee) -> None:
-        self._engine, self._trainee = engine, trainee
-
-    @property
-    def name(self) -> str:
-        """Of the job and of the adapter it trains."""
-        return self._trainee.name
-
-    @property
-    def status(self) -> str:
-        """queued, running, paused, succeeded, failed or cancelled."""
-        return self._trainee.job.status
-
-    @property
-    def error(self) -> str | None:
-        """Why it failed."""
-        return self._trainee.job.error
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self._trainee.job.step
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole job, unless it stops early."""
-        return self._trainee.job.total_steps
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far: loss, grad_norm, learning_rate, eval_loss, ..."""
-        return list(self._trainee.job.record.lines)
-
-    def wait(self) -> "JobHandle":
-        """Drives the engine until the job has ended.
-
-        Raises:
-            JobError: it failed, or it is paused.
-        """
-        job = self._trainee.job
-        self._engine.wait(lambda: (job.finished and self._retired) or job.status == "paused")
-        if not job.finished or job.status == "failed":
-            raise JobError(f"job {self.name!r} is {job.status}: {job.error or 'resume() it first'}")
-        return self
-
-    @property
-    def _retired(self) -> bool:
-        return self._engine.loop.training.trainees.get(self.name) is not self._trainee
-
-    def pause(self) -> None:
-        """No further pack is dispatched; raises JobError when it is not queued or running."""
-        with self._engine._lock:
-            self._trainee.job.pause()
-
-    def resume(self) -> None:
-        """Goes on; raises JobError when it is not paused."""
-        with self._engine._lock:
-            self._trainee.job.resume()
-
-    def cancel(self) -> None:
-        """Ends the job; what it published stays. Raises JobError when it has ended."""
-        with self._engine._lock:
-            self._trainee.job.cancel()
-
-    def publish(self) -> Version:
-        """Makes the present weights serve the next request under the job's name; copies nothing.
-
-        Raises:
-            JobError: the job has not started, or has ended (a job that succeeds publishes by itself).
-        """
-        engine, trainee = self._engine, self._trainee
-        with engine._lock:
-            if trainee.job.finished or not trainee.pages:
-                raise JobError(f"job {self.name!r}: cannot publish: it is {trainee.job.status}")
-            return engine.loop.training.publish(trainee, engine.loop.epoch)
-
-    def save(self, path: str | Path) -> Path:
-        """Writes the present weights as a PEFT folder."""
-        trainee, engine = self._trainee, self._engine
-        with engine._lock:
-            weights = trainee.host_weights()
-        write_peft(
-            path,
-            weights,
-            trainee.shape,
-            engine.spec,
-            config=trainee.lora,
-            base_model_name_or_path=engine.name or None,
-        )
-        return Path(path)
-
-    def checkpoint(self, path: str | Path) -> Path:
-        """Writes all that the job needs to go on with the identical next loss; see `Engine.resume_job`.
-
-        Between two packs, even in the middle of gradient accumulation.
-
-        Raises:
-            JobError: the job has failed or was cancelled.
-        """
-        state = self._still(lambda: take_job_state(self._engine, self._trainee))
-        return CheckpointStore(path, keep=self._trainee.job.cfg.save_total_limit).save(
-            state.arrays, state.host
-        )
-
-    def migrate(self, other: "Engine") -> "JobHandle":
-        """Moves the job to another engine of the same base: adapter, optimizer, accumulators, cursor, RNG.
-
-        Here it ends as cancelled; there it goes on, bit for bit.
-
-        Raises:
-            JobError: it has ended, `other` is this engine or has a job of that name.
-            CheckpointError: another base.
-        """
-        if other is self._engine:
-            raise JobError(f"job {self.name!r}: cannot migrate to the engine it is on")
-        job = self._trainee.job
-
-        def move() -> "JobHandle":
-            state = take_job_state(self._engine, self._trainee)
-            data = job.stream.data, None if job.evaluation is None else job.evaluation.data
-            moved = other._adopt(state, *data, self._trainee.job.cfg.loss)
-            job.cancel()
-            return moved
-
-        return self._still(move)
-
-    def _still(self, act: Callable[[], Any]) -> Any:
-        """Runs `act` while nothing of this job is on its way; goes on afterwards as before."""
-        engine, job = self._engine, self._trainee.job
-        with engine._lock:
-            if job.status in ("failed", "cancelled"):
-                raise JobError(f"job {self.name!r}: it is {job.status}")
-            held = job.status in ("queued", "running")
-            if held:
-                job.pause()
-        engine.wait(lambda: not engine.loop.training.busy(job.name))
-        with engine._lock:
-            try:
-                return act()
-            finally:
-                if held and job.status == "paused":
-                    job.resume()
 
 
 class JobCalls:
