@@ -62,6 +62,8 @@ class LatencyModel:
     def observe(self, key: Key, ms: float, rows: int) -> None:
         """Moves the mean towards one measurement: a stall moves it little, a lasting change fully.
 
+        The first run of a function also loads it, many times its own time: the second one replaces it.
+
         Raises:
             ConfigError: ms is not > 0, or rows < 1.
         """
@@ -70,8 +72,11 @@ class LatencyModel:
             self.seed(key, [ms], rows)
             return
         require(ms > 0, f"latency of {key}", ms, "a time > 0")
-        clipped = min(max(ms, entry.ms / CLIP), entry.ms * CLIP)
         entry.count += 1
+        if entry.count == 2 and ms < entry.ms:
+            entry.ms = ms
+            return
+        clipped = min(max(ms, entry.ms / CLIP), entry.ms * CLIP)
         entry.ms += max(self.smoothing, 1 / entry.count) * (clipped - entry.ms)
 
     def predict(self, key: Key, rows: int) -> float:

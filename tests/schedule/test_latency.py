@@ -32,6 +32,14 @@ def test_one_stall_moves_it_little_and_a_lasting_change_fully(stall: float, leve
     assert model.predict(KEY, 8) == pytest.approx(level, rel=0.01)
 
 
+def test_the_first_run_of_a_function_is_forgotten() -> None:
+    """It loads the executable; a job must not starve beside requests because of that."""
+    model = LatencyModel()
+    for ms in (200.0, 4.0, 4.0):
+        model.observe(KEY, ms, 8)
+    assert model.predict(KEY, 8) == 4.0
+
+
 def test_unknown_keys_are_guessed_from_above() -> None:
     model = LatencyModel()
     assert model.predict((FORWARD, "x"), 100) == 100 * MS_PER_ROW
