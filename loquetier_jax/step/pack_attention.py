@@ -1,11 +1,17 @@
 """Causal attention inside packs: the train and score rows of a step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from loquetier_jax.config import PACK_ALIGN
 from pallas_kernels import attend_rows
 
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
+SCORE_BYTES = 8 << 20  # one float32 score matrix of the XLA form; a few such live at the same time
 
 
 def pack_attention(
@@ -21,34 +27,112 @@ def pack_attention(
 ) -> Float[Array, "G L N H"]:
     """Every row attends to the earlier rows of its own sample, itself included. Packs share nothing.
 
+    The XLA form computes in float32, pack by pack, some queries at a time, and recomputes the scores in its
+    transpose: its memory does not grow with G nor with L squared. On CPU in float32 a row has the very bits that
+    `paged_attention(implementation="xla")` gives it, wherever its sample lies in the pack.
+
     Args:
-        q, k, v: Rotated queries and keys, and values; N is a multiple of K.
-        positions, segments: Of the rows; rows of equal segment are one sample (-1: padding, which sees padding).
-        scale: Of the scores.
+        q, k, v: Rotated queries and keys, and values; N is a multiple of K, L of PACK_ALIGN.
+        positions, segments: Of the rows; rows of equal segment are one sample (-1: padding, which sees padding), and
+            within a sample positions rise with the row.
+        scale: Factor of the scores.
         window: Keys a row sees, itself included; None for all.
-        implementation: "xla" (float32 inside; on CPU in float32 bit for bit what paged attention gives), "cudnn"
-            (bfloat16, float16), None for cudnn where it can.
+        implementation: "xla", "cudnn" (bfloat16 and float16, H a multiple of 8) or None: cudnn on a GPU that can, else
+            xla. Before jax 0.11 cuDNN's transpose also computes a gradient of the mask, which nobody reads.
 
     Returns:
-        In the dtype of q. Differentiable.
+        In the dtype of q. Differentiable in q, k and v.
 
     Raises:
-        ValueError: an unknown implementation.
-        NotImplementedError: cudnn was named and cannot take this dtype.
+        ValueError: Shapes disagree, or the implementation or window is unknown.
+        NotImplementedError: cudnn was named and cannot take this dtype or head size.
     """
+    _check(q, k, v, positions, segments, window)
+    if _choose(implementation, q) == "cudnn":
+        mask = pack_mask(positions, segments, positions, segments, window)[:, None]
+        # Causal as well: cuDNN then skips the tiles above the diagonal.
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
+        )
+    attend = functools.partial(_attend_pack, scale=scale, window=window)
+    return lax.map(lambda pack: attend(*pack), (q, k, v, positions, segments)).astype(q.dtype)
+
+
+def pack_mask(
+    positions: Int[Array, "*G Q"],
+    segments: Int[Array, "*G Q"],
+    key_positions: Int[Array, "*G L"],
+    key_segments: Int[Array, "*G L"],
+    window: int | None,
+) -> Bool[Array, "*G Q L"]:
+    """[..., i, j]: whether query row i sees key row j."""
+    distance = positions[..., :, None] - key_positions[..., None, :]
+    seen = (segments[..., :, None] == key_segments[..., None, :]) & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def _attend_pack(
+    q: Float[Array, "L N H"],
+    k: Float[Array, "L K H"],
+    v: Float[Array, "L K H"],
+    positions: Int[Array, " L"],
+    segments: Int[Array, " L"],
+    *,
+    scale: float,
+    window: int | None,
+) -> Float[Array, "L N H"]:
+    """One pack, float32. Nothing but its inputs is kept for the transpose."""
+    length, heads, _ = q.shape
+    rows = _rows_at_once(length, heads)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend(k: Array, v: Array, part: tuple[Array, Array, Array]) -> Array:
+        queries, position, segment = part
+        mask = pack_mask(position, segment, positions, segments, window)
+        return attend_rows(queries[None], k[None], v[None], mask[None], scale=scale)[0]
+
+    def split(x: Array) -> Array:
+        return x.reshape(length // rows, rows, *x.shape[1:])
+
+    parts = (split(q), split(positions), split(segments))
+    return lax.map(functools.partial(attend, k, v), parts).reshape(q.shape)
+
+
+def _rows_at_once(length: int, heads: int) -> int:
+    """The most queries, a multiple of PACK_ALIGN that divides the pack, whose scores fit SCORE_BYTES; at least one."""
+    blocks = length // PACK_ALIGN
+    fits = max(1, SCORE_BYTES // (4 * heads * length * PACK_ALIGN))
+    return PACK_ALIGN * max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= fits)
+
+
+def _choose(implementation: str | None, q: Array) -> str:
     if implementation not in (None, "xla", "cudnn"):
         raise ValueError(f"implementation: got {implementation!r}, expected 'xla', 'cudnn' or None")
-    able = q.dtype in CUDNN_DTYPES
+    able = q.dtype in CUDNN_DTYPES and q.shape[3] % 8 == 0 and q.shape[3] <= _cudnn_head_dim()
     if implementation == "cudnn" and not able:
-        raise NotImplementedError(f"implementation: got 'cudnn' with {q.dtype}, expected bfloat16 or float16")
-    mask = pack_mask(positions, segments, window)
-    if implementation == "cudnn" or (implementation is None and able and jax.default_backend() == "gpu"):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
-    return attend_rows(q, k, v, mask, scale=scale).astype(q.dtype)
+        raise NotImplementedError(
+            f"implementation: got 'cudnn' with {q.dtype} and head_dim {q.shape[3]}, expected bfloat16 or float16 and a "
+            f"multiple of 8 up to {_cudnn_head_dim()}"
+        )
+    return implementation or ("cudnn" if able and jax.default_backend() == "gpu" else "xla")
 
 
-def pack_mask(positions: Int[Array, "G L"], segments: Int[Array, "G L"], window: int | None) -> Bool[Array, "G L L"]:
-    """[g, i, j]: whether row i of pack g sees row j."""
-    distance = positions[:, :, None] - positions[:, None, :]
-    seen = (segments[:, :, None] == segments[:, None, :]) & (distance >= 0)
-    return seen if window is None else seen & (distance < window)
+def _cudnn_head_dim() -> int:
+    """Largest head cuDNN takes: 256 from Hopper on."""
+    if jax.default_backend() != "gpu":
+        return 256
+    return 256 if float(jax.local_devices()[0].compute_capability) >= 9.0 else 128
+
+
+def _check(q: Array, k: Array, v: Array, positions: Array, segments: Array, window: int | None) -> None:
+    if q.ndim != 4 or q.shape[1] % PACK_ALIGN or 0 in q.shape:
+        raise ValueError(f"q: got shape {q.shape}, expected [G, L, N, H] with L a multiple of {PACK_ALIGN}")
+    if k.ndim != 4 or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or q.shape[2] % k.shape[2]:
+        raise ValueError(f"k: got shape {k.shape}, expected [G, L, K, H] with N a multiple of K; q is {q.shape}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: got shape {v.shape}, expected k's {k.shape}")
+    for name, array in (("positions", positions), ("segments", segments)):
+        if array.shape != q.shape[:2]:
+            raise ValueError(f"{name}: got shape {array.shape}, expected {q.shape[:2]}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: got {window}, expected None or at least 1")
