@@ -91,7 +91,9 @@ def processed(
     return x
 
 
-def generate(engine: Engine, prompt: Sequence[int], adapter: str | None, p: SamplingParams, index: int = 0) -> list[int]:
+def generate(
+    engine: Engine, prompt: Sequence[int], adapter: str | None, p: SamplingParams, index: int = 0
+) -> list[int]:
     """Completion `index` of a prompt: one dense forward over everything so far for each token."""
     lora, output = dense_lora(engine, adapter), []
     eos = () if p.ignore_eos else engine.spec.eos_token_ids
