@@ -71,7 +71,13 @@ def init_state(weights: LoraWeights, kind: str) -> tuple[LoraWeights, OptState]:
     """
     master = jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), weights)
     with _loose_promotion():
-        return master, jax.jit(make_optimizer(kind).init)(master)
+        return master, _init(kind)(master)
+
+
+@cache
+def _init(kind: str) -> Callable[[LoraWeights], OptState]:
+    """The jitted first state: jobs of one shape and kind share its compile."""
+    return jax.jit(make_optimizer(kind).init)
 
 
 @cache
