@@ -181,3 +181,22 @@ def test_refuses(changes: dict[str, object], error: type[Exception], message: st
     arguments: dict[str, object] = dict(zip(names, make_packs([[64]], 64, 4, 2, 16), strict=True), scale=1.0)
     with pytest.raises(error, match=message):
         pack_attention(**arguments | changes)
+
+
+def test_cudnn_lowers_causal_with_a_mask_and_no_gradient_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # cuDNN's version is all that jax asks this machine for.
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+
+    def both(q, k, v, positions, segments, cotangent):
+        run = partial(pack_attention, positions=positions, segments=segments, scale=0.1, implementation="cudnn")
+        out, transpose = jax.vjp(run, q, k, v)
+        return out, transpose(cotangent)
+
+    q, k = (jax.ShapeDtypeStruct((2, 128, n, 64), jnp.bfloat16) for n in (8, 2))
+    marks = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    text = jax.jit(both).trace(q, k, k, marks, marks, q).lower(lowering_platforms=("cuda",)).as_text()
+    forward, backward = (line for line in text.splitlines() if "custom_call @__cudnn$fmha" in line)
+    assert "ScaleBiasSoftmax" in forward and "ScaleBiasSoftmaxBackward" in backward
+    assert all(r"mask_type\22: \22CAUSAL" in line for line in (forward, backward))
+    if jax.__version_info__ >= (0, 11):  # before, a gradient of the mask is computed and dropped
+        assert "128x128" not in backward.split("->")[-1]
