@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from loquetier_jax.engine import Engine
 from loquetier_jax.jobs.data import Dataset
 from loquetier_jax.tiny.tokenizer import build_tokenizer
 from tests.engine.engines import build_engine, random_data, reset
+from tests.engine.parity import open_family
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,23 @@ def tiny_engine(session_engine: Engine) -> Iterator[Engine]:
 def datasets() -> Callable[..., Dataset]:
     """`engines.random_data`: (seed, count=20, low=5, high=40) -> Dataset of random samples, 3/4 of tokens learnt."""
     return random_data
+
+
+@pytest.fixture(scope="session")
+def checkpoints_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checkpoints of `family_engine` lie."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture
+def family_engine(checkpoints_root: Path, compilation_cache_dir: str) -> Iterator[Callable[[str], Engine]]:
+    """family -> `parity.open_family`'s engine; shared by the session, emptied after each test."""
+    opened: list[Engine] = []
+
+    def open_one(family: str) -> Engine:
+        opened.append(open_family(family, checkpoints_root, compilation_cache_dir))
+        return opened[-1]
+
+    yield open_one
+    for engine in opened:
+        reset(engine)
