@@ -123,3 +123,13 @@ def logits(spec: DecoderSpec, params: Params, x: Float[Array, "T D"]) -> Float[A
     if spec.tie_word_embeddings:
         return jnp.einsum("td,vd->tv", x, params["embed_tokens"], preferred_element_type=jnp.float32)
     return jnp.einsum("td,dv->tv", x, params["lm_head"], preferred_element_type=jnp.float32)
+
+
+def logits_transpose(spec: DecoderSpec, params: Params, dlogits: Float[Array, "T V"]) -> Float[Array, "T D"]:
+    """d loss / d x of `logits`: its transpose, with the product in the weights' dtype.
+
+    Autodiff would keep the f32 cotangent and convert the whole vocabulary matrix to f32 for it.
+    """
+    weights = params["embed_tokens"] if spec.tie_word_embeddings else params["lm_head"].T
+    narrow = dlogits.astype(weights.dtype)
+    return jnp.einsum("tv,vd->td", narrow, weights, preferred_element_type=jnp.float32).astype(weights.dtype)

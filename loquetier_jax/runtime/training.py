@@ -146,8 +146,8 @@ class Training:
         if job.status == "running" and not job.evaluating and job.name not in self._optimizing:
             if self.current is not None and trainee in self.current.owners:
                 status = "in_pass"
-            elif job.step_due:
-                status = "optimizer"
+            elif job.cursor.step > job.step:
+                status = "optimizer"  # all packs are dispatched; the host need not have read them
             elif self._ready(trainee) and job.next_pack() is not None:
                 status = "ready"
         return JobView(

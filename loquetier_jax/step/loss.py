@@ -1,14 +1,15 @@
 """Log-probabilities of the targets: the only thing a loss ever sees, and the only way its gradient comes back."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from loquetier_jax.config import PACK_ALIGN
-from loquetier_jax.models.decoder import final_norm, logits
+from loquetier_jax.models.decoder import final_norm, logits, logits_transpose
 from loquetier_jax.models.spec import DecoderSpec
 
 Loss = Callable[[Float[Array, " L"], Float[Array, " L"]], Float[Array, ""]]
@@ -22,12 +23,17 @@ def chunk_rows(rows: int, limit: int) -> int:
     return max(fits)
 
 
-def token_scores(
-    spec: DecoderSpec, params: dict[str, Any], x: Float[Array, "C D"], targets: Int[Array, " C"]
-) -> tuple[Float[Array, " C"], Float[Array, "C V"]]:
-    """Log-probs of `targets` and of the whole vocabulary for one chunk of final hidden states (before the norm)."""
-    logp = jax.nn.log_softmax(logits(spec, params, final_norm(spec, params, x)), axis=-1)
-    return jnp.take_along_axis(logp, targets[:, None], axis=1)[:, 0], logp
+def chunk_logits(
+    spec: DecoderSpec, params: dict[str, Any], x: Float[Array, "C D"]
+) -> tuple[Float[Array, "C V"], Float[Array, " C"], Float[Array, " C"]]:
+    """f32 logits of one chunk of final hidden states (before the norm), their maximum, and log sum exp(z - maximum).
+
+    A log-prob is (z - maximum) - that logarithm, as in jax.nn.log_softmax, but nothing of the vocabulary's size is
+    written besides the logits.
+    """
+    z = logits(spec, params, final_norm(spec, params, x))
+    top = z.max(axis=-1)
+    return z, top, jnp.log(jnp.exp(z - top[:, None]).sum(axis=-1))
 
 
 def score_rows(
@@ -48,12 +54,17 @@ def score_rows(
     c = chunk_rows(x.shape[0], limit)
 
     def chunk(args: tuple[Array, Array]) -> dict[str, Array]:
-        own, logp = token_scores(spec, params, *args)
-        out = {"logp": own, "correct": jnp.argmax(logp, axis=-1).astype(jnp.int32) == args[1]}
+        x, targets = args
+        z, best, total = chunk_logits(spec, params, x)
+        own = jnp.take_along_axis(z, targets[:, None], axis=1)[:, 0]
+        out = {"logp": (own - best) - total, "correct": jnp.argmax(z, axis=-1).astype(jnp.int32) == targets}
         if top:
-            values, ids = jax.lax.top_k(logp, top)
-            rank = 1 + (logp > own[:, None]).sum(axis=-1, dtype=jnp.int32)
-            out |= {"top_ids": ids.astype(jnp.int32), "top_logp": values, "rank": rank}
+            values, ids = jax.lax.top_k(z, top)
+            out |= {
+                "top_ids": ids.astype(jnp.int32),
+                "top_logp": (values - best[:, None]) - total[:, None],
+                "rank": 1 + (z > own[:, None]).sum(axis=-1, dtype=jnp.int32),
+            }
         return out
 
     out = jax.lax.map(chunk, (x.reshape(-1, c, x.shape[1]), targets.reshape(-1, c)))
@@ -74,7 +85,12 @@ def backward_head(
 
     def chunk(args: tuple[Array, Array, Array]) -> Array:
         x, targets, dlogp = args
-        return jax.vjp(lambda x: token_scores(spec, params, x, targets)[0], x)[1](dlogp)[0]
+        z, best, total = chunk_logits(spec, params, x)
+        p = jnp.exp((z - best[:, None]) - total[:, None])
+        target = jnp.arange(z.shape[1], dtype=jnp.int32)[None] == targets[:, None]
+        dz = (target.astype(jnp.float32) - p) * dlogp[:, None]
+        normed = jax.vjp(functools.partial(final_norm, spec, params), x)[1]
+        return normed(logits_transpose(spec, params, dz))[0]
 
     dx = jax.lax.map(chunk, (x.reshape(-1, c, x.shape[1]), targets.reshape(-1, c), dlogp.reshape(-1, c)))
     return dx.reshape(x.shape)
@@ -93,7 +109,3 @@ def loss_cotangent(
         return -weights
     return jax.vmap(jax.grad(lambda lp, w: loss(lp, w)))(logp, weights)
 
-
-def finite(tree: Any) -> Bool[Array, ""]:
-    """Whether every number of the tree is finite."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
