@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.batch.pack import StepItems, pack_step
@@ -168,7 +167,7 @@ class Loop:
         run = self.functions.forward(bucket, started is not None and started.run.key.dropout)
         state = self.state
         state.kv, state.slots, out = run(
-            state.params, state.pages, state.kv, state.slots, jnp.asarray(ravel(batch))
+            state.params, state.pages, state.kv, state.slots, jax.device_put(ravel(batch))
         )
         if items.decode or items.prefill:  # a second forward of this iteration has none: leave the first one's
             pending.rows, pending.sampled = self.serving.sent(items, bucket), out.sampled

@@ -80,8 +80,8 @@ class TrainPass:
     def start_slices(self, cfg: EngineConfig, functions: StepFunctions, state: DeviceState) -> None:
         """Begins a forward in slices, without any other row."""
         batch = pack_step(StepItems(train=list(self.items)), self.key.bucket, cfg)
-        self._flat = jnp.asarray(ravel(batch))
-        self._flat_train = jnp.asarray(ravel(batch.train))
+        self._flat = jax.device_put(ravel(batch))
+        self._flat_train = jax.device_put(ravel(batch.train))
         self._hidden = functions.forward_start(self.key)(state.params, self._flat)
         self.forward = functions.slices(self.slice_layers)
 
@@ -103,7 +103,7 @@ class TrainPass:
         self, batch: SegmentBatch | None, functions: StepFunctions, state: DeviceState
     ) -> None:
         if batch is not None:
-            self._flat_train = jnp.asarray(ravel(batch.train))
+            self._flat_train = jax.device_put(ravel(batch.train))
         start = functions.backward_start(self.key)
         self._dx = start(head_params(state.params), self._hidden, self.logp, self._flat_train)
         self._hidden = None
