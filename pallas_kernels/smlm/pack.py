@@ -4,7 +4,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.smlm.plan import RANK_PAGE
 
@@ -51,37 +52,37 @@ def _pack_lora(x: Array, A: Array, B: Array, out_features: tuple[int, ...]) -> A
     return _forward(x, A, B, out_features)[0]
 
 
-def _columns(out_features: tuple[int, ...]) -> list[tuple[slice, slice]]:
-    """(ranks, columns) of each target in the stacked A and the fused output."""
-    starts = [sum(out_features[:i]) for i in range(len(out_features))]
-    return [
-        (slice(i * RANK_PAGE, (i + 1) * RANK_PAGE), slice(start, start + size))
-        for i, (start, size) in enumerate(zip(starts, out_features, strict=True))
-    ]
+def _blocks(out_features: tuple[int, ...]) -> Bool[np.ndarray, "n 1 out"]:
+    """Which columns of the fused output belong to which target."""
+    owner = np.repeat(np.arange(len(out_features)), out_features)
+    return (np.arange(len(out_features))[:, None] == owner)[:, None]
+
+
+def _spread(B: Float[Array, "G MP R out"], out_features: tuple[int, ...]) -> Float[Array, "G MP nR out"]:
+    """B as one block-diagonal matrix over the stacked ranks: one product serves all targets, and dY is never cut."""
+    G, M, R, out = B.shape
+    spread = jnp.where(_blocks(out_features), B[:, :, None], jnp.zeros((), B.dtype))
+    return spread.reshape(G, M, len(out_features) * R, out)
 
 
 def _forward(x: Array, A: Array, B: Array, out_features: tuple[int, ...]) -> tuple[Array, tuple[Array, ...]]:
-    a, b = A.astype(x.dtype), B.astype(x.dtype)
+    a, b = A.astype(x.dtype), _spread(B.astype(x.dtype), out_features)
     S = jnp.einsum("gli,gmri->glmr", x, a, preferred_element_type=F32).astype(x.dtype)
-    deltas = [
-        jnp.einsum("glmr,gmro->glo", S[..., ranks], b[..., cols], preferred_element_type=F32)
-        for ranks, cols in _columns(out_features)
-    ]
-    return jnp.concatenate(deltas, axis=-1).astype(x.dtype), (x, A, B, S)
+    # The product is summed in float32 and rounded once to x's dtype.
+    return jnp.einsum("glmr,gmro->glo", S, b, preferred_element_type=x.dtype), (x, A, B, S)
 
 
-def _backward(out_features: tuple[int, ...], kept: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
+def _backward(out_features: tuple[int, ...], kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
     """dS = dY B^T, dX = dS A, dA = dS^T X, dB = S^T dY: the transpose of `_forward`, sums in float32."""
     x, A, B, S = kept
-    a, b, dy = A.astype(x.dtype), B.astype(x.dtype), dy.astype(x.dtype)
-    dS, dB = [], []
-    for ranks, cols in _columns(out_features):
-        dS.append(jnp.einsum("glo,gmro->glmr", dy[..., cols], b[..., cols], preferred_element_type=F32))
-        dB.append(jnp.einsum("glmr,glo->gmro", S[..., ranks], dy[..., cols], preferred_element_type=F32))
-    dS = jnp.concatenate(dS, axis=-1).astype(x.dtype)
-    dx = jnp.einsum("glmr,gmri->gli", dS, a, preferred_element_type=F32)
+    a, b, dy = A.astype(x.dtype), _spread(B.astype(x.dtype), out_features), dy.astype(x.dtype)
+    dS = jnp.einsum("glo,gmro->glmr", dy, b, preferred_element_type=F32).astype(x.dtype)
+    dx = jnp.einsum("glmr,gmri->gli", dS, a, preferred_element_type=x.dtype)
     dA = jnp.einsum("glmr,gli->gmri", dS, x, preferred_element_type=F32)
-    return dx.astype(x.dtype), dA.astype(A.dtype), jnp.concatenate(dB, axis=-1).astype(B.dtype)
+    dB = jnp.einsum("glmr,glo->gmro", S, dy, preferred_element_type=F32)
+    dB = dB.reshape(*B.shape[:2], len(out_features), *B.shape[2:])
+    dB = jnp.where(_blocks(out_features), dB, jnp.zeros((), F32)).sum(axis=2)
+    return dx, dA.astype(A.dtype), dB.astype(B.dtype)
 
 
 _pack_lora.defvjp(_forward, _backward)
