@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -84,7 +85,7 @@ class RequestCalls:
             AdapterError: an unknown adapter. In both cases running requests do not notice.
         """
         params = params or SamplingParams()
-        with self._lock:
+        with self._lock, self._seeds_kept():
             ids = encode_prompt(self.tokenizer, prompt, self.spec.vocab_size)
             request_id = request_id or f"request-{next(self._ids)}"
             requests = make_requests(
@@ -99,7 +100,7 @@ class RequestCalls:
                 tokenizer=self.tokenizer,
                 eos_token_ids=self.spec.eos_token_ids,
             )
-            self._check(requests[0])
+            self._check(requests)
             submitted = Submitted(requests)
             if params.prompt_logprobs is not None:
                 self._score_prompt(submitted, ids, adapter, params.prompt_logprobs)
@@ -107,6 +108,16 @@ class RequestCalls:
                 self.loop.serving.add(request, listener)
             self._changed.notify_all()
         return submitted
+
+    @contextmanager
+    def _seeds_kept(self) -> Iterator[None]:
+        """Gives seeds drawn inside back when what they were drawn for is refused: later requests do not notice."""
+        before = self._rng.bit_generator.state
+        try:
+            yield
+        except BaseException:
+            self._rng.bit_generator.state = before
+            raise
 
     def _score_prompt(
         self, submitted: Submitted, ids: Sequence[int], adapter: str | None, count: int
@@ -155,13 +166,14 @@ class RequestCalls:
         adapters = _each(adapter, len(prompts), "adapter", (str, type(None)))
         every = _each(params, len(prompts), "params", (SamplingParams, type(None)))
         submitted: list[Submitted] = []
-        try:
-            for prompt, name, one in zip(prompts, adapters, every, strict=True):
-                submitted.append(self.submit(prompt, name, one))
-        except Exception:
-            for one in submitted:
-                self.cancel(one.request_id)
-            raise
+        with self._lock, self._seeds_kept():  # no step between them: all are accepted, or none has run
+            try:
+                for prompt, name, one in zip(prompts, adapters, every, strict=True):
+                    submitted.append(self.submit(prompt, name, one))
+            except Exception:
+                for one in submitted:
+                    self.cancel(one.request_id)
+                raise
         self.wait(lambda: all(s.finished for s in submitted))
         return [s.output() for s in submitted]
 
@@ -200,11 +212,12 @@ class RequestCalls:
         self.wait(finished.is_set)
         return result
 
-    def _check(self, request: Request) -> None:
+    def _check(self, requests: Sequence[Request]) -> None:
         """Refuses what this engine cannot run, before anything is queued."""
-        cfg, params = self.cfg, request.params
+        request, cfg, params = requests[0], self.cfg, requests[0].params
         live = (*self.loop.serving.waiting.values(), *self.loop.serving.running.values())
-        in_use = any(r.request_id == request.request_id for r in live)
+        taken = {name for r in live for name in (r.id, r.request_id)}
+        in_use = any(r.id in taken for r in requests)
         refuse(not in_use, "request_id", request.request_id, "an id that no live request has")
         pages, room = self.loop.serving.kv.pages_for(request.num_tokens), self.loop.serving.kv.num_pages
         refuse(

@@ -35,7 +35,9 @@ class ScoreRequests:
             AdapterError: an unknown adapter.
         """
         packs, places = pack_sequences(sequences, self.rows)
-        version = None if adapter is None else self._store.hold(adapter)
+        version = None if adapter is None else self._store.get(adapter)
+        if version is not None and packs:  # a task without packs is never opened, so nobody would drop it
+            self._store.hold(adapter)
 
         def done(scores: list[Scores]) -> None:
             if version is not None and packs:
