@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.lora import LoraConfig, init_weights, resolve_shape
@@ -170,10 +169,13 @@ class JobCalls:
 
     def _job_ended(self, trainee: Trainee) -> None:
         """A job that succeeded serves its result under its name; its masters go to the host."""
-        if trainee.job.status == "succeeded":
+        if trainee.job.status == "succeeded" and trainee.pages:
             self.loop.training.publish(trainee, self.loop.epoch, fresh=False)
-        trainee.master = trainee.host_weights()
-        trainee.opt_state = jax.tree.map(np.asarray, trainee.opt_state)
+        elif trainee.job.status == "succeeded":  # a checkpoint of a job that was over: it never had pages here
+            weights, shape = trainee.host_weights(), trainee.shape
+            self.adapters.add(trainee.name, weights, shape, config=trainee.lora, replace=True)
+        # Not here: a second of copying would be a second in which nobody's token comes.
+        threading.Thread(target=trainee.leave_device, name="job-to-host", daemon=True).start()
         self._changed.notify_all()
 
 

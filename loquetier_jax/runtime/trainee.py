@@ -79,9 +79,12 @@ class Trainee:
         dtype = jax.tree.leaves(state.pages)[0].dtype
         state.pages = write_pages(state.pages, pages, pages_of(host, self.shape, spec, dtype))
         grads, self.grads = self.grads, None
-        if grads is None:
-            grads = jax.tree.map(lambda a: np.zeros((len(grad_pages), *a.shape[1:]), np.float32), state.grads)
-        state.grads = write_pages(state.grads, grad_pages, grads)
+        state.grads = write_pages(state.grads, grad_pages, self._zeros(state) if grads is None else grads)
+
+    def _zeros(self, state: DeviceState) -> Pages:
+        """Accumulators of a job that has accumulated nothing."""
+        count = self.shape.num_pages
+        return jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), np.float32), state.grads)
 
     def compile_optimizer(self, state: Any, spec: DecoderSpec) -> None:
         """Compiles the optimizer step ahead of time; jobs of one shape and kind share it.
@@ -130,8 +133,15 @@ class Trainee:
         """The masters, copied to the host."""
         return jax.tree.map(lambda a: np.array(a), self.master)
 
+    def leave_device(self) -> None:
+        """Moves masters and optimizer state of an ended job to the host; nothing else may be using them."""
+        self.master = self.host_weights()
+        self.opt_state = jax.tree.map(np.asarray, self.opt_state)
+
     def accumulators(self, state: DeviceState) -> Pages:
         """What the gradient pool holds for this job, copied to the host."""
         if self.grads is not None:
             return self.grads
+        if not self.grad_pages:  # it has not started, or is over
+            return self._zeros(state)
         return jax.tree.map(np.asarray, read_pages(state.grads, self.grad_pages))
