@@ -1,26 +1,16 @@
-"""Engine configuration: frozen dataclasses, one strict YAML loader. Imports no jax."""
+"""Engine configuration: frozen dataclasses, each checked as it is made. Imports no jax."""
 
-import dataclasses
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
+from typing import Any, Literal
 
 from loquetier_jax.errors import ConfigError
 
 RANK_PAGE = 16  # ranks in one adapter page
 BLOCK = 16  # rows of one prefill block and of one LoRA tile
-PACK_ALIGN = (
-    64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
-)
+PACK_ALIGN = 64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
 
 Sampling = Literal["greedy", "plain", "full"]
 SAMPLING_LEVELS: tuple[str, ...] = ("greedy", "plain", "full")
-
-C = TypeVar("C")
 
 
 def require(ok: bool, name: str, got: Any, expected: str) -> None:
@@ -82,9 +72,7 @@ class Bucket:
             self.chunks,
             f"between 1 and prefill / {BLOCK} when prefill > 0, else 0",
         )
-        require(
-            self.sampling in SAMPLING_LEVELS, "Bucket.sampling", self.sampling, f"one of {SAMPLING_LEVELS}"
-        )
+        require(self.sampling in SAMPLING_LEVELS, "Bucket.sampling", self.sampling, f"one of {SAMPLING_LEVELS}")
         require(self.rows > 0, "Bucket", self, "at least one row")
 
     @property
@@ -259,47 +247,3 @@ class EngineConfig:
     def max_lora_pages(self) -> int:
         """Most pages one adapter takes: MP."""
         return self.max_lora_rank // RANK_PAGE
-
-
-def from_dict(cls: type[C], data: dict[str, Any], where: str = "") -> C:
-    """Builds dataclass `cls` from plain data, nested dataclasses included.
-
-    Raises:
-        ConfigError: an unknown key, a missing mandatory one, or a value the class refuses.
-    """
-    require(isinstance(data, dict), where or cls.__name__, data, "a mapping")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name for f in dataclasses.fields(cls)}
-    for key in data:
-        require(key in fields, f"{where}{key}", data[key], f"one of the keys {sorted(fields)}")
-    try:
-        return cls(**{k: _convert(hints[k], v, f"{where}{k}.") for k, v in data.items()})
-    except TypeError as error:
-        raise ConfigError(f"{where or cls.__name__}: {error}") from error
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):
-        return from_dict(hint, value, where)
-    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        inner = typing.get_args(hint)[0]
-        return tuple(_convert(inner, v, f"{where}{i}.") for i, v in enumerate(value))
-    return value
-
-
-def load_yaml(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
-    """Reads a YAML file into dataclass `cls`; overrides are "a.b=c" with c in YAML.
-
-    Raises:
-        ConfigError: see `from_dict`; also an override that is not of that form.
-    """
-    data = yaml.safe_load(Path(path).read_text()) or {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        require(bool(equals), "override", override, "the form a.b=c")
-        *parents, leaf = key.split(".")
-        node = data
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = yaml.safe_load(text)
-    return from_dict(cls, data)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import loquetier_jax
-from loquetier_jax.config import EngineConfig, SLOConfig, load_yaml
+from loquetier_jax.config import EngineConfig, SLOConfig
+from loquetier_jax.config_file import load_yaml
 from loquetier_jax.errors import ConfigError
 
 

@@ -24,7 +24,8 @@ from loquetier_jax.cli.options import (
     settings,
     stderr_console,
 )
-from loquetier_jax.config import EngineConfig, from_dict, require
+from loquetier_jax.config import EngineConfig, require
+from loquetier_jax.config_file import from_dict
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
 from loquetier_jax.jobs.config import TrainConfig
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loquetier_jax.config import from_dict, require
+from loquetier_jax.config import require
+from loquetier_jax.config_file import from_dict
 from loquetier_jax.errors import ConfigError, DataError
 
 Assign = Literal["round-robin", "uniform", "zipf"]

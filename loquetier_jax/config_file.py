@@ -1,0 +1,58 @@
+"""Plain data and YAML files to config dataclasses, strictly: what is not known is refused by name. Imports no jax."""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from loquetier_jax.config import require
+from loquetier_jax.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def from_dict(cls: type[C], data: dict[str, Any], where: str = "") -> C:
+    """Builds dataclass `cls` from plain data, nested dataclasses included.
+
+    Raises:
+        ConfigError: an unknown key, a missing mandatory one, or a value the class refuses.
+    """
+    require(isinstance(data, dict), where or cls.__name__, data, "a mapping")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in data:
+        require(key in fields, f"{where}{key}", data[key], f"one of the keys {sorted(fields)}")
+    try:
+        return cls(**{k: _convert(hints[k], v, f"{where}{k}.") for k, v in data.items()})
+    except TypeError as error:
+        raise ConfigError(f"{where or cls.__name__}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):
+        return from_dict(hint, value, where)
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        inner = typing.get_args(hint)[0]
+        return tuple(_convert(inner, v, f"{where}{i}.") for i, v in enumerate(value))
+    return value
+
+
+def load_yaml(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
+    """Reads a YAML file into dataclass `cls`; overrides are "a.b=c" with c in YAML.
+
+    Raises:
+        ConfigError: see `from_dict`; also an override that is not of that form.
+    """
+    data = yaml.safe_load(Path(path).read_text()) or {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        require(bool(equals), "override", override, "the form a.b=c")
+        *parents, leaf = key.split(".")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = yaml.safe_load(text)
+    return from_dict(cls, data)
