@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from loquetier_jax.config import EngineConfig, from_dict
+from loquetier_jax.config import EngineConfig
+from loquetier_jax.config_file import from_dict
 from loquetier_jax.errors import ConfigError
 from loquetier_jax.presets import engine_config, slo_config
 from loquetier_jax.tiny import BASE_NAME, base_path
