@@ -14,7 +14,7 @@ from loquetier_jax.adapters.lora import (
     init_weights,
     resolve_shape,
 )
-from loquetier_jax.config import from_dict
+from loquetier_jax.config_file import from_dict
 from loquetier_jax.errors import AdapterError, ConfigError
 from tests.adapters.cases import MIXED, SPEC, random_weights, uniform
 
