@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from loquetier_jax.errors import CheckpointError
@@ -12,6 +11,8 @@ from loquetier_jax.errors import CheckpointError
 class MetricsWriter:
     """Appends JSON lines to a file; each line is in the file (not only in a buffer) when `write` returns.
 
+    The file is open only during a call: a job that is dropped leaves nothing open.
+
     Args:
         path: The file; it and its folder are made when missing, what it holds is kept.
     """
@@ -19,7 +20,7 @@ class MetricsWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self.path.touch()
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line.
@@ -27,12 +28,13 @@ class MetricsWriter:
         Raises:
             ValueError: a number that JSON does not have (NaN, infinity); nothing is written.
         """
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        with self.path.open("ab") as file:
+            file.write(data)
 
     def position(self) -> int:
         """Length of the file in bytes: what a checkpoint remembers."""
-        return self._file.seek(0, os.SEEK_END)
+        return self.path.stat().st_size
 
     def truncate(self, position: int) -> None:
         """Drops what was written after `position`: lines of steps that a resumed job runs again.
@@ -44,24 +46,12 @@ class MetricsWriter:
             raise CheckpointError(
                 f"{self.path}: got {self.position()} bytes, expected {position} or more: not the job's file"
             )
-        self._file.truncate(position)
-        self._file.seek(position)
+        os.truncate(self.path, position)
 
     def sync(self) -> None:
         """Forces the file to the disk, so that a checkpoint never remembers more than a crash leaves."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Closes the file; `write` fails afterwards."""
-        self._file.close()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -103,12 +103,10 @@ def test_resume_anywhere_is_exact(make_data, tmp_path, moves):
             drive(job, cut)
             state = json.loads(json.dumps(job.state_dict()))
             drive(job, 5)  # goes on after the checkpoint, and is then killed
-            job.record.writer.close()
             again = MetricsWriter(tmp_path / name)
             job = Job.from_state(state, data, held_out, metrics=again, clock=lambda: 0.0)
         drive(job, 1000)
         assert job.status == "succeeded"
-        job.record.writer.close()
         return read_metrics(tmp_path / name)
 
     assert run("cut", moves) == run("whole")
@@ -208,18 +206,18 @@ def test_other_data_is_refused(make_data):
 
 
 def test_metrics_truncate(tmp_path):
-    with MetricsWriter(tmp_path / "run" / "metrics.jsonl") as metrics:
-        metrics.write({"step": 1})
-        position = metrics.position()
-        metrics.write({"step": 2})
-        with pytest.raises(ValueError, match="JSON"):
-            metrics.write({"loss": math.nan})
-    with MetricsWriter(metrics.path) as metrics:
-        assert metrics.position() > position
-        metrics.truncate(position)
-        metrics.write({"step": 3})
-        with pytest.raises(CheckpointError, match="expected 1000 or more"):
-            metrics.truncate(1000)
+    metrics = MetricsWriter(tmp_path / "run" / "metrics.jsonl")
+    metrics.write({"step": 1})
+    position = metrics.position()
+    metrics.write({"step": 2})
+    with pytest.raises(ValueError, match="JSON"):
+        metrics.write({"loss": math.nan})
+    metrics = MetricsWriter(metrics.path)
+    assert metrics.position() > position
+    metrics.truncate(position)
+    metrics.write({"step": 3})
+    with pytest.raises(CheckpointError, match="expected 1000 or more"):
+        metrics.truncate(1000)
     assert read_metrics(metrics.path) == [{"step": 1}, {"step": 3}]
     with metrics.path.open("ab") as file:
         file.write(b'{"step": 4')

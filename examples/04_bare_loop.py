@@ -1,0 +1,137 @@
+"""The bare loop: train one adapter and serve two requests in the same steps, without Engine, scheduler or stores.
+
+Everything the engine does is here once, in the open: allocate, pack rows on the host, one forward for everybody, a
+backward over the train rows alone, the optimizer on the adapter's own pages. `loquetier_jax.runtime` is this loop
+with queues.
+
+    python examples/04_bare_loop.py
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from loquetier_jax.adapters.lora import LoraConfig, init_weights, resolve_shape
+from loquetier_jax.adapters.pages import pages_of, write_pages
+from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
+from loquetier_jax.batch.segments import ravel
+from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.data import load_dataset
+from loquetier_jax.jobs.optimizer import build_optimizer_step, hyperparams, init_state
+from loquetier_jax.jobs.packing import PackStream
+from loquetier_jax.models.load import load_hf
+from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.serve.tokenizer import load_tokenizer
+from loquetier_jax.step.functions import StepFunctions, TrainKey
+from loquetier_jax.step.state import head_params, new_state
+from loquetier_jax.tiny import base_path
+from loquetier_jax.tiny.skills import dataset
+
+PROMPT = "Q: Where does the bear live?\nA:"
+GREEDY = SamplingParams(temperature=0, max_tokens=40)
+PAGE, GRAD_PAGE = 1, 1  # where the adapter and its gradient live; page 0 is zeros and trash
+
+
+def main(steps: int = 24) -> None:
+    """Runs so many optimizer steps, answering the prompt over and over meanwhile."""
+    # Shapes first: one bucket of everything, one pack of 64 x 4 train rows, 48 prompt rows, 16 decode rows.
+    bucket = Bucket(packs=1, pack_tokens=256, prefill=48, chunks=3, decode=16)
+    cfg = EngineConfig(max_model_len=128, max_num_seqs=2, max_adapters=1, max_lora_rank=16, train_pages=1,
+                       logit_chunk=128, buckets=(bucket,))  # fmt: skip
+    spec, params = load_hf(base_path(), jnp.float32)
+    tokenizer = load_tokenizer(base_path())
+    state = new_state(spec, cfg, params)  # the device's arrays, each owned here and nowhere else
+    functions = StepFunctions(spec, cfg, state)  # compiled functions by shape
+
+    # The adapter: f32 masters at exact rank, and their cast in a page of 16 ranks.
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    shape = resolve_shape(lora, spec)
+    weights = init_weights(shape, lora, spec, seed=0)
+    state.pages = write_pages(state.pages, [PAGE], pages_of(weights, shape, spec, np.float32))
+
+    # The job: samples, cut into packs by its own data and seed alone; an optimizer whose numbers are state.
+    train = TrainConfig(max_steps=steps, learning_rate=5e-3, pack_tokens=256)
+    packs = PackStream(load_dataset(dataset("pirate", 256, seed=0), tokenizer, train), train)
+    master, opt_state = init_state(weights, train.optim)
+    optimizer = build_optimizer_step(spec, shape, train.optim)
+
+    forward = functions.forward(bucket)
+    key = TrainKey(packs=1, pack_tokens=256, pages=shape.num_pages)
+    backward_start = functions.backward_start(key)
+    backward = functions.backward_slice(key, 0, spec.num_hidden_layers)
+
+    # Two requests, one on the base and one on the adapter, each with its slot and its pages of the KV cache.
+    requests = [Request(tokenizer, 0, (), cfg), Request(tokenizer, 1, (PAGE,), cfg)]
+    loss_sum, targets = 0.0, 0
+    for pack in packs.iterate():
+        # 1. Rows on the host: the pack, and each request's next rows (its prompt, or its last token).
+        items = StepItems(train=[TrainItem(pack, (PAGE,), (GRAD_PAGE,))])
+        for request in requests:
+            request.add_rows(items)
+        batch = pack_step(items, bucket, cfg)
+
+        # 2. One forward over all rows; base weights are read once. KV cache and slots are donated.
+        flat = jnp.asarray(ravel(batch))
+        state.kv, state.slots, out = forward(state.params, state.pages, state.kv, state.slots, flat)
+
+        # 3. Backward over the train rows: from log-probs to the page's gradient, which adds up in the pool.
+        flat_train = jnp.asarray(ravel(batch.train))
+        dx = backward_start(head_params(state.params), out.hidden, out.train["logp"], flat_train)
+        _, state.grads = backward(state.params["layers"], state.pages, out.kept, dx, state.grads, jnp.int32(0),
+                                  flat_train)  # fmt: skip
+
+        # 4. Results: tokens to their requests, the loss from the log-probs.
+        for place, request in zip(sample_places(items, bucket), in_order(items, requests), strict=True):
+            request.take(int(out.sampled["tokens"][place]))
+        loss_sum -= float(np.dot(np.asarray(out.train["logp"]), pack.weights))
+        targets += pack.num_targets
+        if not pack.is_last:
+            continue
+
+        # 5. The optimizer: masters and moments move on, the page gets the new cast, its gradient is zero again.
+        numbers = {k: np.float32(v) for k, v in hyperparams(train, pack.step, packs.total_steps).items()}
+        master, opt_state, state.grads, state.pages, _ = optimizer(
+            master, opt_state, state.grads, state.pages, np.array([GRAD_PAGE], np.int32), np.array([PAGE], np.int32),
+            np.float32(targets), np.float32(train.max_grad_norm), numbers)  # fmt: skip
+        print(f"step {pack.step + 1:3}  loss {loss_sum / targets:.3f}")
+        loss_sum, targets = 0.0, 0
+
+
+class Request:
+    """A prompt that is asked again as soon as it has been answered."""
+
+    def __init__(self, tokenizer, slot: int, pages: tuple[int, ...], cfg: EngineConfig) -> None:
+        self.tokenizer, self.slot, self.pages = tokenizer, slot, pages
+        self.prompt = np.asarray(tokenizer.encode(PROMPT), np.int32)
+        self.kv_pages = range(1 + slot * cfg.max_pages_per_seq, 1 + (slot + 1) * cfg.max_pages_per_seq)
+        self.output: list[int] = []
+
+    def add_rows(self, items: StepItems) -> None:
+        """The whole prompt at first, then one row: the token itself is in the slot, on the device."""
+        served = ServedItem(self.slot, self.pages, self.kv_pages, GREEDY, seed=0, index=len(self.output))
+        if self.output:
+            items.decode.append(DecodeItem(served, len(self.prompt) + len(self.output) - 1))
+        else:
+            items.prefill.append(ChunkItem(served, self.prompt, 0, final=True))
+
+    def take(self, token: int) -> None:
+        """The next output token."""
+        self.output.append(token)
+        if token == self.tokenizer.eos_token_id or len(self.output) == GREEDY.max_tokens:
+            text = self.tokenizer.decode(self.output, skip_special_tokens=True)
+            print(f"{'adapter' if self.pages else 'base':>30} {text.splitlines()[0]}")
+            self.output = []
+
+
+def sample_places(items: StepItems, bucket: Bucket) -> list[int]:
+    """Where the sampled tokens lie: decode rows first, then one place per prompt chunk."""
+    return [*range(len(items.decode)), *range(bucket.decode, bucket.decode + len(items.prefill))]
+
+
+def in_order(items: StepItems, requests: list[Request]) -> list[Request]:
+    """The requests in the order of their rows; the packer has grouped them by adapter."""
+    return [requests[item.served.slot] for item in (*items.decode, *items.prefill)]
+
+
+if __name__ == "__main__":
+    main()

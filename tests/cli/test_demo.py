@@ -1,0 +1,32 @@
+"""`loquetier demo` in small: everything it promises is there; what it learns takes more steps than these."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loquetier_jax.cli import main
+from loquetier_jax.cli.scenario import QUESTIONS, SKILLS
+
+
+def test_demo(
+    tmp_path: Path,
+    compilation_cache_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(compilation_cache_dir).parent))  # its cache outlives the test
+    assert main(["demo", "--steps", "2", "--out", str(tmp_path), "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found["before"]["base"] == ["The owl eats mice.", "The bear lives in the cave.", "Hugo is a pilot."]
+    assert found["before"].keys() == found["after"].keys() == {"base", *SKILLS}
+    assert all(answers == found["before"]["base"] for answers in found["before"].values())
+    assert found["after"]["base"] == found["before"]["base"]
+    assert found["questions"] == list(QUESTIONS)
+    assert len(found["versions"]) >= 2  # before and after a publish
+    for skill in SKILLS:
+        assert len(found["jobs"][skill]["loss"]) == 2
+        assert (tmp_path / skill / "adapter_config.json").is_file()
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "tok/s served" in shown.err

@@ -1,0 +1,98 @@
+"""`loquetier finetune`: the folder it writes, the adapter in it, and going on after a kill."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loquetier_jax.adapters.peft import read_peft
+from loquetier_jax.cli import main
+from loquetier_jax.jobs.metrics import read_metrics
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.tiny.skills import dataset
+
+SETTINGS = ["--lora", "r=4", "target_modules=all-linear", "--train", "max_steps=4", "save_steps=2",
+            "per_device_train_batch_size=2", "learning_rate=1e-2", "max_length=60"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pirate.jsonl"
+    short = [row for row in dataset("pirate", 80, 0) if len(row["prompt"]) < 40]
+    path.write_text("\n".join(map(json.dumps, short)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(data: Path, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "pirate"
+    evaluated = ["--eval-data", str(data)]
+    assert main(["finetune", str(data), "--output-dir", str(folder), *SETTINGS, *evaluated, *options]) == 0
+    return folder
+
+
+def test_the_folder_holds_everything(run_folder: Path, data: Path, model: Path) -> None:
+    config = json.loads((run_folder / "config.json").read_text())
+    assert (config["data"], config["name"], config["model"]) == (str(data), "pirate", str(model))
+    assert (config["lora"]["r"], config["train"]["learning_rate"], config["train"]["pack_tokens"]) == (4, 1e-2, 64)
+    assert config["engine"]["max_num_seqs"] == 4
+    lines = read_metrics(run_folder / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert any("eval_loss" in line for line in lines)
+    assert len(list((run_folder / "checkpoints").iterdir())) == 2
+    read_peft(run_folder / "adapter", DecoderSpec.from_hf(model))
+
+
+def test_a_run_is_not_overwritten(
+    run_folder: Path, data: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["finetune", str(data), "--output-dir", str(run_folder), *options]) == 2
+    assert "which holds a run" in capsys.readouterr().err
+
+
+def test_resumed_after_a_kill_the_next_losses_are_the_same(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = run_folder / "metrics.jsonl"
+    before = read_metrics(metrics)
+    # As if it had been killed in the last step: the newest checkpoint is the one of step 2.
+    shutil.rmtree(max((run_folder / "checkpoints").iterdir()))
+    shutil.rmtree(run_folder / "adapter")
+    assert main(["finetune", "--output-dir", str(run_folder), "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 4
+    after = read_metrics(metrics)
+    assert [{**line, "time": 0} for line in after] == [{**line, "time": 0} for line in before]
+    assert (run_folder / "adapter" / "adapter_config.json").is_file()
+
+
+def test_recipe_and_command_line(
+    data: Path, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    train = "{max_steps: 1, max_length: 60, per_device_train_batch_size: 2, save_steps: 0}"
+    recipe.write_text(f"data: {data}\nname: fish\nlora: {{r: 2}}\ntrain: {train}\n")
+    folder = tmp_path / "out"
+    arguments = ["finetune", "--recipe", str(recipe), "--lora", "r=3", "--output-dir", str(folder), "--json"]
+    assert main([*arguments, *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["name"], result["steps"], result["adapter"]) == ("fish", 1, str(folder / "adapter"))
+    assert np.isfinite(result["loss"])
+    assert json.loads((folder / "config.json").read_text())["lora"]["r"] == 3
+    recipe.write_text(f"data: {data}\nepochs: 3\n")
+    assert main(["finetune", "--recipe", str(recipe), "--output-dir", str(tmp_path / "new")]) == 2
+    assert "epochs" in capsys.readouterr().err
+
+
+def test_a_malformed_line_is_named_before_anything_is_written(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = tmp_path / "bad.jsonl", tmp_path / "out"
+    path.write_text('{"text": "fine"}\n{"prompt": "no completion"}\n')
+    assert main(["finetune", str(path), "--output-dir", str(folder), *options]) == 2
+    assert "bad.jsonl:2: completion is missing" in capsys.readouterr().err
+    assert not folder.exists()

@@ -1,0 +1,98 @@
+"""`loquetier generate` gives what the Python API gives, in every form it can be asked for."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from loquetier_jax import Engine, SamplingParams
+from loquetier_jax.cli import main
+from loquetier_jax.presets import engine_config
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+PROMPTS = ("hello", "a longer prompt")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, engine_yaml: Path, adapter: Path) -> dict[str | None, list[str]]:
+    """Adapter -> texts of PROMPTS, from an engine of our own."""
+    engine = Engine.from_pretrained(model, config=engine_config(str(engine_yaml)), progress=False)
+    engine.load_adapter("a", adapter)
+    texts = {n: [o.outputs[0].text for o in engine.generate(PROMPTS, n, GREEDY)] for n in (None, "a")}
+    assert texts[None] != texts["a"]
+    return texts
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_every_prompt_through_every_adapter_as_json(
+    options: list[str], adapter: Path, expected: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ["--adapter", "base", "--adapter", f"a={adapter}", "--max-tokens", "6", "--json"]
+    assert main(["generate", *PROMPTS, *chosen, *options]) == 0
+    found = lines(capsys.readouterr().out)
+    assert [(f["prompt"], f["adapter"]) for f in found] == [(p, n) for p in PROMPTS for n in (None, "a")]
+    for i, one in enumerate(found):
+        assert one["outputs"][0]["text"] == expected[one["adapter"]][i // 2]
+        assert one["outputs"][0]["finish_reason"] in ("length", "stop")
+        assert one["prompt_tokens"] == len(one["prompt"]) + 1
+        assert 0 < one["ttft_ms"] <= one["e2el_ms"]
+
+
+def test_text_from_stdin_streams(
+    options: list[str],
+    expected: dict,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert main(["generate", "--max-tokens", "6", *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == expected[None][0] + "\n"
+    assert "ready in" in shown.err
+
+
+def test_jsonl_file_with_its_own_parameters(
+    options: list[str], adapter: Path, expected: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [
+        {"prompt": "hello", "max_tokens": 6, "adapter": "a"},
+        {"prompt": [104, 105], "max_tokens": 3, "logprobs": 2, "ignore_eos": True},
+        {"messages": [{"role": "user", "content": "hi"}], "temperature": 1.0, "n": 2, "seed": 1},
+    ]
+    path = tmp_path / "asked.jsonl"
+    path.write_text("\n".join(map(json.dumps, asked)))
+    named = ["--adapter", f"a={adapter}", "--max-tokens", "6"]
+    assert main(["generate", "--file", str(path), *named, "--json", *options]) == 0
+    first, second, third = lines(capsys.readouterr().out)
+    assert first["outputs"][0]["text"] == expected["a"][0]
+    assert len(second["outputs"][0]["token_ids"]) == 3
+    assert all(len(one) >= 2 for one in second["outputs"][0]["logprobs"])
+    assert [o["index"] for o in third["outputs"]] == [0, 1]
+    assert third["prompt_tokens"] > 2
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [("{", "1: not JSON"), ('{"text": "a"}', "expected an object with"), ('{"prompt": "a", "top_q": 1}', "top_q")],
+)
+def test_a_malformed_line_is_named(
+    line: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "asked.jsonl"
+    path.write_text(line)
+    assert main(["generate", "--file", str(path)]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_refused_by_the_engine(
+    options: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "x" * 200, "--max-tokens", "6", *options]) == 2
+    assert "max_model_len 128" in capsys.readouterr().err
+    assert main(["generate", "x", "--adapter", f"a={tmp_path}", *options]) == 2
+    assert "loquetier: error" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""The figures of a replay, against numbers worked out by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from loquetier_jax.cli.replay import Served
+from loquetier_jax.cli.report import summarize
+from loquetier_jax.cli.workload import Arrival
+from loquetier_jax.config import SLOConfig
+from loquetier_jax.serve.output import RequestMetrics
+
+VLLM = {
+    "duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput",
+    "output_throughput", "total_token_throughput",
+    *(f"{s}_{m}_ms" for s in ("mean", "median", "std", "p99") for m in ("ttft", "tpot", "itl", "e2el")),
+}  # fmt: skip
+
+
+def served(name: str, due: float, times: list[float], adapter: str = "base", reason: str = "length") -> Served:
+    metrics = RequestMetrics(due, token_times=times, finished_time=times[-1])
+    request = SimpleNamespace(
+        metrics=metrics, finish_reason=reason, prompt_ids=(1, 2, 3), output_ids=[0] * len(times), stop_reason="boom"
+    )
+    arrival = Arrival(at=due, input_length=3, output_length=len(times), adapter=adapter)
+    return Served(arrival, due, SimpleNamespace(request_id=name, requests=[request]))
+
+
+def test_figures() -> None:
+    runs = [served("a", 0.0, [0.1, 0.2, 0.4]), served("b", 1.0, [1.3, 1.4], "x")]
+    found = summarize(runs, 2.0, SLOConfig())
+    assert VLLM <= found.keys()
+    assert (found["completed"], found["failed"]) == (2, 0)
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (6, 5)
+    assert (found["request_throughput"], found["output_throughput"]) == (1.0, 2.5)
+    assert found["mean_ttft_ms"] == pytest.approx(200)
+    assert found["median_tpot_ms"] == pytest.approx((150 + 100) / 2)
+    assert found["mean_itl_ms"] == pytest.approx(400 / 3)
+    assert found["mean_e2el_ms"] == pytest.approx(400)
+    assert found["std_ttft_ms"] == pytest.approx(100)
+    assert "slo_attainment" not in found
+    assert found["adapters"]["x"]["mean_ttft_ms"] == pytest.approx(300)
+
+
+def test_a_promise_is_kept_by_requests_whose_ttft_and_tpot_keep_it() -> None:
+    runs = [
+        served("a", 0.0, [0.1, 0.2]),
+        served("late", 0.0, [0.6, 0.7]),
+        served("slow", 0.0, [0.1, 0.9]),
+        served("one token", 0.0, [0.1]),
+        Served(Arrival(at=0, input_length=1, output_length=1, adapter="base"), 0.0, None, "refused"),
+    ]
+    found = summarize(runs, 2.0, SLOConfig(ttft_ms=500, tpot_ms=200))
+    assert found["slo_attainment"] == pytest.approx(2 / 5)
+    assert found["request_goodput"] == pytest.approx(1.0)
+    assert found["failed"] == 1
+
+
+def test_details_and_failures() -> None:
+    runs = [served("a", 0.0, [0.1, 0.2]), served("b", 0.0, [0.1], reason="error")]
+    found = summarize(runs, 1.0, SLOConfig(), details=True)
+    assert (found["completed"], found["failed"]) == (1, 1)
+    assert found["output_lens"] == [2, 1]
+    assert found["ttfts"] == [0.1, 0.1]
+    assert found["itls"][0] == pytest.approx([0.1])
+    assert found["errors"] == ["", "boom"]
+
+
+def test_nothing_was_served() -> None:
+    found = summarize([], 1.0, SLOConfig(ttft_ms=1))
+    assert found["mean_ttft_ms"] is None
+    assert found["slo_attainment"] is None

@@ -1,0 +1,47 @@
+"""`loquetier serve-loop`: every request of a workload is served, jobs train beside it, the result is vllm bench's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loquetier_jax.cli import main
+from loquetier_jax.tiny.skills import dataset
+from tests.cli.test_report import VLLM
+
+WORKLOAD = ["-w", "num_requests=9", "-w", "rate=50", "-w", "input_len=[4,40]", "-w", "output_len=[2,9]"]
+
+
+def test_adapters_a_job_and_a_promise(
+    options: list[str], adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "result.json"
+    data.write_text("\n".join(json.dumps(r) for r in dataset("shout", 40, 0) if len(r["prompt"]) < 40))
+    named = ["--adapter", "base", "--adapter", f"a={adapter}", "--job", f"j={data}"]
+    settings = ["--train", "max_length=60", "per_device_train_batch_size=2", "--lora", "r=4"]
+    rest = ["--slo", "relaxed", "--json", "--out", str(out), "-s", "seed=1"]
+    assert main(["serve-loop", *WORKLOAD, *named, *settings, *rest, *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert VLLM <= result.keys()
+    assert (result["completed"], result["failed"]) == (9, 0)
+    assert {n: one["completed"] for n, one in result["adapters"].items()} == {"a": 4, "base": 5}
+    assert 0 <= result["slo_attainment"] <= 1
+    assert result["jobs"]["j"]["steps"] >= 0
+    details = json.loads(out.read_text())
+    assert sum(details["output_lens"]) == result["total_output_tokens"]
+    assert all(2 <= n <= 9 for n in details["output_lens"])
+    assert all(len(gaps) == n - 1 for gaps, n in zip(details["itls"], details["output_lens"], strict=True))
+    assert result["mean_ttft_ms"] == pytest.approx(1e3 * sum(details["ttfts"]) / 9)
+
+
+def test_a_trace_with_a_request_that_cannot_fit(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"timestamp": 0, "input_length": 5, "output_length": 3}, {"input_length": 500, "output_length": 3}]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    assert main(["serve-loop", "--workload", str(trace), *options]) == 0
+    shown = capsys.readouterr().out
+    assert "1 requests in" in shown
+    assert "1 failed" in shown
+    assert "TTFT" in shown
