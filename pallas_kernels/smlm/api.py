@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.smlm.plan import RANK_PAGE, SmlmPlan
+from pallas_kernels.smlm.plan import RANK_PAGE, SmlmPlan, plan_shapes
 from pallas_kernels.smlm.ref import smlm_ref
 from pallas_kernels.smlm.triton import smlm_triton
 from pallas_kernels.smlm.xla import smlm_xla
@@ -103,7 +103,7 @@ def _check_plan(plan: SmlmPlan, rows: int) -> None:
     if plan.tile_pages.ndim != 2:
         raise ValueError(f"plan.tile_pages: got shape {plan.tile_pages.shape}, expected 2 dimensions")
     tiles, pages = plan.tile_pages.shape
-    expected = SmlmPlan((tiles,), (tiles,), (tiles, pages), (rows,), (tiles,), (tiles,), (tiles, pages), (2,))
+    expected = [a.shape for a in plan_shapes(rows, tiles, pages, plan.wide_len.shape[0])]
     for name, array, shape in zip(SmlmPlan._fields, plan, expected, strict=True):
         if array.shape != shape:
             raise ValueError(f"plan.{name}: got shape {array.shape}, expected {shape}")

@@ -19,7 +19,7 @@ class SmlmPlan(NamedTuple):
     """A step's rows cut into tiles of one adapter each; a pytree of int32 arrays.
 
     The same rows are listed twice, in tiles of TILE rows (XLA, and the kernels at decode) and in wide tiles
-    of WIDE rows (the kernels when there are many rows). NT and MP are static; entries beyond `used` are zero.
+    of WIDE rows (the kernels when there are many rows). NT, NW and MP are static; entries beyond `used` are 0.
 
     Attributes:
         tile_row: First row of each tile.
@@ -30,27 +30,30 @@ class SmlmPlan(NamedTuple):
         wide_len: Rows of each wide tile, at most WIDE; 0 marks an unused one.
         wide_pages: Adapter pages of each wide tile.
         used: Number of used tiles and of used wide tiles.
+        counters: Scratch of the kernels: zero before and after every call, so no two calls may run at one time.
     """
 
     tile_row: Int32[IntArray, " NT"]
     tile_len: Int32[IntArray, " NT"]
     tile_pages: Int32[IntArray, "NT MP"]
     row_slot: Int32[IntArray, " T"]
-    wide_row: Int32[IntArray, " NT"]
-    wide_len: Int32[IntArray, " NT"]
-    wide_pages: Int32[IntArray, "NT MP"]
+    wide_row: Int32[IntArray, " NW"]
+    wide_len: Int32[IntArray, " NW"]
+    wide_pages: Int32[IntArray, "NW MP"]
     used: Int32[IntArray, " 2"]
+    counters: Int32[IntArray, " C"]
 
 
-def num_tiles_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int]) -> int:
+def num_tiles_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int], height: int = TILE) -> int:
     """Tiles that suffice for any step whose parts hold at most that many rows in at most that many runs.
 
     A run is a stretch of neighbouring rows of one adapter. A part of R rows in D runs needs at most
-    sum ceil(r_i / TILE) <= D + floor((R - D) / TILE) tiles, reached when all but one run have one row.
+    sum ceil(r_i / height) <= D + floor((R - D) / height) tiles, reached when all but one run have one row.
 
     Args:
         rows_per_part: R of each part (train, score, prefill, decode), >= 0.
         runs_per_part: D of each part, >= 0; more than R counts as R.
+        height: Rows of a tile: TILE for num_tiles, WIDE for num_wide.
 
     Returns:
         The sum over parts, at least 1 so that a plan always has a shape.
@@ -65,25 +68,33 @@ def num_tiles_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int]) 
         if rows < 0 or runs < 0:
             raise ValueError(f"rows_per_part, runs_per_part: got {rows}, {runs}, expected both >= 0")
         runs = min(rows, runs)
-        total += runs + (rows - runs) // TILE if runs else 0
+        total += runs + (rows - runs) // height if runs else 0
     return max(1, total)
 
 
-def plan_shapes(num_rows: int, num_tiles: int, max_pages: int) -> SmlmPlan:
+def plan_shapes(num_rows: int, num_tiles: int, max_pages: int, num_wide: int | None = None) -> SmlmPlan:
     """The plan as jax.ShapeDtypeStruct leaves, to compile ahead of time.
 
     Args:
         num_rows: T, rows of the step.
         num_tiles: NT, capacity in tiles.
         max_pages: MP, most pages of one adapter.
+        num_wide: NW, capacity in wide tiles; by default num_tiles, which always suffices.
     """
-    row, pages = (num_tiles,), (num_tiles, max_pages)
-    shapes = SmlmPlan(row, row, pages, (num_rows,), row, row, pages, (2,))
+    num_wide = num_tiles if num_wide is None else num_wide
+    row, pages, wide, wide_pages = (num_tiles,), (num_tiles, max_pages), (num_wide,), (num_wide, max_pages)
+    counters = (max(num_tiles, num_wide),)
+    shapes = SmlmPlan(row, row, pages, (num_rows,), wide, wide, wide_pages, (2,), counters)
     return SmlmPlan(*(jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes))
 
 
 def build_plan(
-    segments: Sequence[Segment], num_rows: int, num_tiles: int, max_pages: int, wide: int = WIDE
+    segments: Sequence[Segment],
+    num_rows: int,
+    num_tiles: int,
+    max_pages: int,
+    num_wide: int | None = None,
+    wide: int = WIDE,
 ) -> SmlmPlan:
     """Cuts segments into tiles, on the host.
 
@@ -94,6 +105,7 @@ def build_plan(
         num_rows: T, rows of the step.
         num_tiles: NT, capacity in tiles; `num_tiles_bound` gives a number that always suffices.
         max_pages: MP, most pages of one adapter.
+        num_wide: NW, capacity in wide tiles; by default num_tiles. A smaller one saves idle programs.
         wide: Rows of a wide tile, a multiple of TILE; the kernels expect WIDE unless configured otherwise.
 
     Returns:
@@ -101,17 +113,21 @@ def build_plan(
 
     Raises:
         ValueError: a segment leaves [0, num_rows), overlaps another, repeats or misnames a page or has more
-            than max_pages of them, or the segments need more than num_tiles tiles. Both values are named.
+            than max_pages of them, or the segments need more tiles than there are. Both values are named.
     """
     for name, value in (("num_rows", num_rows), ("num_tiles", num_tiles), ("max_pages", max_pages)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected >= 1")
-    plan = SmlmPlan(*(np.zeros(s.shape, np.int32) for s in plan_shapes(num_rows, num_tiles, max_pages)))
+    plan = SmlmPlan(*(np.zeros(s.shape, np.int32) for s in plan_shapes(num_rows, num_tiles, max_pages, num_wide)))
     plan.row_slot[:] = -1
     runs = _runs(segments, num_rows, max_pages)
-    needed = sum(-(-rows // TILE) for _, rows, _ in runs)
-    if needed > num_tiles:
-        raise ValueError(f"num_tiles: got {num_tiles}, expected at least {needed} for these segments")
+    for name, height, capacity in (
+        ("num_tiles", TILE, num_tiles),
+        ("num_wide", wide, plan.wide_row.shape[0]),
+    ):
+        needed = sum(-(-rows // height) for _, rows, _ in runs)
+        if needed > capacity:
+            raise ValueError(f"{name}: got {capacity}, expected at least {needed} for these segments")
     plan.used[0] = _fill(runs, TILE, plan.tile_row, plan.tile_len, plan.tile_pages, plan.row_slot)
     plan.used[1] = _fill(runs, wide, plan.wide_row, plan.wide_len, plan.wide_pages, None)
     return plan

@@ -1,8 +1,7 @@
 """The op as Pallas-Triton launches: Ampere to Hopper, interpret mode on the CPU.
 
-Shrink writes float32 partial sums of S = x A^T, expand adds S B into y in place; or one fused launch does
-both. Work is a list of (tile, part) that a bounded grid walks: unused tiles cost nothing. No atomics: sums
-have one order.
+Shrink computes S = x A^T, its contraction shared by several programs a tile; expand adds S B into y in place.
+Work is a list of (tile, part) that a bounded grid walks. Sums have one order: no float atomics.
 """
 
 import functools
@@ -17,7 +16,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
-from pallas_kernels.smlm.triton_kernels import Cut, Tile, expand, fused, shrink
+from pallas_kernels.smlm.triton_kernels import Cut, Tile, expand, expand_reduced, shrink, shrink_and_reduce
 from pallas_kernels.smlm.tuning import SmlmConfig, default_config
 
 MAX_PROGRAMS = 8192  # beyond it a program takes several pieces of work
@@ -51,38 +50,44 @@ def smlm_triton(
     if x.shape[0] == 0:
         return jnp.zeros((0, sum(out_features)), x.dtype) if y is None else y
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
-    config = config or default_config(x.shape[1], x.shape[0], plan.tile_pages.shape[1], x.dtype)
+    config = config or default_config(x.shape[0], x.shape[1], out_features, plan.tile_pages.shape[1], x.dtype)
     if y is None:
         y = jnp.zeros((x.shape[0], sum(out_features)), x.dtype)
-    cut = Cut.of(x, plan, out_features, config)
-    narrow = config.tile_rows == TILE
-    work = (
-        (plan.used[:1], plan.tile_row, plan.tile_len, plan.tile_pages)
-        if narrow
-        else (plan.used[1:], plan.wide_row, plan.wide_len, plan.wide_pages)
-    )
+    if config.tile_rows == TILE:
+        work = (plan.used[:1], plan.tile_row, plan.tile_len, plan.tile_pages)
+    else:
+        work = (plan.used[1:], plan.wide_row, plan.wide_len, plan.wide_pages)
+    cut = Cut.of(x, work[-1], out_features, config, interpret)
+    ranks = cut.targets * cut.max_pages * RANK_PAGE
+    y_out = jax.ShapeDtypeStruct(y.shape, y.dtype)
+    h_out = jax.ShapeDtypeStruct((cut.parts, x.shape[0], ranks), jnp.float32)
+    S_out = jax.ShapeDtypeStruct((x.shape[0], ranks), x.dtype)
     call = functools.partial(_call, cut=cut, interpret=interpret)
     params = plt.CompilerParams(num_warps=config.shrink_warps, num_stages=config.shrink_stages)
-    if config.fused:
-        return call(fused, cut.blocks, (*work, x, A, B, y), y, alias=True, params=params)
-    h = jax.ShapeDtypeStruct((cut.parts, x.shape[0], cut.targets * cut.max_pages * RANK_PAGE), jnp.float32)
-    h = call(shrink, cut.parts, (*work, x, A), h, alias=False, params=params)
+    if config.reduce:
+        args = (*work, x, A, plan.counters)
+        _, S = call(shrink_and_reduce, cut.parts, args, (h_out, S_out), alias={}, params=params)
+        second, args = expand_reduced, (*work, S, B, y)
+    else:
+        args = (*work, x, A)
+        (h,) = call(shrink, cut.parts, args, (h_out,), alias={}, params=params)
+        second, args = expand, (*work, h, B, y)
     params = plt.CompilerParams(num_warps=config.expand_warps, num_stages=config.expand_stages)
-    return call(expand, cut.blocks, (*work, h, B, y), y, alias=True, params=params)
+    return call(second, cut.blocks, args, (y_out,), alias={6: 0}, params=params)[0]
 
 
 def _call(
     body: Callable[..., None],
     parts: int,
     args: tuple[Array, ...],
-    out: Any,
+    outs: tuple[jax.ShapeDtypeStruct, ...],
     *,
-    alias: bool,
+    alias: dict[int, int],
     cut: Cut,
     params: plt.CompilerParams,
     interpret: bool,
-) -> Array:
-    """Runs `body` once per part of every used tile; with `alias` the last argument is written in place."""
+) -> tuple[Array, ...]:
+    """Runs `body` once per part of every used tile; `alias` says which arguments are written in place."""
     programs = min(cut.max_tiles * parts, MAX_PROGRAMS)
 
     def kernel(used_ref: Any, row_ref: Any, len_ref: Any, pages_ref: Any, *refs: Any) -> None:
@@ -108,9 +113,9 @@ def _call(
         kernel,
         grid=(programs,),
         in_specs=[_whole(a) for a in args],
-        out_specs=_whole(out),
-        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
-        input_output_aliases={len(args) - 1: 0} if alias else {},
+        out_specs=tuple(_whole(out) for out in outs),
+        out_shape=outs,
+        input_output_aliases=alias,
         compiler_params=params,
         interpret=interpret,
         name=kernel.__name__,

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
-from pallas_kernels.smlm.plan import RANK_PAGE, SmlmPlan
+from pallas_kernels.smlm.plan import RANK_PAGE
 from pallas_kernels.smlm.tuning import SmlmConfig, num_spans
 
 MAX_GROUP = 4  # pages that one product takes side by side: 64 ranks
@@ -38,10 +38,13 @@ class Cut:
     block_k: int
     out_features: tuple[int, ...]
     block_n: int
+    interpret: bool
 
     @classmethod
-    def of(cls, x: Any, plan: SmlmPlan, out_features: tuple[int, ...], config: SmlmConfig) -> "Cut":
-        size, (tiles, pages) = x.shape[1], plan.tile_pages.shape
+    def of(
+        cls, x: Any, tile_pages: Any, out_features: tuple[int, ...], config: SmlmConfig, interpret: bool
+    ) -> "Cut":
+        size, (tiles, pages) = x.shape[1], tile_pages.shape
         spans = num_spans(size)
         span = 16 * math.ceil(size / spans / 16)
         return cls(
@@ -56,6 +59,7 @@ class Cut:
             block_k=min(config.block_k, pl.next_power_of_2(span)),
             out_features=out_features,
             block_n=min(config.block_n, pl.next_power_of_2(max(out_features))),
+            interpret=interpret,
         )
 
     @property
@@ -90,6 +94,7 @@ class Tile:
     """Rows and pages of a tile."""
 
     cut: Cut
+    number: Array  # scalar
     length: Array  # scalar
     rows: Array  # [rows, 1]
     ok: Array  # [rows, 1]
@@ -106,7 +111,7 @@ class Tile:
         def page(m: Array) -> Array:
             return jnp.where(m < cut.max_pages, pages_ref[tile, jnp.minimum(m, cut.max_pages - 1)], 0)
 
-        return cls(cut, length, rows, offset < length, [pages_ref[tile, m] for m in range(cut.max_pages)], page)
+        return cls(cut, tile, length, rows, offset < length, [pages_ref[tile, m] for m in range(cut.max_pages)], page)
 
     def for_page_groups(self, do: Callable[["Group", Any], Any], carry: Any) -> Any:
         """Folds `do` over groups of the tile's own pages; the loop ends with the last used page."""
@@ -194,23 +199,64 @@ def shrink(cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, h_ref: Any
     def do(group: Group, carry: None) -> None:
         sums = _partial_sums(cut, tile, group, list(range(cut.targets)), part * spans, spans, x_ref, A_ref)
         for i, total in enumerate(sums):
-            column = (i * cut.max_pages * RANK_PAGE + group.slot)[None, :]
-            plt.store(h_ref.at[part, tile.rows, column], total, mask=tile.ok & group.used[None, :])
+            plt.store(h_ref.at[part, tile.rows, _ranks(cut, group, i)], total, mask=tile.ok & group.used[None, :])
 
     tile.for_page_groups(do, None)
+
+
+def _ranks(cut: Cut, group: Group, target: Array | int) -> Array:
+    """Columns of a target's ranks in h and S."""
+    return (target * (cut.max_pages * RANK_PAGE) + group.slot)[None, :]
+
+
+def _sum_partials(cut: Cut, tile: Tile, group: Group, target: Array | int, h_ref: Any) -> Array:
+    """S of a target: the partial sums of all parts, in their one order."""
+    mask, ranks = tile.ok & group.used[None, :], _ranks(cut, group, target)
+    return tree_sum([plt.load(h_ref.at[p, tile.rows, ranks], mask=mask, other=0.0) for p in range(cut.parts)])
+
+
+def _finish_shrink(cut: Cut, tile: Tile, h_ref: Any, S_ref: Any) -> None:
+    """S of all targets from the partial sums, rounded to the operands' dtype."""
+
+    def do(group: Group, carry: None) -> None:
+        for i in range(cut.targets):
+            S = _sum_partials(cut, tile, group, i, h_ref).astype(S_ref.dtype)
+            plt.store(S_ref.at[tile.rows, _ranks(cut, group, i)], S, mask=tile.ok & group.used[None, :])
+
+    tile.for_page_groups(do, None)
+
+
+def shrink_and_reduce(
+    cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, counters_ref: Any, h_ref: Any, S_ref: Any
+) -> None:
+    """Shrink; the last program of a tile to finish its part adds the parts up and sets the counter back to 0.
+
+    Who is last varies, what it computes does not. All threads have stored (the barrier) before one of them counts;
+    the atomics acquire and release at the scope of the GPU.
+    """
+    shrink(cut, tile, part, x_ref, A_ref, h_ref)
+    if not cut.interpret:
+        plt.debug_barrier()
+    before = plt.atomic_add(counters_ref, (tile.number,), jnp.int32(1))
+
+    @pl.when(before == cut.parts - 1)
+    def _() -> None:
+        _finish_shrink(cut, tile, h_ref, S_ref)
+        plt.atomic_add(counters_ref, (tile.number,), jnp.int32(-cut.parts))
 
 
 class _Block:
     """A block of y under one tile. It is loaded at once, so that the loads are under way while S is computed."""
 
     def __init__(self, cut: Cut, tile: Tile, part: Array, y_ref: Any) -> None:
-        self.target, self.columns, self._inside = cut.block(part)
-        self._whole, self._tile = cut.whole_blocks, tile
-        self._mask = tile.ok if self._whole else tile.ok & self._inside
+        self.target, self.columns, inside = cut.block(part)
+        self._inside = None if cut.whole_blocks else inside
+        self._tile = tile
+        self._mask = tile.ok if self._inside is None else tile.ok & self._inside
         self._y = plt.load(y_ref.at[tile.rows, self.columns], mask=self._mask, other=0.0)
 
     def load_B(self, group: Group, B_ref: Any) -> Array:
-        mask = group.used[:, None] if self._whole else group.used[:, None] & self._inside
+        mask = group.used[:, None] if self._inside is None else group.used[:, None] & self._inside
         return plt.load(B_ref.at[group.page[:, None], group.rank[:, None], self.columns], mask=mask, other=0.0)
 
     def store(self, delta: Array, o_ref: Any) -> None:
@@ -224,23 +270,20 @@ def expand(cut: Cut, tile: Tile, part: Array, h_ref: Any, B_ref: Any, y_ref: Any
 
     def do(group: Group, delta: Array) -> Array:
         b = block.load_B(group, B_ref)
-        column = (block.target * (cut.max_pages * RANK_PAGE) + group.slot)[None, :]
-        mask = tile.ok & group.used[None, :]
-        S = [plt.load(h_ref.at[p, tile.rows, column], mask=mask, other=0.0) for p in range(cut.parts)]
-        return delta + _product(tree_sum(S).astype(b.dtype), b, 0)
+        S = _sum_partials(cut, tile, group, block.target, h_ref)
+        return delta + _product(S.astype(b.dtype), b, 0)
 
     block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)
 
 
-def fused(
-    cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any
-) -> None:
-    """y[rows, block] += (x A^T) B in one launch; every block of a tile computes the shrink again."""
+def expand_reduced(cut: Cut, tile: Tile, part: Array, S_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any) -> None:
+    """y[rows, block] += S B."""
     block = _Block(cut, tile, part, y_ref)
 
     def do(group: Group, delta: Array) -> Array:
         b = block.load_B(group, B_ref)
-        (S,) = _partial_sums(cut, tile, group, [block.target], 0, cut.spans, x_ref, A_ref)
-        return delta + _product(S.astype(b.dtype), b, 0)
+        mask = tile.ok & group.used[None, :]
+        S = plt.load(S_ref.at[tile.rows, _ranks(cut, group, block.target)], mask=mask, other=0.0)
+        return delta + _product(S, b, 0)
 
     block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)

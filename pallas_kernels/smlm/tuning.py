@@ -1,30 +1,32 @@
 """Block sizes of the Triton kernels, by shape class and device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
 from pallas_kernels.smlm.plan import TILE, WIDE
 
 MAX_SPANS = 16
+MAX_DECODE_ROWS = 512
+MAX_SHARED_BYTES = 200 * 1024  # of the 227 KB that a block may take on Hopper
 
 
 @dataclass(frozen=True)
 class SmlmConfig:
-    """How the kernels cut one problem.
+    """How the kernels cut one problem. No field moves a sum out of its order: results have the same bits.
 
     Attributes:
         tile_rows: Rows of a program's tile: TILE (the plan's tiles) or WIDE (its wide tiles).
-        fused: Shrink and expand in one launch (each program recomputes the shrink of its tile) or in two.
-        programs_k: Programs that share the contraction of a shrink: a power of two, at most the number of
-            spans. It moves sums between programs, never their order.
+        reduce: The last program of a tile to shrink adds the partial sums up, once; otherwise every program of
+            the expand does, which saves a memory round trip where those are few.
+        programs_k: Programs that share the contraction of a shrink: a power of two, at most the number of spans.
         block_k: Inputs per step of the shrink, of each span.
         block_n: Outputs per program of the expand.
-        shrink_warps, shrink_stages, expand_warps, expand_stages: Triton's; a fused launch uses the shrink's.
+        shrink_warps, shrink_stages, expand_warps, expand_stages: Triton's.
     """
 
     tile_rows: int = TILE
-    fused: bool = False
+    reduce: bool = False
     programs_k: int = 8
     block_k: int = 128
     block_n: int = 256
@@ -45,18 +47,34 @@ def num_spans(in_features: int) -> int:
     return spans
 
 
-def default_config(in_features: int, rows: int, max_pages: int, dtype: jnp.dtype) -> SmlmConfig:
-    """The configuration of a shape class, sound on any device.
+def default_config(
+    rows: int, in_features: int, out_features: tuple[int, ...], max_pages: int, dtype: jnp.dtype
+) -> SmlmConfig:
+    """The configuration of a shape class: tuned on an H200, of moderate shared memory anywhere.
 
     Args:
-        in_features: Contraction size.
         rows: T, rows of the step; few rows are decode.
+        in_features: Contraction size.
+        out_features: Columns of each target.
         max_pages: MP of the plan.
         dtype: Of x, A and B.
     """
-    spans = num_spans(in_features)
+    spans, targets = num_spans(in_features), len(out_features)
     if jnp.dtype(dtype).itemsize > 2:  # float32: no tensor cores, twice the bytes
         return SmlmConfig(programs_k=spans, block_k=32, block_n=64, shrink_stages=2, expand_stages=1)
-    if rows <= 512:
-        return SmlmConfig(programs_k=spans, block_k=256 if max_pages == 1 else 128, block_n=256)
-    return SmlmConfig(tile_rows=WIDE, programs_k=spans // 2 or 1, block_k=64, block_n=256, expand_warps=8)
+    if rows > MAX_DECODE_ROWS:
+        config = SmlmConfig(tile_rows=WIDE, reduce=True, programs_k=max(1, spans // 2), block_n=128)
+    elif sum(out_features) > 8192:
+        config = SmlmConfig(programs_k=max(1, spans // 2), shrink_stages=4)
+    else:
+        config = SmlmConfig(programs_k=spans, block_k=256 if max_pages == 1 else 128)
+    ranks = targets * min(max_pages, 4) * 16
+    while _shared_bytes(config, ranks, spans) > MAX_SHARED_BYTES and config.block_k > 16:
+        config = replace(config, block_k=config.block_k // 2)
+    return config
+
+
+def _shared_bytes(config: SmlmConfig, ranks: int, spans: int) -> int:
+    """Shared memory of a 2-byte shrink: x and A of every span that a program advances, times the stages."""
+    blocks = (config.tile_rows + ranks) * config.block_k * (spans // config.programs_k)
+    return 2 * blocks * config.shrink_stages

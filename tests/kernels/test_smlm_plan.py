@@ -63,6 +63,9 @@ def test_the_bound_is_reached() -> None:
     assert build_plan(segments, 32, 4, 1).used.tolist() == [4, 3]
     assert num_tiles_bound([1024, 512, 32], [1, 2, 8]) == 64 + 33 + 9
     assert num_tiles_bound([0], [5]) == num_tiles_bound([8], [0]) == 1
+    assert num_tiles_bound([1024, 512, 32], [1, 2, 8], WIDE) == 16 + 9 + 8
+    with pytest.raises(ValueError, match="num_wide: got 2, expected at least 3"):
+        build_plan(segments, 32, 4, 1, num_wide=2)
     with pytest.raises(ValueError, match="got 1 parts, expected 2"):
         num_tiles_bound([1, 2], [1])
 
@@ -77,7 +80,7 @@ def test_shapes_for_compiling_ahead() -> None:
     plan = build_plan([], 20, 7, 2)
     shapes = plan_shapes(20, 7, 2)
     assert [(a.shape, a.dtype) for a in plan] == [(s.shape, s.dtype) for s in shapes]
-    assert len(jax.tree.leaves(shapes)) == 8
+    assert len(jax.tree.leaves(shapes)) == len(plan) == 9
 
 
 @pytest.mark.parametrize(
