@@ -53,12 +53,21 @@ def write(
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | _versions(),
-        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(), *_arguments(folder)]),
         "config": config,
         "records": records,
     }
     out.write_text(json.dumps(result, indent=1) + "\n")
     return out
+
+
+def _arguments(folder: Path | None) -> list[str]:
+    """What the command was given, without the option that only says where the result goes."""
+    given = sys.argv[1:]
+    if folder is None or str(folder) not in given:
+        return given
+    at = given.index(str(folder))
+    return given[: at - 1] + given[at + 1 :]
 
 
 def _module() -> str:

@@ -163,7 +163,7 @@ def unified(engine: Engine, adapters: Sequence[str | None], prompt: int, tokens:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a small model, for a CPU")
-    parser.add_argument("--out", help="folder for the result, instead of benchmarks/results")
+    parser.add_argument("--out", type=Path, help="folder for the result, instead of benchmarks/results")
     args = parser.parse_args()
     prompt, tokens, pack, steps = (40, 12, 64, 6) if args.tiny else (512, 136, 1024, 14)
     engine = make_engine(args.tiny, 64 if args.tiny else 1024, pack)
@@ -196,7 +196,7 @@ def main() -> None:
         print(f"{r['case']:60} {r['metric']:12} {r['value']:10.2f} {r['unit']}")
     engine.check_integrity()
     path = write("smoke", {"shapes": "tiny" if args.tiny else "Llama-3.1-8B", "prompt": prompt, "tokens": tokens},
-                 records, folder=Path(args.out) if args.out else None)  # fmt: skip
+                 records, folder=args.out)  # fmt: skip
     print(path)
     raise SystemExit(failures)
 
