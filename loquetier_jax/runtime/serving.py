@@ -1,5 +1,6 @@
 """Requests between arrival and end: what they hold on the device, the rows they need, the tokens they get."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from loquetier_jax.kv.pages import KVPages
 from loquetier_jax.kv.slots import Slots
 from loquetier_jax.serve.output import StreamPiece
 from loquetier_jax.serve.request import Request
+
+log = logging.getLogger(__name__)
 
 Listener = Callable[[StreamPiece], None]
 
@@ -207,7 +210,11 @@ class Serving:
     def _tell(self, request: Request, piece: StreamPiece | None) -> None:
         listener = self.listeners.get(request.id)
         if listener is not None and piece is not None:
-            listener(piece)
+            try:
+                listener(piece)
+            except Exception:  # the caller's code; the other requests of this step must get their tokens
+                log.exception("the listener of request %s failed and is not called again", request.id)
+                del self.listeners[request.id]
         if request.finished:
             self.listeners.pop(request.id, None)
 
