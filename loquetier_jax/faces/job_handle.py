@@ -8,7 +8,7 @@ from loquetier_jax.adapters.peft import write_peft
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.errors import JobError
 from loquetier_jax.jobs.checkpoint import CheckpointStore
-from loquetier_jax.runtime.job_state import take_job_state
+from loquetier_jax.runtime.job_state import JobState, take_job_state
 from loquetier_jax.runtime.trainee import Trainee
 
 if TYPE_CHECKING:
@@ -117,10 +117,8 @@ class JobHandle:
         Raises:
             JobError: the job has failed or was cancelled.
         """
-        state = self._still(lambda: take_job_state(self._engine, self._trainee))
-        return CheckpointStore(path, keep=self._trainee.job.cfg.save_total_limit).save(
-            state.arrays, state.host
-        )
+        store = CheckpointStore(path, keep=self._trainee.job.cfg.save_total_limit)
+        return self._still(lambda state: store.save(state.arrays, state.host))
 
     def migrate(self, other: "Engine") -> "JobHandle":
         """Moves the job to another engine of the same base: adapter, optimizer, accumulators, cursor, RNG.
@@ -135,8 +133,9 @@ class JobHandle:
             raise JobError(f"job {self.name!r}: cannot migrate to the engine it is on")
         job = self._trainee.job
 
-        def move() -> "JobHandle":
-            state = take_job_state(self._engine, self._trainee)
+        def move(state: JobState) -> "JobHandle":
+            if job.finished:
+                raise JobError(f"job {self.name!r}: cannot migrate: it is {job.status}")
             data = job.stream.data, None if job.evaluation is None else job.evaluation.data
             moved = other._adopt(state, *data, self._trainee.job.cfg.loss)
             job.cancel()
@@ -144,8 +143,8 @@ class JobHandle:
 
         return self._still(move)
 
-    def _still(self, act: Callable[[], Any]) -> Any:
-        """Runs `act` while nothing of this job is on its way; goes on afterwards as before."""
+    def _still(self, act: Callable[[JobState], Any]) -> Any:
+        """Calls `act` with the job's state while nothing of it is on its way; goes on afterwards as before."""
         engine, job = self._engine, self._trainee.job
         with engine._lock:
             if job.status in ("failed", "cancelled"):
@@ -156,7 +155,10 @@ class JobHandle:
         engine.wait(lambda: not engine.loop.training.busy(job.name))
         with engine._lock:
             try:
-                return act()
+                state = take_job_state(engine, self._trainee)
+                if held and job.status == "paused":  # for this moment only: whoever takes it up goes on
+                    state.host["job"]["status"] = job.paused_from
+                return act(state)
             finally:
                 if held and job.status == "paused":
                     job.resume()

@@ -18,6 +18,7 @@ from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data import Data, load_dataset
 from loquetier_jax.jobs.fingerprint import base_fingerprint
 from loquetier_jax.jobs.job import Job
+from loquetier_jax.jobs.lifecycle import FINISHED
 from loquetier_jax.jobs.metrics import MetricsWriter
 from loquetier_jax.jobs.optimizer import init_state
 from loquetier_jax.models.spec import DecoderSpec
@@ -149,6 +150,9 @@ class JobCalls:
             return self._enlist(trainee)
 
     def _check_job(self, name: str) -> None:
+        if name in self.jobs and self.jobs[name].status in FINISHED:
+            self.loop.drain()  # what it had in flight is read, and it gives everything back
+            self.loop.training.tick(self.loop.epoch)
         if name in self.jobs and name in self.loop.training.trainees:
             raise JobError(f"job {name!r} has not ended: it is {self.jobs[name].status}")
 

@@ -1,5 +1,6 @@
 """One job on the device: its masters, optimizer state, pages, and its place in the gradient pool."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class Trainee:
         grad_pages: Its pages of the gradient pool.
         published: The version that took over `pages`, until the next optimizer step; or None.
         run_optimizer: The compiled optimizer step; None until it has been compiled.
+        number: Of this trainee alone, in the whole process (an `id` may come again).
     """
 
     job: Job
@@ -46,6 +48,7 @@ class Trainee:
     grad_pages: tuple[int, ...] = ()
     published: Version | None = None
     run_optimizer: Callable[..., Any] | None = field(default=None, repr=False)
+    number: int = field(default_factory=itertools.count().__next__)
 
     @property
     def name(self) -> str:

@@ -76,7 +76,7 @@ class Training:
         self.trainees[trainee.name] = trainee
         shapes = DeviceState(**{f.name: shapes_of(getattr(self.state, f.name)) for f in fields(DeviceState)})
         self.compiler.request(
-            ("optimizer", trainee.name, id(trainee)),
+            ("optimizer", trainee.number),
             lambda: trainee.compile_optimizer(shapes, self.functions.spec),
         )
         for key in self.keys(trainee):
@@ -128,7 +128,7 @@ class Training:
     def _ready(self, trainee: Trainee) -> bool:
         """Whether a started job's functions are compiled; a job whose functions cannot be is failed."""
         try:
-            keys = (("optimizer", trainee.name, id(trainee)), *self.keys(trainee))
+            keys = (("optimizer", trainee.number), *self.keys(trainee))
             return bool(trainee.pages) and all(self.compiler.ready(key) for key in keys)
         except Exception as error:  # whatever the compiler raised in its thread
             if not trainee.job.finished:
@@ -146,9 +146,11 @@ class Training:
         if job.status == "running" and not job.evaluating and job.name not in self._optimizing:
             if self.current is not None and trainee in self.current.owners:
                 status = "in_pass"
+            elif not self._ready(trainee):
+                status = "waiting"  # one that came with its step due, from elsewhere, waits for its compile, too
             elif job.cursor.step > job.step:
                 status = "optimizer"  # all packs are dispatched; the host need not have read them
-            elif self._ready(trainee) and job.next_pack() is not None:
+            elif job.next_pack() is not None:
                 status = "ready"
         return JobView(
             name=job.name, status=status, pack_tokens=job.cfg.pack_tokens, packs=packs, group=trainee.group
@@ -232,6 +234,8 @@ class Training:
                 self._retire(trainee, epoch)
             elif not trainee.pages and not job.finished:
                 self._start(trainee)
+            elif job.status == "queued":  # paused before it had its pages, and resumed
+                job.start()
             elif job.status == "running" and job.evaluating and job.name not in self._evaluating:
                 self._evaluate(trainee)
 
