@@ -1,6 +1,8 @@
 """Engine: one base on the device, adapters and jobs on it. Composes the managers and drives the loop."""
 
+import atexit
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +37,8 @@ from loquetier_jax.schedule.policy import PolicyConfig
 from loquetier_jax.serve.tokenizer import load_tokenizer
 from loquetier_jax.step.functions import StepFunctions
 from loquetier_jax.step.state import new_state
+
+log = logging.getLogger(__name__)
 
 
 class Engine(AdapterCalls, RequestCalls, JobCalls):
@@ -78,6 +82,7 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._failure: Exception | None = None
         self._ids = itertools.count()
         self._rng = np.random.default_rng(cfg.seed)
         serving = Serving(self.adapters, KVPages(cfg.kv_pages, cfg.kv_page_size), Slots(cfg.max_num_seqs))
@@ -162,9 +167,11 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         """Drives the loop, or waits for the thread that does, until `done()`.
 
         Raises:
-            RuntimeError: nothing is left to do and `done()` is still false.
+            RuntimeError: nothing is left to do and `done()` is still false, or the thread of `start` has failed.
         """
         while not done():
+            if self._failure is not None:
+                raise RuntimeError(f"engine: its thread has failed: {self._failure!r}") from self._failure
             if self._thread is not None:
                 with self._changed:
                     if not done():
@@ -179,22 +186,32 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
     def start(self) -> None:
         """Gives the loop a thread of its own, so that jobs train while nobody waits; see `stop`."""
         if self._thread is None:
-            self._stopping = False
+            self._stopping, self._failure = False, None
+            atexit.register(self.stop)  # a thread on the device at the interpreter's end would abort the process
             self._thread = threading.Thread(target=self._run, name="loquetier-loop", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
-        while not self._stopping:
-            if not self.step():
-                with self._changed:
-                    self._changed.wait(0.005)
+        try:
+            while not self._stopping:
+                if self.step():
+                    time.sleep(1e-4)  # a lock is not fair: who wants to submit must get it between two steps
+                else:
+                    with self._changed:
+                        self._changed.wait(0.005)
+        except Exception as error:
+            log.exception("the loop has failed")
+            with self._changed:
+                self._failure = error  # for those who wait
+                self._changed.notify_all()
 
     def stop(self) -> None:
         """Ends the thread of `start`; what is queued stays queued."""
         if self._thread is not None:
             self._stopping = True
             self._thread.join()
-            self._thread = None
+            self._thread = self._failure = None
+            atexit.unregister(self.stop)
 
     def drain(self) -> None:
         """Reads everything dispatched: afterwards the device is idle."""

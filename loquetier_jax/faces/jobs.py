@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from loquetier_jax.adapters.lora import LoraConfig, init_weights, resolve_shape
+from loquetier_jax.adapters.lora import LoraConfig, LoraShape, init_weights, resolve_shape
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.errors import AdapterError, JobError
@@ -72,7 +72,7 @@ class JobCalls:
         Raises:
             DataError: a malformed line, with its number.
             AdapterError: the name is taken, nothing to adapt, or a rank too large.
-            JobError: a job of that name has not ended.
+            JobError: a job of that name has not ended, or no score bucket holds its evaluation packs.
         """
         cfg = train or TrainConfig()
         with self._lock:
@@ -85,11 +85,7 @@ class JobCalls:
                 version = self.adapters.get(init_from)
                 shape, weights = version.shape, self.adapters.weights(version)
                 lora = version.config or lora
-            self.adapters.check_new(name, shape, replace=replace or init_from == name)
-            if shape.num_pages > self.cfg.train_pages:
-                raise AdapterError(
-                    f"{name}: got rank {shape.max_rank}, expected <= {16 * self.cfg.train_pages}"
-                )
+            self._check_room(name, shape, cfg, eval_data is not None, replace=replace or init_from == name)
             dataset = load_dataset(data, self.tokenizer, cfg)
             held_out = (
                 None if eval_data is None else load_dataset(eval_data, self.tokenizer, cfg, name="eval_data")
@@ -117,6 +113,7 @@ class JobCalls:
 
         Raises:
             CheckpointError: no committed checkpoint, another base, other data.
+            AdapterError, JobError: this engine has no room for it, or a job of its name that has not ended.
         """
         path = Path(path)
         if (path / CHECKPOINTS).is_dir():
@@ -136,6 +133,7 @@ class JobCalls:
             self._check_job(state.host["job"]["name"])
             state.check_base(base_fingerprint(self.spec, self.state.params))
             cfg = TrainConfig.from_dict(state.host["job"]["config"], loss=loss if callable(loss) else None)
+            self._check_room(state.host["job"]["name"], state.shape, cfg, eval_data is not None, replace=True)
             job = Job.from_state(
                 state.host["job"],
                 data,
@@ -155,6 +153,19 @@ class JobCalls:
             self.loop.training.tick(self.loop.epoch)
         if name in self.jobs and name in self.loop.training.trainees:
             raise JobError(f"job {name!r} has not ended: it is {self.jobs[name].status}")
+
+    def _check_room(
+        self, name: str, shape: LoraShape, cfg: TrainConfig, evaluates: bool, *, replace: bool
+    ) -> None:
+        """Refuses a job that would wait for ever."""
+        self.adapters.check_new(name, shape, replace=replace)
+        if shape.num_pages > self.cfg.train_pages:
+            raise AdapterError(f"{name}: got rank {shape.max_rank}, expected <= {16 * self.cfg.train_pages}")
+        longest = max((b.score_tokens for b in self.cfg.buckets), default=0)
+        if evaluates and cfg.pack_tokens > longest:
+            raise JobError(
+                f"eval_data: got pack_tokens {cfg.pack_tokens}, expected <= {longest}, the longest score bucket"
+            )
 
     def _enlist(self, trainee: Trainee) -> JobHandle:
         self.loop.training.add(trainee)

@@ -17,6 +17,7 @@ from loquetier_jax.errors import RequestError
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.runtime.loop import Loop
 from loquetier_jax.runtime.score_requests import ScoreRequests, prompt_logprobs
+from loquetier_jax.schedule.admission import decode_limits
 from loquetier_jax.serve.output import RequestOutput, StreamPiece
 from loquetier_jax.serve.params import SamplingParams, refuse
 from loquetier_jax.serve.request import Request, collect, make_requests
@@ -84,7 +85,8 @@ class RequestCalls:
             RequestError: a prompt that cannot fit, bad parameters, an id in use.
             AdapterError: an unknown adapter. In both cases running requests do not notice.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        refuse(isinstance(params, SamplingParams), "params", params, "SamplingParams")
         with self._lock, self._seeds_kept():
             ids = encode_prompt(self.tokenizer, prompt, self.spec.vocab_size)
             request_id = request_id or f"request-{next(self._ids)}"
@@ -192,12 +194,15 @@ class RequestCalls:
         finally:
             self.cancel(submitted.request_id)
 
-    def log_probs(self, sequences: Sequence[Prompt], adapter: str | None = None) -> list[np.ndarray]:
+    def log_probs(self, sequences: Sequence[Prompt] | str, adapter: str | None = None) -> list[np.ndarray]:
         """f32 [n - 1] log-probs of each sequence's tokens after the first, by the training forward's own code.
+
+        One text is a list of one sequence, as for `generate`.
 
         Raises:
             RequestError: a sequence of one token, or longer than a score pack.
         """
+        sequences = [sequences] if isinstance(sequences, str) else sequences
         result: list[np.ndarray] = []
         finished = threading.Event()
 
@@ -245,10 +250,9 @@ class RequestCalls:
         held = len(request.stop_ids) if params.min_tokens else 0
         refuse(held <= MAX_BANNED, "stop_token_ids", f"{held} ids with min_tokens", f"<= {MAX_BANNED}")
         levels = {b.sampling for b in cfg.buckets if b.decode}
-        order = ("greedy", "plain", "full")
-        able = any(order.index(level) >= order.index(params.level) for level in levels)
+        limits = decode_limits(tuple(b for b in cfg.buckets if not b.packs))
         refuse(
-            able,
+            limits[params.level] > 0,
             "params",
             f"sampling level {params.level!r}",
             f"at most that of the buckets: {sorted(levels)}",

@@ -1,8 +1,13 @@
 """The statuses of a job, in OpenAI's words, and the moves between them."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from loquetier_jax.errors import JobError
+
+log = logging.getLogger(__name__)
 
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 FINISHED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
@@ -56,6 +61,18 @@ class Lifecycle:
         self._move("fail", UNFINISHED, "failed")
         self.error = error
         self._drop()
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Fails the job for what is raised inside: its loss function and its files are nobody else's trouble."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("job %s", self.name)
+            if self.finished:
+                self.error = f"after its end: {error}"
+            else:
+                self.fail(f"{type(error).__name__}: {error}")
 
     def _drop(self) -> None:
         """Forgets what is in flight."""

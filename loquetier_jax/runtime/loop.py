@@ -94,6 +94,7 @@ class Loop:
     def iterate(self) -> bool:
         """Dispatches one decision and reads the one before; returns whether there was anything to do."""
         self.training.tick(self.epoch)
+        self.scoring.open()
         decision = decide(snapshot(self), self.latency, self.policy)
         self.fairness = decision.fairness
         admitted = [r for r in decision.admit if self._admit(self.serving.waiting[r])]
@@ -162,7 +163,7 @@ class Loop:
         started = self.training.start_pass(packs, bucket.packs) if packs else None
         if started is not None:
             items.train = started.run.items
-        items.score, tasks = self.scoring.take(len(score))
+        items.score, tasks = self.scoring.take(score)
         batch = pack_step(items, bucket, self.cfg)
         run = self.functions.forward(bucket, started is not None and started.run.key.dropout)
         state = self.state

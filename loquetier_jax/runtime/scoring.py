@@ -1,7 +1,7 @@
 """Packs waiting to be scored: log_probs, prompt_logprobs and the evaluation of jobs. They share one queue."""
 
-from collections import deque
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,8 @@ from loquetier_jax.batch.pack import ScoreItem
 from loquetier_jax.errors import CapacityError
 from loquetier_jax.jobs.data import Pack
 from loquetier_jax.schedule.snapshot import ScoreView
+
+AHEAD = 8  # packs of opened tasks shown to the scheduler: their adapters stay on the device meanwhile
 
 Scores = dict[str, np.ndarray]
 
@@ -21,10 +23,11 @@ class ScoreTask:
     Attributes:
         packs: The rows.
         open: Called before the first pack is dispatched: the adapter's pages, kept where they are until `on_done`;
-            a CapacityError leaves the task waiting.
+            a CapacityError leaves the task waiting, and those behind it pass.
         on_done: Called once with the scores of every pack, in order (see `step.loss.score_rows`).
         sent: Packs dispatched so far.
         scores: What has been read so far.
+        pages: What `open` returned; None before.
     """
 
     packs: list[Pack]
@@ -32,45 +35,59 @@ class ScoreTask:
     on_done: Callable[[list[Scores]], None]
     sent: int = 0
     scores: list[Scores] = field(default_factory=list)
-    pages: tuple[int, ...] = ()
+    pages: tuple[int, ...] | None = None
 
 
 class Scoring:
-    """First come, first served; a step takes as many packs as its bucket holds, of several tasks if need be."""
+    """First come, first served among those whose adapter has room; a step takes packs of several tasks if need be."""
 
     def __init__(self) -> None:
-        self._waiting: deque[ScoreTask] = deque()
+        self._waiting: dict[str, ScoreTask] = {}
+        self._ids = itertools.count()
 
     def add(self, task: ScoreTask) -> None:
         """Queues a task; one without packs is done at once."""
         if task.packs:
-            self._waiting.append(task)
+            self._waiting[str(next(self._ids))] = task
         else:
             task.on_done([])
 
-    def views(self) -> tuple[ScoreView, ...]:
-        """What waits, for the scheduler, in order of arrival."""
-        return tuple(
-            ScoreView(id=str(i), tokens=max(len(p.tokens) for p in t.packs), packs=len(t.packs) - t.sent)
-            for i, t in enumerate(self._waiting)
-        )
+    def open(self) -> None:
+        """Opens the first tasks that can be, until there are AHEAD packs to choose from.
 
-    def take(self, count: int) -> tuple[list[ScoreItem], list[ScoreTask]]:
-        """Up to `count` packs for a step about to be dispatched, and the task of each."""
-        items: list[ScoreItem] = []
-        tasks: list[ScoreTask] = []
-        while self._waiting and len(items) < count:
-            task = self._waiting[0]
-            if not task.sent:
+        One that has no room must not hold up the others: what it waits for may be pages of a job whose evaluation
+        is behind it.
+        """
+        ready = 0
+        for task in self._waiting.values():
+            if task.pages is None:
                 try:
                     task.pages = task.open()
                 except CapacityError:
-                    break
+                    continue
+            ready += len(task.packs) - task.sent
+            if ready >= AHEAD:
+                return
+
+    def views(self) -> tuple[ScoreView, ...]:
+        """What can be scored now, for the scheduler, in order of arrival."""
+        return tuple(
+            ScoreView(id=name, tokens=max(len(p.tokens) for p in t.packs), packs=len(t.packs) - t.sent)
+            for name, t in self._waiting.items()
+            if t.pages is not None
+        )
+
+    def take(self, names: Sequence[str]) -> tuple[list[ScoreItem], list[ScoreTask]]:
+        """The next pack of each named view, for a step about to be dispatched, and the task of each."""
+        items: list[ScoreItem] = []
+        tasks: list[ScoreTask] = []
+        for name in names:
+            task = self._waiting[name]
             items.append(ScoreItem(task.packs[task.sent], task.pages))
             tasks.append(task)
             task.sent += 1
             if task.sent == len(task.packs):
-                self._waiting.popleft()
+                del self._waiting[name]
         return items, tasks
 
     def accept(self, tasks: list[ScoreTask], scores: Scores, rows: int) -> None:

@@ -204,7 +204,8 @@ class Training:
     def accept_pass(self, done: RunningPass) -> None:
         """Reads a closed pass's log-probs into its jobs."""
         for trainee, pack, result in zip(done.owners, done.packs, done.run.results(), strict=True):
-            trainee.job.pack_finished(pack, result["logp"], result["correct"])
+            with trainee.job.blamed():
+                trainee.job.pack_finished(pack, result["logp"], result["correct"])
         self._unread.subtract({t.job.name for t in done.owners})
 
     def optimize(self, names: Iterable[str], epoch: int) -> list[OptimizerResult]:
@@ -223,8 +224,9 @@ class Training:
         job = result.trainee.job
         self._optimizing.discard(job.name)
         grad_norm, finite = float(result.metrics["grad_norm"]), bool(result.metrics["finite"])
-        job.finish_step(grad_norm, result.learning_rate, finite)
-        self.on_step(result.trainee)
+        with job.blamed():
+            job.finish_step(grad_norm, result.learning_rate, finite)
+            self.on_step(result.trainee)
 
     def tick(self, epoch: int) -> None:
         """Before each decision: starts evaluations that are due, retires jobs that have ended."""
@@ -247,9 +249,10 @@ class Training:
 
         def done(scores: list[Scores]) -> None:
             self._evaluating.discard(job.name)
-            for pack, score in zip(packs, scores, strict=True):
-                job.eval_pack_finished(pack, score["logp"], score["correct"])
-            self.on_step(trainee)
+            with job.blamed():
+                for pack, score in zip(packs, scores, strict=True):
+                    job.eval_pack_finished(pack, score["logp"], score["correct"])
+                self.on_step(trainee)
 
         if packs:
             self._evaluating.add(job.name)
@@ -268,17 +271,13 @@ class Training:
 
     def publish(self, trainee: Trainee, epoch: int, *, fresh: bool = True) -> Version:
         """Points the job's name to its present weights; nothing is copied (see `AdapterStore.publish`)."""
-        if trainee.published is not None:  # nothing has changed since the last time
-            return trainee.published
-        made = self.store.publish(
-            trainee.job.name,
-            trainee.shape,
-            trainee.pages,
-            trainee.host_weights,
-            epoch=epoch,
-            fresh=fresh,
-            config=trainee.lora,
-        )
+        name, published = trainee.job.name, trainee.published
+        if published is not None and name in self.store and self.store.get(name) is published:
+            return published  # nothing has changed since the last time
+        if published is not None:  # the name was unloaded, renamed or replaced since; the pages are that version's
+            return self.store.add(name, trainee.host_weights(), trainee.shape, config=trainee.lora, replace=True)
+        weights, lora = trainee.host_weights, trainee.lora
+        made = self.store.publish(name, trainee.shape, trainee.pages, weights, epoch=epoch, fresh=fresh, config=lora)
         trainee.write_pages = made.pages
         if not fresh:
             trainee.pages = ()

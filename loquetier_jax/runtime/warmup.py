@@ -120,7 +120,8 @@ class BackgroundCompiler:
                 log.exception("compiling %s failed", key)
                 self._errors[key] = error
 
-        self._threads[key] = threading.Thread(target=run, name="compile", daemon=True)
+        # No daemon: an interpreter that ends while XLA compiles is aborted.
+        self._threads[key] = threading.Thread(target=run, name="compile")
         self._threads[key].start()
 
     def ready(self, key: Hashable) -> bool:

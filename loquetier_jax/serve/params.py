@@ -1,12 +1,13 @@
 """What a request asks of the sampler: vLLM's names, defaults and meanings."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from loquetier_jax.config import Sampling
 from loquetier_jax.errors import RequestError
+
+MAX_NUMBER = 1e38
 
 
 def refuse(ok: bool, name: str, got: Any, expected: str) -> None:
@@ -20,7 +21,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a number that float32 holds: what overflows there would be infinite on the device."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ class SamplingParams:
     def _check_integers(self) -> None:
         for name, low in (("n", 1), ("top_k", -1), ("max_tokens", 1), ("min_tokens", 0)):
             value = getattr(self, name)
-            refuse(_is_int(value) and value >= low, name, value, f"an integer >= {low}")
+            refuse(_is_int(value) and low <= value < 2**31, name, value, f"an integer in [{low}, {2**31})")
         low = self.min_tokens <= self.max_tokens
         refuse(low, "min_tokens", self.min_tokens, f"<= max_tokens {self.max_tokens}")
         for name, high in (("seed", 2**63), ("logprobs", 2**31), ("prompt_logprobs", 2**31)):

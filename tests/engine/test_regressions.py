@@ -1,0 +1,192 @@
+"""What a new user broke: each test is one bug that was there."""
+
+import shutil
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from loquetier_jax.adapters.lora import LoraConfig
+from loquetier_jax.config import Bucket
+from loquetier_jax.errors import AdapterError, JobError, RequestError
+from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.serve.params import SamplingParams
+from tests.engine.engines import PACK, SERVE, add_random_adapter, greedy, random_data, reset
+from tests.engine.evidence import LORA
+
+
+def quick(**changes):
+    fields = {"pack_tokens": PACK, "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    return TrainConfig(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_k", 2**40), ("max_tokens", 2**31), ("temperature", 1e39), ("repetition_penalty", 10**400)],
+)
+def test_numbers_beyond_the_devices_are_refused(name, value):
+    """top_k = 2**40 was accepted, and then every step of everybody raised OverflowError."""
+    with pytest.raises(RequestError, match=name):
+        SamplingParams(**{name: value})
+    with pytest.raises(RequestError, match="logit_bias"):
+        SamplingParams(logit_bias={3: 1e39})
+
+
+def test_params_of_another_type_are_refused(tiny_engine):
+    with pytest.raises(RequestError, match="params: got"):
+        tiny_engine.submit([3, 4], params={"max_tokens": 4})
+    assert not tiny_engine.loop.serving.waiting
+
+
+def test_log_probs_of_one_text_is_one_sequence(tiny_engine):
+    """A text was taken for a list of its characters."""
+    [one], [other] = tiny_engine.log_probs("abc"), tiny_engine.log_probs(["abc"])
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_level_that_no_prompt_can_have_is_refused(tiny_engine, monkeypatch):
+    """Its prompt fits no bucket of that level: it waited for ever."""
+    buckets = (Bucket(prefill=48, chunks=3, sampling="greedy"), Bucket(decode=16, sampling="full"))
+    monkeypatch.setattr(tiny_engine, "cfg", replace(tiny_engine.cfg, buckets=buckets))
+    with pytest.raises(RequestError, match="sampling level"):
+        tiny_engine.submit([3, 4], params=SamplingParams(temperature=1.0))
+
+
+@pytest.fixture(scope="module")
+def small_engine(make_engine):
+    """One adapter page, one train page, score buckets of two lengths."""
+    buckets = (Bucket(**SERVE), Bucket(score_packs=2, score_tokens=PACK), Bucket(score_packs=1, score_tokens=2 * PACK))
+    return make_engine(max_adapters=1, train_pages=1, max_lora_rank=16, buckets=buckets)
+
+
+@pytest.fixture
+def small(small_engine):
+    reset(small_engine)
+    yield small_engine
+    reset(small_engine)
+
+
+def test_scoring_without_room_lets_an_evaluation_pass(small):
+    """The only page is a job's, whose evaluation was queued behind the scores that wait for the page."""
+    engine = small
+    add_random_adapter(engine, "other", 1)
+    job = engine.finetune("job", random_data(0), lora=LORA, train=quick(), eval_data=random_data(1))
+    engine.wait(lambda: job.status == "running")
+    scores = []
+    engine.loop.scoring.add(engine._scores.task([[5, 6, 7]], "other", scores.extend))
+    job.wait()
+    assert "eval_loss" in job.metrics[-1]
+    engine.wait(lambda: bool(scores))
+    np.testing.assert_array_equal(scores[0]["logp"], engine.log_probs([[5, 6, 7]], "other")[0])
+    engine.check_integrity()
+
+
+def test_scores_of_two_lengths_meet_in_the_bucket_of_the_shorter(small):
+    """Packs were taken in order of arrival, whether or not they fit the bucket chosen for those that do."""
+    done = []
+    tasks = [small._scores.task([list(range(3, 3 + n))], None, done.append) for n in (20, 100, 20)]
+    for task in (tasks[0], tasks[2]):
+        task.packs[0] = _cut(task.packs[0])
+    for task in tasks:
+        small.loop.scoring.add(task)
+    small.wait(lambda: len(done) == 3)
+    assert sorted(len(scores[0]["logp"]) for scores in done) == [19, 19, 99]
+
+
+def _cut(pack):
+    rows = ("tokens", "targets", "positions", "segments", "weights", "drop_keys")
+    return type(pack)(**vars(pack) | {name: getattr(pack, name)[:PACK] for name in rows})
+
+
+def test_a_job_that_could_never_go_on_is_refused(small, tiny_engine, tmp_path):
+    """Evaluation packs longer than any score bucket, and jobs resumed where there is no room, waited for ever."""
+    with pytest.raises(JobError, match=f"eval_data: got pack_tokens {4 * PACK}"):
+        tiny_engine.finetune("job", random_data(0), train=quick(pack_tokens=4 * PACK), eval_data=random_data(1))
+    assert "job" not in tiny_engine.adapters
+    wide = tiny_engine.finetune("wide", random_data(0), lora=LoraConfig(r=32), train=quick())
+    wide.checkpoint(tmp_path)
+    with pytest.raises(AdapterError, match="rank 32"):
+        small.resume_job(tmp_path, random_data(0))
+    assert "wide" not in small.adapters and not small.loop.training.trainees
+
+
+def test_publish_serves_the_name_whatever_became_of_it(tiny_engine):
+    """A second publish without a step in between returned the version that nobody's name pointed to any more."""
+    job = tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick())
+    tiny_engine.wait(lambda: job.step >= 1)
+    job.pause()
+    tiny_engine.drain()
+    job.publish()
+    want = tiny_engine.generate([[5, 6, 7]], "job", greedy(4))[0].outputs[0].token_ids
+    tiny_engine.rename_adapter("job", "kept")
+    job.publish()
+    assert tiny_engine.adapters.names() == ["job", "kept"]
+    tiny_engine.unload_adapter("job")
+    job.publish()
+    for name in ("job", "kept"):
+        assert tiny_engine.generate([[5, 6, 7]], name, greedy(4))[0].outputs[0].token_ids == want
+    tiny_engine.check_integrity()
+    job.resume()
+    job.wait()
+    tiny_engine.check_integrity()
+
+
+def test_files_of_a_job_fail_that_job_alone(tiny_engine, tmp_path):
+    """A folder removed under a job raised out of the loop: in whoever drove it, or ending its thread."""
+    out = tmp_path / "run"
+    job = tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick(max_steps=50, output_dir=str(out)))
+    tiny_engine.wait(lambda: job.step >= 1)
+    shutil.rmtree(out)
+    [output] = tiny_engine.generate([[5, 6, 7]], params=greedy(60))
+    assert len(output.outputs[0].token_ids) == 60
+    with pytest.raises(JobError, match="FileNotFoundError"):
+        job.wait()
+    tiny_engine.check_integrity()
+
+
+def test_a_loss_function_that_raises_fails_its_job_alone(tiny_engine, monkeypatch):
+    def loss(*_):
+        raise ValueError("only for tracers")
+
+    monkeypatch.setattr("loquetier_jax.jobs.evaluate.pack_loss", loss)
+    job = tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick())
+    with pytest.raises(JobError, match="only for tracers"):
+        job.wait()
+    tiny_engine.check_integrity()
+
+
+def test_who_waits_learns_that_the_thread_has_failed(tiny_engine, monkeypatch):
+    """They waited for ever."""
+    engine = tiny_engine
+    monkeypatch.setattr(engine.loop, "iterate", lambda: 1 / 0)
+    engine.start()
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        engine.generate([[5, 6, 7]], params=greedy(4))
+    engine.stop()
+    monkeypatch.undo()
+    assert engine.generate([[5, 6, 7]], params=greedy(4))[0].outputs[0].finish_reason == "length"
+
+
+def test_submit_gets_the_lock_beside_a_busy_thread(tiny_engine):
+    """The thread took the lock again before anybody else could: a submit could wait for many steps."""
+    job = tiny_engine.finetune("job", random_data(0, 100), lora=LORA, train=quick(max_steps=10**6))
+    tiny_engine.wait(lambda: job.step >= 1)
+    tiny_engine.start()
+    try:
+        waits = []
+        for _ in range(20):
+            start, step = time.perf_counter(), job.step
+            submitted = tiny_engine.submit([5, 6, 7], params=greedy(2))
+            waits.append((job.step - step, time.perf_counter() - start))
+        threads = [threading.Thread(target=tiny_engine.generate, args=([[5, 6]],)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        tiny_engine.wait(lambda: submitted.finished)
+    finally:
+        job.cancel()
+        tiny_engine.stop()
+    assert np.median([steps for steps, _ in waits]) <= 2
