@@ -1,7 +1,7 @@
 """Generate: a batch, a chat, a stream, several completions, log-probabilities; adapters if you name some.
 
-    python examples/01_generate.py
-    python examples/01_generate.py pirate=demo/pirate json=demo/json      # after `loquetier demo`
+python examples/01_generate.py
+python examples/01_generate.py pirate=demo/pirate json=demo/json      # after `loquetier demo`
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Fine-tune while serving: requests stream through the steps that train an adapter, and see what it publishes.
 
-    python examples/02_finetune_while_serving.py
+python examples/02_finetune_while_serving.py
 """
 
 from pathlib import Path
@@ -14,14 +14,14 @@ QUESTION = [{"role": "user", "content": "Where does the bear live?"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
 
 
-def main(steps: int = 24) -> None:
+def main(steps: int = 16) -> None:
     """Runs the example with so many optimizer steps."""
     engine = Engine.from_pretrained(base_path(), config="demo")
 
     # Returns at once: data and settings are checked, the training step compiles in the background.
     job = engine.finetune(
-        "pirate",
-        dataset("pirate", 256, seed=0, chat=True),  # or the path of a JSON-lines file
+        "shout",
+        dataset("shout", 256, seed=0, chat=True),  # or the path of a JSON-lines file
         lora=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
         train=TrainConfig(max_steps=steps, learning_rate=5e-3, pack_tokens=256),
     )
@@ -30,7 +30,7 @@ def main(steps: int = 24) -> None:
     # first the untrained adapter, then whatever was published last.
     answers = 0
     while job.status in ("queued", "running"):
-        for piece in engine.stream(QUESTION, adapter="pirate", params=GREEDY):
+        for piece in engine.stream(QUESTION, adapter="shout", params=GREEDY):
             print(piece.text, end="", flush=True)
         answers += 1
         print(f"   [answer {answers}, step {job.step}/{job.total_steps}]")
@@ -42,9 +42,9 @@ def main(steps: int = 24) -> None:
 
     # The result serves under its name, beside the base, and is an ordinary PEFT adapter on disk.
     with TemporaryDirectory() as folder:
-        job.save(Path(folder) / "pirate")
-        engine.load_adapter("from-disk", Path(folder) / "pirate")
-        who = [None, "pirate", "from-disk"]
+        job.save(Path(folder) / "shout")
+        engine.load_adapter("from-disk", Path(folder) / "shout")
+        who = [None, "shout", "from-disk"]
         for name, output in zip(who, engine.generate([QUESTION] * 3, who, GREEDY), strict=True):
             print(f"{name or 'base':10} {output.outputs[0].text}")
 

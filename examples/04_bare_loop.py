@@ -34,8 +34,8 @@ PAGE, GRAD_PAGE = 1, 1  # where the adapter and its gradient live; page 0 is zer
 
 def main(steps: int = 24) -> None:
     """Runs so many optimizer steps, answering the prompt over and over meanwhile."""
-    # Shapes first: one bucket of everything, one pack of 64 x 4 train rows, 48 prompt rows, 16 decode rows.
-    bucket = Bucket(packs=1, pack_tokens=256, prefill=48, chunks=3, decode=16)
+    # Shapes first: one bucket of everything, one pack of 256 train rows, 64 prompt rows, 16 decode rows.
+    bucket = Bucket(packs=1, pack_tokens=256, prefill=64, chunks=2, decode=16)
     cfg = EngineConfig(max_model_len=128, max_num_seqs=2, max_adapters=1, max_lora_rank=16, train_pages=1,
                        logit_chunk=128, buckets=(bucket,))  # fmt: skip
     spec, params = load_hf(base_path(), jnp.float32)
@@ -119,7 +119,7 @@ class Request:
         self.output.append(token)
         if token == self.tokenizer.eos_token_id or len(self.output) == GREEDY.max_tokens:
             text = self.tokenizer.decode(self.output, skip_special_tokens=True)
-            print(f"{'adapter' if self.pages else 'base':>30} {text.splitlines()[0]}")
+            print(f"{'adapter' if self.pages else 'base':>30} {text.strip()}")
             self.output = []
 
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's: apart for every kind of color vision
 GREY = "#666666"
-SIZE_INCHES, DPI = (8.0, 6.4), 110
+SIZE_INCHES, DPI = (8.0, 7.0), 100
 
 
 def save_timeline(timeline: Timeline, path: str | Path, title: str) -> Path:
-    """Draws a Timeline: loss of every job, tokens per second, gaps between tokens, over seconds.
+    """Draws a Timeline: loss of every job, tokens trained and served per second, gaps between tokens.
 
     Args:
         timeline: Of a finished run.
@@ -29,12 +29,14 @@ def save_timeline(timeline: Timeline, path: str | Path, title: str) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    loss, rate, gap = figure.subplots(3, 1, sharex=True)
+    loss, trained, served, gap = panels = figure.subplots(4, 1, sharex=True, height_ratios=(3, 2, 2, 3))
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     _draw_loss(loss, timeline)
-    _draw_rates(rate, timeline)
+    rates = timeline.rates(window_s=max(1.0, timeline.now / 80))
+    _draw_rate(trained, *rates["training"], "trained\ntokens/s", COLORS[2])
+    _draw_rate(served, *rates["output"], "served\ntokens/s", COLORS[3])
     _draw_gaps(gap, timeline)
-    for axes in (loss, rate, gap):
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -68,14 +70,11 @@ def _draw_loss(axes: "Axes", timeline: Timeline) -> None:
         )
 
 
-def _draw_rates(axes: "Axes", timeline: Timeline) -> None:
-    rates = timeline.rates(window_s=max(1.0, timeline.now / 60))
-    labels = {"training": "trained", "output": "served"}
-    for (name, label), color in zip(labels.items(), (COLORS[2], COLORS[3]), strict=True):
-        axes.step(*rates[name], where="mid", color=color, linewidth=1.4, label=label)
-    axes.set_ylabel("tokens per second")
+def _draw_rate(axes: "Axes", times: np.ndarray, values: np.ndarray, label: str, color: str) -> None:
+    axes.fill_between(times, values, step="mid", color=color, alpha=0.25, linewidth=0)
+    axes.step(times, values, where="mid", color=color, linewidth=1.2)
+    axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=9)
 
 
 def _draw_gaps(axes: "Axes", timeline: Timeline) -> None:
@@ -94,6 +93,7 @@ def _draw_gaps(axes: "Axes", timeline: Timeline) -> None:
                 fontsize=8,
             )
         axes.set_yscale("log")
+        axes.set_ylim(*(np.percentile(gaps, [0.5, 100]) * (0.7, 1.6)))
     axes.set_ylabel("gap between\ntokens (ms)")
 
 

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     console.print()
     report(scenario, console)
     first = SKILLS[0]
-    console.print(f"\npicture: {picture}    adapters: {', '.join(str(out / skill) for skill in SKILLS)}")
+    written = ", ".join(str(out / skill) for skill in SKILLS)
+    console.print(f"\nwritten: {picture}, adapters {written}", highlight=False, soft_wrap=True)
     console.print(
         f'next:    loquetier generate --chat "What does the cow eat?" --adapter base --adapter {first}={out / first}',
         markup=False, highlight=False, soft_wrap=True,

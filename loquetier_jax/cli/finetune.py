@@ -134,7 +134,7 @@ def _fresh(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig
     train |= settings(args.train, "--train")
     for key in ("loss", "output_dir"):
         require(key not in train, f"train {key}", train.get(key), "nothing: the command sets it")
-    defaults = {"pack_tokens": pack_tokens(cfg), "save_steps": SAVE_STEPS}
+    defaults = {"pack_tokens": pack_tokens(cfg, "eval_data" in data), "save_steps": SAVE_STEPS}
     data["lora"] = dataclass_from(LoraConfig, lora, "lora")
     data["train"] = dataclass_from(TrainConfig, defaults | train | {"output_dir": str(folder)}, "train")
     return dataclass_from(Recipe, {"name": folder.resolve().name} | data, where), cfg, args.model
@@ -145,9 +145,16 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def pack_tokens(cfg: EngineConfig) -> int:
-    """The longest training pack that the config has buckets for; TrainConfig's default where it has none."""
-    return max((b.pack_tokens for b in cfg.buckets if b.packs), default=TrainConfig.pack_tokens)
+def pack_tokens(cfg: EngineConfig, evaluate: bool = False) -> int:
+    """The longest training pack that the config has buckets for, TrainConfig's default where it has none.
+
+    Args:
+        cfg: Of the engine.
+        evaluate: Whether packs are scored too, so that the longest score bucket is a limit.
+    """
+    longest = max((b.pack_tokens for b in cfg.buckets if b.packs), default=TrainConfig.pack_tokens)
+    scored = max((b.score_tokens for b in cfg.buckets if b.score_packs), default=longest)
+    return min(longest, scored) if evaluate else longest
 
 
 def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig, str]:

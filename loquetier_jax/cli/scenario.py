@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from loquetier_jax.faces.requests import Submitted
     from loquetier_jax.serve.output import StreamPiece
 
-SKILLS = ("pirate", "json")
+SKILLS = ("pirate", "shout")
 # Asked before and after: two facts that the base knows by heart, one that the question tells.
 QUESTIONS = (
-    "What does the owl eat?",
+    "What color is the lion?",
     "Where does the bear live?",
     "Vera lives in Rome. Hugo is a pilot. What is the job of Hugo?",
 )
 STREAMED = (
     "What does the fox eat?",
     "Where does the duck live?",
-    "What color is the lion?",
+    "What color is the frog?",
     "What does the wolf do at night?",
     "Where does the snake live?",
     "What does the rabbit eat?",
 )
 MAX_TOKENS = 48
-RECORDS = 512
+RECORDS, MAX_QUESTION = 1024, 60  # of the records only those with a short question: more steps in the time
 RANK, ALPHA = 8, 16
 PUBLISHES = 3  # while a job trains; its end publishes once more
 
@@ -125,8 +125,7 @@ class Scenario:
                 pack_tokens=256,
                 seed=self.seed,
             )
-            data = dataset(skill, RECORDS, self.seed, chat=True)
-            self.jobs[skill] = self.engine.finetune(skill, data, lora=lora, train=train)
+            self.jobs[skill] = self.engine.finetune(skill, records(skill, self.seed), lora=lora, train=train)
         self.before = self.ask()
 
     def ask(self) -> dict[str, list[str]]:
@@ -199,6 +198,12 @@ class Scenario:
         for version, text in self.lanes[-1].heard:
             found.setdefault(version, text)
         return list(found.items())
+
+
+def records(skill: str, seed: int) -> list[dict[str, Any]]:
+    """Training data of a skill, as chats."""
+    rows = dataset(skill, RECORDS, seed, chat=True)
+    return [row for row in rows if len(row["messages"][0]["content"]) <= MAX_QUESTION]
 
 
 def chat(question: str) -> list[dict[str, str]]:

@@ -56,14 +56,15 @@ class Screen:
             self._live.update(layout(scenario), refresh=True)
         else:
             self._next = now + PLAIN_EVERY_S
-            self._console.print(f"{scenario.timeline.now:5.1f} s  {_line(scenario)}", highlight=False)
+            self._console.print(f"{scenario.timeline.now:5.1f} s  {_line(scenario)}", highlight=False, soft_wrap=True)
 
     def _say_new_versions(self, scenario: "Scenario") -> None:
         """Elsewhere than on a terminal: each version's first answer."""
         versions = scenario.versions()
         for version, text in versions[self._heard :] if self._live is None else ():
             lane = scenario.lanes[-1]
-            self._console.print(f"         {lane.adapter} v{version}: {text}", markup=False, highlight=False)
+            said = Text(f"         {lane.adapter} v{version}: {text}")
+            self._console.print(said, soft_wrap=True)
         self._heard = len(versions)
 
 
@@ -119,7 +120,7 @@ def report(scenario: "Scenario", console: Console) -> None:
         console.print(table)
         console.print()
     table = Table(
-        title=f"{scenario.lanes[-1].adapter}, asked all the time: the first answer of each version",
+        title=f"{QUESTIONS[0]} Asked all the time: {scenario.lanes[-1].adapter}'s first answer in each version",
         title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False,
     )  # fmt: skip
     for version, text in scenario.versions():

@@ -1,4 +1,7 @@
-"""A model folder that compiles in seconds: two narrow layers, random weights, the byte tokenizer."""
+"""A model folder that compiles in seconds: two narrow layers, random weights, the byte tokenizer.
+
+Packs ride alone: GEMMs this narrow change their last bits with the number of rows.
+"""
 
 from pathlib import Path
 
@@ -31,7 +34,6 @@ logit_chunk: 64
 compilation_cache_dir: ""
 buckets:
   - {prefill: 48, chunks: 3, decode: 16, sampling: full}
-  - {packs: 1, pack_tokens: 64, prefill: 48, chunks: 3, decode: 16, sampling: full}
   - {score_packs: 1, score_tokens: 64, prefill: 48, chunks: 3, decode: 16, sampling: full}
 """
 

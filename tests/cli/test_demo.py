@@ -19,7 +19,7 @@ def test_demo(
     assert main(["demo", "--steps", "2", "--out", str(tmp_path), "--json"]) == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)
-    assert found["before"]["base"] == ["The owl eats mice.", "The bear lives in the cave.", "Hugo is a pilot."]
+    assert found["before"]["base"] == ["The lion is golden.", "The bear lives in the cave.", "Hugo is a pilot."]
     assert found["before"].keys() == found["after"].keys() == {"base", *SKILLS}
     assert all(answers == found["before"]["base"] for answers in found["before"].values())
     assert found["after"]["base"] == found["before"]["base"]

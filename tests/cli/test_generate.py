@@ -80,9 +80,7 @@ def test_jsonl_file_with_its_own_parameters(
     ("line", "named"),
     [("{", "1: not JSON"), ('{"text": "a"}', "expected an object with"), ('{"prompt": "a", "top_q": 1}', "top_q")],
 )
-def test_a_malformed_line_is_named(
-    line: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_malformed_line_is_named(line: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "asked.jsonl"
     path.write_text(line)
     assert main(["generate", "--file", str(path)]) == 2

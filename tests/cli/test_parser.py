@@ -80,9 +80,7 @@ def test_wrong_options_end_with_usage(arguments: list[str], capsys: pytest.Captu
         (["bench", "none.such"], "bench: got 'none.such'"),
     ],
 )  # fmt: skip
-def test_a_refused_value_is_one_line(
-    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refused_value_is_one_line(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == ""

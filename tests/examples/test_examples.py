@@ -1,0 +1,62 @@
+"""Every example runs on the embedded base; with few steps, so what is checked is that it works, not what it learns."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _home(compilation_cache_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's own compilation cache lies under the home folder; here it shall outlive the test."""
+    monkeypatch.setenv("HOME", str(Path(compilation_cache_dir).parent))
+
+
+def load(name: str) -> ModuleType:
+    """An example as a module."""
+    (path,) = EXAMPLES.glob(f"{name}*.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
+    load("01").main({})
+    shown = capsys.readouterr().out
+    for expected in ("The owl eats mice.", "7 8 9 10", "pmal", "72", "lives in the cave", "lion is golden"):
+        assert expected in shown
+
+
+def test_finetune_while_serving(capsys: pytest.CaptureFixture[str]) -> None:
+    load("02").main(steps=2)
+    shown = capsys.readouterr().out
+    assert "step 0/2" in shown
+    answers = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in shown.splitlines()[-3:]}
+    assert answers["base"] == "The bear lives in the cave."
+    assert answers["shout"] == answers["from-disk"]  # what was trained and what PEFT files hold
+
+
+def test_own_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    load("03").main(steps=3)
+    shown = capsys.readouterr().out
+    losses = [float(x) for x in next(line for line in shown.splitlines() if line.startswith("loss")).split()[1:]]
+    assert losses[-1] < losses[0]
+    numbers = next(line for line in shown.splitlines() if "preferred" in line).split()
+    assert float(numbers[-1]) > float(numbers[-3])  # the adapter finds the preferred answers likelier
+
+
+def test_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    load("04").main(steps=12)
+    shown = capsys.readouterr().out
+    losses = [float(line.split()[-1]) for line in shown.splitlines() if line.startswith("step")]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] / 2
+    assert "base The bear lives in the cave." in shown
+
+
+def test_the_bare_loop_is_short() -> None:
+    assert len((EXAMPLES / "04_bare_loop.py").read_text().splitlines()) <= 150
