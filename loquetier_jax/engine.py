@@ -176,8 +176,10 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
                 with self._changed:
                     if not done():
                         self._changed.wait(0.1)
-            elif not self.step():
-                if not self.compiler.busy and not done():
+                continue
+            compiling = self.compiler.busy  # asked first: what it finishes during the step is seen by the next one
+            if not self.step():
+                if not compiling and not done():
                     raise RuntimeError(
                         "engine: nothing is left to do, and what was waited for has not happened"
                     )
