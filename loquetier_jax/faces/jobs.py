@@ -15,7 +15,7 @@ from loquetier_jax.errors import AdapterError, JobError
 from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.jobs.checkpoint import CheckpointStore, find_checkpoint
 from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.jobs.data import Data, load_dataset
+from loquetier_jax.jobs.data import Data, Dataset, load_dataset
 from loquetier_jax.jobs.fingerprint import base_fingerprint
 from loquetier_jax.jobs.job import Job
 from loquetier_jax.jobs.lifecycle import FINISHED
@@ -72,9 +72,13 @@ class JobCalls:
         Raises:
             DataError: a malformed line, with its number.
             AdapterError: the name is taken, nothing to adapt, or a rank too large.
-            JobError: a job of that name has not ended, or no score bucket holds its evaluation packs.
+            JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the
+                output_dir is that of another job.
         """
         cfg = train or TrainConfig()
+        with self._lock:
+            self._check_job(name)
+        dataset, held_out = self._read(data, eval_data, cfg)
         with self._lock:
             self._check_job(name)
             lora = lora or LoraConfig()
@@ -86,10 +90,6 @@ class JobCalls:
                 shape, weights = version.shape, self.adapters.weights(version)
                 lora = version.config or lora
             self._check_room(name, shape, cfg, eval_data is not None, replace=replace or init_from == name)
-            dataset = load_dataset(data, self.tokenizer, cfg)
-            held_out = (
-                None if eval_data is None else load_dataset(eval_data, self.tokenizer, cfg, name="eval_data")
-            )
             job = Job(name, cfg, dataset, held_out, metrics=_metrics(cfg))
             if name not in self.adapters:
                 self.adapters.add(name, weights, shape, config=lora)
@@ -120,12 +120,14 @@ class JobCalls:
             path = path / CHECKPOINTS
         state = read_job_state(self.spec, find_checkpoint(path))
         cfg = TrainConfig.from_dict(state.host["job"]["config"], loss=loss)
-        with self._lock:
-            dataset = load_dataset(data, self.tokenizer, cfg)
-            held_out = (
-                None if eval_data is None else load_dataset(eval_data, self.tokenizer, cfg, name="eval_data")
-            )
-            return self._adopt(state, dataset, held_out, loss)
+        return self._adopt(state, *self._read(data, eval_data, cfg), loss)
+
+    def _read(self, data: Data, eval_data: Data | None, cfg: TrainConfig) -> tuple[Dataset, Dataset | None]:
+        """Both data sets; without the lock, because tokenizing takes long and requests go on meanwhile."""
+        dataset = load_dataset(data, self.tokenizer, cfg)
+        if eval_data is None:
+            return dataset, None
+        return dataset, load_dataset(eval_data, self.tokenizer, cfg, name="eval_data")
 
     def _adopt(self, state: JobState, data: Any, eval_data: Any, loss: Any) -> JobHandle:
         """A job from its state, here."""
@@ -157,7 +159,11 @@ class JobCalls:
     def _check_room(
         self, name: str, shape: LoraShape, cfg: TrainConfig, evaluates: bool, *, replace: bool
     ) -> None:
-        """Refuses a job that would wait for ever."""
+        """Refuses a job that would wait for ever, or write into the folder of another."""
+        others = [t for t in self.loop.training.trainees.values() if cfg.output_dir and t.job.cfg.output_dir]
+        for other in others:
+            if Path(other.job.cfg.output_dir).resolve() == Path(cfg.output_dir).resolve():
+                raise JobError(f"output_dir: got {str(cfg.output_dir)!r}, the one of job {other.name!r}")
         self.adapters.check_new(name, shape, replace=replace)
         if shape.num_pages > self.cfg.train_pages:
             raise AdapterError(f"{name}: got rank {shape.max_rank}, expected <= {16 * self.cfg.train_pages}")

@@ -89,7 +89,7 @@ class RequestCalls:
         refuse(isinstance(params, SamplingParams), "params", params, "SamplingParams")
         with self._lock, self._seeds_kept():
             ids = encode_prompt(self.tokenizer, prompt, self.spec.vocab_size)
-            request_id = request_id or f"request-{next(self._ids)}"
+            request_id = request_id or self._new_id()
             requests = make_requests(
                 request_id,
                 ids,
@@ -110,6 +110,12 @@ class RequestCalls:
                 self.loop.serving.add(request, listener)
             self._changed.notify_all()
         return submitted
+
+    def _new_id(self) -> str:
+        """One that no caller has given to a live request."""
+        live = (*self.loop.serving.waiting.values(), *self.loop.serving.running.values())
+        taken = {name for r in live for name in (r.id, r.request_id)}
+        return next(name for name in map("request-{}".format, self._ids) if name not in taken)
 
     @contextmanager
     def _seeds_kept(self) -> Iterator[None]:
@@ -176,15 +182,26 @@ class RequestCalls:
                 for one in submitted:
                     self.cancel(one.request_id)
                 raise
-        self.wait(lambda: all(s.finished for s in submitted))
+        try:
+            self.wait(lambda: all(s.finished for s in submitted))
+        except BaseException:  # nobody would ever fetch them
+            for one in submitted:
+                self.cancel(one.request_id)
+            raise
         return [s.output() for s in submitted]
 
     def stream(
         self, prompt: Prompt, adapter: str | None = None, params: SamplingParams | None = None
     ) -> Iterator[StreamPiece]:
-        """Yields a prompt's output piece by piece; leaving the iteration early cancels the request."""
+        """Queues a prompt and yields its output piece by piece; leaving the iteration early cancels the request.
+
+        Raises:
+            RequestError, AdapterError: see `submit`; at once, not at the first piece.
+        """
         pieces: deque[StreamPiece] = deque()
-        submitted = self.submit(prompt, adapter, params, listener=pieces.append)
+        return self._pieces(self.submit(prompt, adapter, params, listener=pieces.append), pieces)
+
+    def _pieces(self, submitted: Submitted, pieces: deque[StreamPiece]) -> Iterator[StreamPiece]:
         try:
             while pieces or not submitted.finished:
                 if not pieces:

@@ -117,6 +117,8 @@ def load_dataset(data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "d
     if isinstance(data, Dataset):
         _check_lengths(data, cfg)
         return data
+    if tokenizer is None:
+        raise DataError(f"{name}: got text, expected a Dataset of token ids: this engine has no tokenizer")
     if isinstance(data, (str, Path)):
         name, records = str(data), _read_jsonl(Path(data))
     elif isinstance(data, Sequence):

@@ -30,7 +30,8 @@ def decode_limits(buckets: tuple[Bucket, ...]) -> dict[Sampling, int]:
 class Admission:
     """Room for waiting requests during one decision.
 
-    A request that does not fit is overtaken by `max_overtakes` later ones at most: then they wait behind it.
+    A request that does not fit is overtaken by `max_overtakes` later ones at most: then they wait behind it. One that
+    lacks nothing but adapter pages holds up only those that want such pages, too: a job may have them for hours.
 
     Attributes:
         admitted: Who was admitted, in order.
@@ -50,16 +51,21 @@ class Admission:
         self._before = snapshot.fairness.overtaken
         # Who has no room, or has been overtaken so often that nobody may take it from him: how often.
         self._blocked: dict[str, int] = {}
+        self._lack_adapter_pages: set[str] = set()
         for request in snapshot.waiting[:EXAMINED]:
             if not self._room(request) or self._before.get(request.id, 0) >= max_overtakes:
                 self._block(request)
 
     def _room(self, request: Waiting) -> bool:
-        adapter_pages = 0 if request.adapter in self._pinned else request.adapter_pages
+        return self._adapter_room(request) and self._other_room(request)
+
+    def _adapter_room(self, request: Waiting) -> bool:
+        return request.adapter in self._pinned or request.adapter_pages <= self._adapter_pages
+
+    def _other_room(self, request: Waiting) -> bool:
         return (
             self._slots > 0
             and request.pages <= self._pages
-            and adapter_pages <= self._adapter_pages
             and self._count < self._limits[highest((self._level, request.sampling))]
         )
 
@@ -67,14 +73,17 @@ class Admission:
         if request.id not in self._blocked:
             later = sum(self._rank[i] > self._rank[request.id] for i in self.admitted)
             self._blocked[request.id] = self._before.get(request.id, 0) + later
+            if not self._adapter_room(request) and self._other_room(request):
+                self._lack_adapter_pages.add(request.id)
 
     def fits(self, request: Waiting) -> bool:
         """Whether the request can be admitted now; remembers it when there is no room."""
         if not self._room(request):
             self._block(request)
             return False
-        rank = self._rank[request.id]
-        return not any(n >= self._max_overtakes and self._rank[i] < rank for i, n in self._blocked.items())
+        rank, wants = self._rank[request.id], request.adapter_pages > 0
+        behind = (i for i, n in self._blocked.items() if n >= self._max_overtakes and self._rank[i] < rank)
+        return all(i in self._lack_adapter_pages and not wants for i in behind)
 
     def take(self, request: Waiting) -> None:
         """Admits a request that fits."""

@@ -8,6 +8,7 @@ from loquetier_jax.config import Sampling
 from loquetier_jax.errors import RequestError
 
 MAX_NUMBER = 1e38
+MIN_TEMPERATURE = 1e-5  # vLLM's _SAMPLING_EPS: logits divided by less would be infinite
 
 
 def refuse(ok: bool, name: str, got: Any, expected: str) -> None:
@@ -31,7 +32,7 @@ class SamplingParams:
 
     Attributes:
         n: Completions of the prompt; more than one needs temperature > 0.
-        temperature: Divides the logits; 0 is greedy, whatever top_k, top_p and min_p say.
+        temperature: Divides the logits; 0 is greedy, whatever top_k, top_p and min_p say; below 1e-5 becomes 0.
         top_k: Keeps the k most likely tokens; 0 or -1 keeps all.
         top_p: Keeps the smallest set of most likely tokens whose probability reaches this, in (0, 1].
         min_p: Drops tokens less likely than this times the most likely one, in [0, 1].
@@ -76,6 +77,8 @@ class SamplingParams:
         self._check_integers()
         self._check_numbers()
         self._check_stops()
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         for name in ("ignore_eos", "skip_special_tokens"):
             refuse(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         greedy_n = self.n == 1 or self.temperature > 0

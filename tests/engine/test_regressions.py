@@ -10,7 +10,7 @@ import pytest
 
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import Bucket
-from loquetier_jax.errors import AdapterError, JobError, RequestError
+from loquetier_jax.errors import AdapterError, DataError, JobError, RequestError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.serve.params import SamplingParams
 from tests.engine.engines import PACK, SERVE, add_random_adapter, greedy, random_data, reset
@@ -32,6 +32,11 @@ def test_numbers_beyond_the_devices_are_refused(name, value):
         SamplingParams(**{name: value})
     with pytest.raises(RequestError, match="logit_bias"):
         SamplingParams(logit_bias={3: 1e39})
+
+
+def test_next_to_no_temperature_is_greedy():
+    """Logits divided by 2e-38 are infinite: the first of all likely tokens won."""
+    assert SamplingParams(temperature=2e-38).level == "greedy"
 
 
 def test_params_of_another_type_are_refused(tiny_engine):
@@ -190,3 +195,58 @@ def test_submit_gets_the_lock_beside_a_busy_thread(tiny_engine):
         job.cancel()
         tiny_engine.stop()
     assert np.median([steps for steps, _ in waits]) <= 2
+
+
+def test_a_request_without_adapter_passes_one_that_waits_for_a_page(small):
+    """Sixteen did; then all waited until the job that had the page was over."""
+    add_random_adapter(small, "other", 1)
+    job = small.finetune("job", random_data(0), lora=LORA, train=quick(max_steps=10**6))
+    small.wait(lambda: job.step >= 1)
+    waiting = small.submit([5, 6, 7], "other", greedy(2))
+    assert len(small.generate([[5, 6, 7]] * 40, params=greedy(2))) == 40
+    assert not waiting.finished
+    job.cancel()
+    small.wait(lambda: waiting.finished)
+    small.check_integrity()
+
+
+def test_stream_refuses_at_once(tiny_engine):
+    """It did at the first piece only, and two streams ran one after the other."""
+    with pytest.raises(AdapterError, match="nobody"):
+        tiny_engine.stream([5, 6, 7], "nobody")
+    one, other = (tiny_engine.stream([5, 6, n], params=greedy(4)) for n in (7, 8))
+    assert len(tiny_engine.loop.serving.waiting) == 2
+    assert sum(len(p.token_ids) for p in one) == sum(len(p.token_ids) for p in other) == 4
+
+
+def test_ids_of_callers_do_not_meet_those_of_the_engine(tiny_engine):
+    number = int(tiny_engine.submit([5, 6, 7]).request_id.removeprefix("request-"))
+    tiny_engine.submit([5, 6, 7], request_id=f"request-{number + 1}")
+    assert tiny_engine.submit([5, 6, 7]).request_id == f"request-{number + 2}"
+
+
+def test_nothing_is_left_of_a_generate_that_was_interrupted(tiny_engine, monkeypatch):
+    """Its requests stayed, and later calls ran them to their end."""
+    real, calls = tiny_engine.step, []
+
+    def step():
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real()
+
+    monkeypatch.setattr(tiny_engine, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_engine.generate([[5, 6, 7]] * 20, params=greedy(50))
+    assert not tiny_engine.loop.serving.running and not tiny_engine.loop.serving.waiting
+    tiny_engine.check_integrity()
+
+
+def test_data_that_cannot_be_used_is_refused(small, tiny_engine, tmp_path):
+    with pytest.raises(DataError, match="no tokenizer"):
+        small.finetune("job", [{"text": "some text"}], train=quick())
+    out = str(tmp_path / "run")
+    tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick(output_dir=out))
+    with pytest.raises(JobError, match="the one of job 'job'"):
+        tiny_engine.finetune("other", random_data(0), lora=LORA, train=quick(output_dir=out + "/"))
+    assert "other" not in tiny_engine.adapters
