@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, init_weights, resolve_shape
 from loquetier_jax.adapters.store import AdapterStore
-from loquetier_jax.config import EngineConfig
+from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.errors import AdapterError, JobError
 from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.jobs.checkpoint import CheckpointStore, find_checkpoint
@@ -72,16 +72,18 @@ class JobCalls:
         Raises:
             DataError: a malformed line, with its number.
             AdapterError: the name is taken, nothing to adapt, or a rank too large.
+            ConfigError: settings of another type.
             JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the
                 output_dir is that of another job.
         """
-        cfg = train or TrainConfig()
+        cfg, lora = train or TrainConfig(), lora or LoraConfig()
+        for argument, value, kind in (("train", cfg, TrainConfig), ("lora", lora, LoraConfig)):
+            require(isinstance(value, kind), argument, value, f"a {kind.__name__}")
         with self._lock:
             self._check_job(name)
         dataset, held_out = self._read(data, eval_data, cfg)
         with self._lock:
             self._check_job(name)
-            lora = lora or LoraConfig()
             if init_from is None:
                 shape = resolve_shape(lora, self.spec)
                 weights = init_weights(shape, lora, self.spec, cfg.seed)

@@ -10,7 +10,7 @@ import pytest
 
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import Bucket
-from loquetier_jax.errors import AdapterError, DataError, JobError, RequestError
+from loquetier_jax.errors import AdapterError, ConfigError, DataError, JobError, RequestError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.serve.params import SamplingParams
 from tests.engine.engines import PACK, SERVE, add_random_adapter, greedy, random_data, reset
@@ -243,6 +243,9 @@ def test_nothing_is_left_of_a_generate_that_was_interrupted(tiny_engine, monkeyp
 
 
 def test_data_that_cannot_be_used_is_refused(small, tiny_engine, tmp_path):
+    for settings in ({"train": {"max_steps": 3}}, {"lora": {"r": 8}}):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            tiny_engine.finetune("job", random_data(0), **settings)
     with pytest.raises(DataError, match="no tokenizer"):
         small.finetune("job", [{"text": "some text"}], train=quick())
     out = str(tmp_path / "run")
