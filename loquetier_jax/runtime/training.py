@@ -229,16 +229,21 @@ class Training:
             self.on_step(result.trainee)
 
     def tick(self, epoch: int) -> None:
-        """Before each decision: starts evaluations that are due, retires jobs that have ended."""
+        """Before each decision: retires jobs that have ended, starts others, and evaluations that are due.
+
+        All that can happen happens in one call: whoever drives the loop may stop when nothing was left to decide.
+        """
         for trainee in list(self.trainees.values()):
-            job = trainee.job
-            if job.finished and not self.busy(job.name):
+            if trainee.job.finished and not self.busy(trainee.name):
                 self._retire(trainee, epoch)
-            elif not trainee.pages and not job.finished:
+        for trainee in self.trainees.values():
+            job = trainee.job
+            if not trainee.pages and not job.finished:
                 self._start(trainee)
             elif job.status == "queued":  # paused before it had its pages, and resumed
                 job.start()
-            elif job.status == "running" and job.evaluating and job.name not in self._evaluating:
+            due = job.status == "running" and job.evaluating and job.name not in self._evaluating
+            if due and trainee.pages:
                 self._evaluate(trainee)
 
     def _evaluate(self, trainee: Trainee) -> None:
