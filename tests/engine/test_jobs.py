@@ -1,6 +1,6 @@
 """Several jobs at once: each with its own shape, its own end and its own failure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,19 @@ from loquetier_jax.errors import AdapterError, ConfigError, DataError, JobError
 from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data import Dataset
-from tests.engine.engines import add_random_adapter, greedy, random_data
+from tests.engine.engines import add_random_adapter, greedy, random_data, reset
+from tests.engine.traffic import busy_engine
+
+
+@pytest.fixture(scope="module")
+def own_engine(make_engine: Callable[..., Engine], tokenizer: Any) -> Engine:
+    return busy_engine(make_engine, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def engine(own_engine: Engine) -> Iterator[Engine]:
+    yield own_engine
+    reset(own_engine)
 
 
 def train(**changes: Any) -> TrainConfig:
@@ -30,73 +42,70 @@ def losses(job: JobHandle) -> list[float]:
     return [line["loss"] for line in job.metrics if "loss" in line]
 
 
-def test_jobs_of_all_kinds_run_at_once_and_not_in_lock_step(tiny_engine: Engine):
+def test_jobs_of_all_kinds_run_at_once_and_not_in_lock_step(engine: Engine):
     kinds = {
         "adamw": (LoraConfig(r=8, target_modules="all-linear"), train()),
         "sgd": (LoraConfig(r=24), train(optim="sgd", max_steps=12, per_device_train_batch_size=1, learning_rate=0.5)),
         "lion": (LoraConfig(r=4, lora_dropout=0.2), train(optim="lion", pack_tokens=128, learning_rate=1e-3)),
         "adafactor": (LoraConfig(r=16), train(optim="adafactor", gradient_accumulation_steps=3, max_steps=4)),
     }
-    jobs = {n: tiny_engine.finetune(n, random_data(3), lora=lora, train=cfg) for n, (lora, cfg) in kinds.items()}
-    tiny_engine.wait(lambda: all(job.status == "running" for job in jobs.values()))
+    jobs = {n: engine.finetune(n, random_data(3), lora=lora, train=cfg) for n, (lora, cfg) in kinds.items()}
+    engine.wait(lambda: all(job.status == "running" for job in jobs.values()))
     seen = set()
-    while tiny_engine.loop.training.trainees:
-        tiny_engine.step()
+    while engine.loop.training.trainees:
+        engine.step()
         seen.add(tuple(job.step for job in jobs.values()))
     assert {job.status for job in jobs.values()} == {"succeeded"}
     assert [job.step for job in jobs.values()] == [6, 12, 6, 4]
     assert any(len(set(steps)) > 2 and min(steps) > 0 for steps in seen), "each at its own pace"
     for name, job in jobs.items():
         assert losses(job)[-1] < losses(job)[0] or name == "lion", name
-    tiny_engine.check_integrity()
+    engine.check_integrity()
 
 
-def test_early_stopping_ends_a_job_that_gets_worse(tiny_engine: Engine):
+def test_early_stopping_ends_a_job_that_gets_worse(engine: Engine):
     cfg = train(max_steps=60, learning_rate=0.5, eval_steps=1, early_stopping_patience=2, lr_scheduler_type="constant")
-    job = tiny_engine.finetune("job", random_data(4), eval_data=random_data(5, count=4), train=cfg).wait()
+    job = engine.finetune("job", random_data(4), eval_data=random_data(5, count=4), train=cfg).wait()
     evals = [line["eval_loss"] for line in job.metrics if "eval_loss" in line]
     assert job.status == "succeeded" and job.step == len(evals) < 60
     assert min(evals[-2:]) >= min(evals[:-2])
 
 
-def test_a_loss_of_ones_own(tiny_engine: Engine):
+def test_a_loss_of_ones_own(engine: Engine):
     """The sum over a pack of what cross-entropy is, then the half of it: same gradient times one half."""
 
     def half(logp: Any, weights: Any) -> Any:
         return -0.5 * (logp * weights).sum()
 
     cfg = train(max_steps=4, max_grad_norm=0.0, optim="sgd", learning_rate=0.2)
-    whole = tiny_engine.finetune("whole", random_data(6), train=cfg).wait()
-    own = tiny_engine.finetune("own", random_data(6), train=train(**(vars(cfg) | {"loss": half}))).wait()
+    whole = engine.finetune("whole", random_data(6), train=cfg).wait()
+    own = engine.finetune("own", random_data(6), train=train(**(vars(cfg) | {"loss": half}))).wait()
     assert losses(own)[0] == pytest.approx(losses(whole)[0] / 2, rel=1e-6)
     norms = [[line["grad_norm"] for line in job.metrics] for job in (own, whole)]
     assert norms[0][0] == pytest.approx(norms[1][0] / 2, rel=1e-5)
     assert losses(own)[-1] != losses(whole)[-1] / 2, "half the gradient is another path"
 
 
-def test_training_goes_on_from_an_adapter(tiny_engine: Engine):
-    add_random_adapter(tiny_engine, "begin", 7, 24, target_modules=["q_proj", "down_proj"])
+def test_training_goes_on_from_an_adapter(engine: Engine):
+    add_random_adapter(engine, "begin", 7, 24, target_modules=["q_proj", "down_proj"])
     data = random_data(7, count=5)
-    first = tiny_engine.finetune("next", data, init_from="begin", train=train(max_steps=2)).wait()
+    first = engine.finetune("next", data, init_from="begin", train=train(max_steps=2)).wait()
     sequences = [[*s.tokens.tolist(), int(s.targets[-1])] for s in data.samples]
     weights = [s.weights for s in data.samples]
-    logp = tiny_engine.log_probs(sequences, "begin")
+    logp = engine.log_probs(sequences, "begin")
     want = -sum((lp * w).sum() for lp, w in zip(logp, weights, strict=True)) / sum(w.sum() for w in weights)
     assert losses(first)[0] == pytest.approx(want, rel=1e-6)
-    assert tiny_engine.adapters.get("next").shape == tiny_engine.adapters.get("begin").shape
-    again = tiny_engine.finetune("next", data, init_from="next", train=train(max_steps=1)).wait()
+    assert engine.adapters.get("next").shape == engine.adapters.get("begin").shape
+    again = engine.finetune("next", data, init_from="next", train=train(max_steps=1)).wait()
     assert losses(again)[0] < losses(first)[0]
 
 
-def test_a_job_that_fails_fails_alone(tiny_engine: Engine):
-    engine = tiny_engine
+def test_a_job_that_fails_fails_alone(engine: Engine):
     add_random_adapter(engine, "a", 8, 8)
     want = losses(engine.finetune("alone", random_data(8), train=train()).wait())
     tokens = engine.generate([[5, 6, 7]], "a", greedy(40))[0].outputs[0].token_ids
 
-    bad = engine.finetune(
-        "bad", random_data(9), train=train(learning_rate=1e38, optim="sgd", max_grad_norm=0.0, max_steps=50)
-    )
+    bad = engine.finetune("bad", random_data(9), train=train(learning_rate=3e38, max_grad_norm=0.0, max_steps=50))
     good = engine.finetune("good", random_data(8), train=train())
     request = engine.submit([5, 6, 7], "a", greedy(40))
     good.wait()
@@ -111,23 +120,19 @@ def test_a_job_that_fails_fails_alone(tiny_engine: Engine):
     assert losses(again) == want, "its pages are clean for whoever comes next"
 
 
-def test_jobs_wait_for_pages_of_the_gradient_pool(tiny_engine: Engine):
-    """Six pages: three jobs of two fit at once, the others wait their turn."""
+def test_jobs_wait_for_pages_of_the_gradient_pool(engine: Engine):
+    """Five pages: two jobs of two fit at once, the others wait their turn."""
     jobs = [
-        tiny_engine.finetune(f"job-{i}", random_data(i), lora=LoraConfig(r=32), train=train(max_steps=2))
-        for i in range(5)
+        engine.finetune(f"job-{i}", random_data(i), lora=LoraConfig(r=32), train=train(max_steps=2)) for i in range(5)
     ]
     most = 0
-    while tiny_engine.loop.training.trainees:
-        tiny_engine.step() or tiny_engine.compiler.wait()
+    while engine.loop.training.trainees:
+        engine.step() or engine.compiler.wait()
         most = max(most, sum(job.status == "running" for job in jobs))
-    assert most == 3 and [job.status for job in jobs] == ["succeeded"] * 5
+    assert most == 2 and [job.status for job in jobs] == ["succeeded"] * 5
 
 
-def test_what_is_wrong_is_said_before_anything_trains(
-    tiny_engine: Engine, tmp_path: Path, datasets: Callable[..., Dataset]
-):
-    engine = tiny_engine
+def test_what_is_wrong_is_said_before_anything_trains(engine: Engine, tmp_path: Path, datasets: Callable[..., Dataset]):
     add_random_adapter(engine, "a", 9, 8)
     broken = tmp_path / "data.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": \n')
@@ -145,9 +150,8 @@ def test_what_is_wrong_is_said_before_anything_trains(
     assert not engine.jobs and engine.adapters.names() == ["a"]
 
 
-def test_replacing_an_adapter_by_a_job(tiny_engine: Engine):
+def test_replacing_an_adapter_by_a_job(engine: Engine):
     """With `replace` the old version serves until something is published; every published one serves at once."""
-    engine = tiny_engine
     add_random_adapter(engine, "a", 10, 8)
     old = engine.generate([[5, 6]], "a", greedy(6))[0]
     job = engine.finetune("a", random_data(11), lora=LoraConfig(r=24), train=train(max_steps=30), replace=True)

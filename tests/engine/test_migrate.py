@@ -150,6 +150,32 @@ def test_checkpoint_in_the_middle_of_accumulation(engines: Any, uninterrupted: A
     assert_same((before + numbers(resumed), masters(second)), uninterrupted)
 
 
+def test_checkpoint_in_the_middle_of_an_evaluation(engines: Any, uninterrupted: Any, tmp_path: Path):
+    first, second = engines
+    job = start(first)
+    first.wait(lambda: job._trainee.job.evaluating)
+    before = numbers(job)
+    job.checkpoint(tmp_path)
+    resumed = second.resume_job(tmp_path, DATA, eval_data=HELD_OUT)
+    second.compiler.wait()  # then the evaluation is the first and only thing to do
+    resumed.wait()
+    lines = before + [line for line in numbers(resumed) if line not in before]
+    assert_same((lines, masters(second)), uninterrupted)
+
+
+def test_a_queued_job_gets_the_pages_of_one_that_ends(engines: Any):
+    """The one that waits was there first, and its turn comes in the very step in which nothing else is left to do."""
+    engine, _ = engines
+    engine.compiler.wait()
+    holders = [start(engine, f"holder-{i}", max_steps=1) for i in range(2)]
+    engine.wait(lambda: all(h.status == "running" for h in holders))
+    waiting = start(engine, "waiting", max_steps=1)
+    trainees = engine.loop.training.trainees
+    trainees |= {h.name: trainees.pop(h.name) for h in holders}  # now it comes first in each round
+    engine.compiler.wait()
+    assert waiting.wait().status == "succeeded"
+
+
 def test_a_job_that_succeeded_resumes_as_such_and_serves(engines: Any, uninterrupted: Any, tmp_path: Path):
     first, second = engines
     job = start(first).wait()
