@@ -1,0 +1,62 @@
+"""A process that trains one job until it is done or killed, and starts again where the last one was killed."""
+
+import os
+from pathlib import Path
+
+from loquetier_jax.adapters.lora import LoraConfig
+from loquetier_jax.config import Bucket
+from loquetier_jax.engine import Engine
+from loquetier_jax.faces.job_handle import JobHandle
+from loquetier_jax.jobs.checkpoint import CheckpointStore
+from loquetier_jax.jobs.config import TrainConfig
+from tests.engine.engines import build_engine, random_data
+from tests.engine.traffic import SERVE, busy_engine
+
+STEPS = 120
+SAVE_STEPS = 2
+KILLED = 77  # exit code of a process that a fault point has killed
+BUCKETS = (
+    Bucket(**SERVE),
+    Bucket(**SERVE, score_packs=1, score_tokens=64),
+    Bucket(packs=1, pack_tokens=64),
+)
+DATA, HELD_OUT = random_data(7, count=24), random_data(8, count=3)
+
+
+def job_engine(cache: str) -> Engine:
+    return busy_engine(lambda spec, **changes: build_engine(cache, spec, **changes), buckets=BUCKETS)
+
+
+def start_or_resume(engine: Engine, folder: Path) -> JobHandle:
+    """What somebody does after a crash: resume if there is a checkpoint, else begin."""
+    if CheckpointStore(folder / "checkpoints").committed():
+        return engine.resume_job(folder, DATA, eval_data=HELD_OUT)
+    train = TrainConfig(
+        max_steps=STEPS,
+        pack_tokens=64,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        eval_steps=5,
+        save_steps=SAVE_STEPS,
+        output_dir=str(folder),
+    )
+    return engine.finetune("job", DATA, eval_data=HELD_OUT, lora=LoraConfig(r=8, lora_dropout=0.1), train=train)
+
+
+def run(cache: str, folder: str, point: str, nth: int) -> None:
+    """Trains; exits with KILLED, without any clean-up, when a save gets to `point` for the nth time."""
+    seen = 0
+
+    def fault(where: str) -> None:
+        nonlocal seen
+        seen += where == point
+        if seen == nth:
+            os._exit(KILLED)
+
+    original = CheckpointStore.__init__
+
+    def with_fault(self: CheckpointStore, folder: str | Path, *, keep: int = 2) -> None:
+        original(self, folder, keep=keep, fault=fault)
+
+    CheckpointStore.__init__ = with_fault
+    start_or_resume(job_engine(cache), Path(folder)).wait()
