@@ -147,6 +147,8 @@ class EngineConfig:
         num_kv_pages: KV pages in all, page 0 (the trash page) included; None: room for max_num_seqs full sequences.
         max_num_seqs: Slots: requests running at once.
         max_adapters: Device room in rank-16 pages: adapters of rank <= 16 resident at once (rank r takes ceil(r/16)).
+        max_host_adapters: Host copies kept of adapters whose PEFT folder can be read again, least recently used
+            dropped first; None keeps all.
         max_lora_rank: Largest rank an adapter may have; a multiple of RANK_PAGE.
         train_pages: Rank-16 pages of the gradient pool: all adapters in training together.
         max_logprobs: Most alternatives returned per token, `logprobs` and `prompt_logprobs`.
@@ -169,6 +171,7 @@ class EngineConfig:
     num_kv_pages: int | None = None
     max_num_seqs: int = 64
     max_adapters: int = 32
+    max_host_adapters: int | None = None
     max_lora_rank: int = 64
     train_pages: int = 8
     max_logprobs: int = 16
@@ -200,6 +203,8 @@ class EngineConfig:
             "max_logit_bias",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        hosts = self.max_host_adapters
+        require(hosts is None or hosts >= 0, "max_host_adapters", hosts, "null or an integer >= 0")
         require(
             self.kv_page_size >= 1 and self.kv_page_size % BLOCK == 0,
             "kv_page_size",

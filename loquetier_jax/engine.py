@@ -75,7 +75,11 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         self.latency = LatencyModel()
         self.compiler = BackgroundCompiler()
         self.adapters = AdapterStore(
-            spec, num_pages=cfg.adapter_pages, max_pages=cfg.max_lora_pages, write=self._write_pages
+            spec,
+            num_pages=cfg.adapter_pages,
+            max_pages=cfg.max_lora_pages,
+            write=self._write_pages,
+            max_host_adapters=cfg.max_host_adapters,
         )
         self.jobs: dict[str, JobHandle] = {}
         self._lock = threading.RLock()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.batch.segments import MAX_BANNED
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.errors import RequestError
+from loquetier_jax.errors import AdapterError, RequestError
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.runtime.loop import Loop
 from loquetier_jax.runtime.score_requests import ScoreRequests, prompt_logprobs
@@ -135,7 +135,9 @@ class RequestCalls:
             for request in submitted.requests:
                 request.prompt_logprobs = result
 
-        self.loop.scoring.add(self._scores.task([ids] if len(ids) > 1 else [], adapter, done))
+        # Without its adapter's weights the request itself ends with that error, so nobody waits for these scores.
+        task = self._scores.task([ids] if len(ids) > 1 else [], adapter, done, on_error=lambda error: None)
+        self.loop.scoring.add(task)
 
     def cancel(self, request_id: str) -> bool:
         """Ends all completions of a request at once; returns whether any was alive."""
@@ -218,20 +220,28 @@ class RequestCalls:
 
         Raises:
             RequestError: a sequence of one token, or longer than a score pack.
+            AdapterError: an unknown adapter, or one whose weights cannot be read.
         """
         sequences = [sequences] if isinstance(sequences, str) else sequences
         result: list[np.ndarray] = []
+        errors: list[AdapterError] = []
         finished = threading.Event()
 
         def done(scores: list[dict[str, np.ndarray]]) -> None:
             result.extend(s["logp"] for s in scores)
             finished.set()
 
+        def failed(error: AdapterError) -> None:
+            errors.append(error)
+            finished.set()
+
         with self._lock:
             ids = [encode_prompt(self.tokenizer, s, self.spec.vocab_size) for s in sequences]
-            self.loop.scoring.add(self._scores.task(ids, adapter, done))
+            self.loop.scoring.add(self._scores.task(ids, adapter, done, failed))
             self._changed.notify_all()
         self.wait(finished.is_set)
+        if errors:
+            raise errors[0]
         return result
 
     def _check(self, requests: Sequence[Request]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.score import Place, pack_sequences
+from loquetier_jax.errors import AdapterError
 from loquetier_jax.runtime.scoring import Scores, ScoreTask
 from loquetier_jax.serve.output import Logprob
 
@@ -26,9 +27,15 @@ class ScoreRequests:
         self._store, self.rows, self._epoch = store, rows, epoch
 
     def task(
-        self, sequences: Sequence[Sequence[int]], adapter: str | None, on_done: Callable[[list[Scores]], None]
+        self,
+        sequences: Sequence[Sequence[int]],
+        adapter: str | None,
+        on_done: Callable[[list[Scores]], None],
+        on_error: Callable[[AdapterError], None],
     ) -> ScoreTask:
         """A task for `sequences` under the version `adapter` means now; on_done gets one Scores per sequence.
+
+        on_error is called instead when the adapter's weights cannot be read any more.
 
         Raises:
             RequestError: a sequence too short or too long.
@@ -44,7 +51,12 @@ class ScoreRequests:
                 self._store.release(version, self._epoch())
             on_done([_cut(scores[p.pack], p) for p in places])
 
-        return ScoreTask(packs, lambda: self._open(version), done)
+        def failed(error: AdapterError) -> None:
+            if version is not None:
+                self._store.drop(version)
+            on_error(error)
+
+        return ScoreTask(packs, lambda: self._open(version), done, failed)
 
     def _open(self, version: Version | None) -> tuple[int, ...]:
         if version is None:

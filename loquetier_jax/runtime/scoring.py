@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loquetier_jax.batch.pack import ScoreItem
-from loquetier_jax.errors import CapacityError
+from loquetier_jax.errors import AdapterError, CapacityError
 from loquetier_jax.jobs.data import Pack
 from loquetier_jax.schedule.snapshot import ScoreView
 
@@ -25,6 +25,7 @@ class ScoreTask:
         open: Called before the first pack is dispatched: the adapter's pages, kept where they are until `on_done`;
             a CapacityError leaves the task waiting, and those behind it pass.
         on_done: Called once with the scores of every pack, in order (see `step.loss.score_rows`).
+        on_error: Called instead when `open` finds that the adapter cannot be read.
         sent: Packs dispatched so far.
         scores: What has been read so far.
         pages: What `open` returned; None before.
@@ -33,6 +34,7 @@ class ScoreTask:
     packs: list[Pack]
     open: Callable[[], tuple[int, ...]]
     on_done: Callable[[list[Scores]], None]
+    on_error: Callable[[AdapterError], None]
     sent: int = 0
     scores: list[Scores] = field(default_factory=list)
     pages: tuple[int, ...] | None = None
@@ -59,11 +61,15 @@ class Scoring:
         is behind it.
         """
         ready = 0
-        for task in self._waiting.values():
+        for name, task in list(self._waiting.items()):
             if task.pages is None:
                 try:
                     task.pages = task.open()
                 except CapacityError:
+                    continue
+                except AdapterError as error:
+                    del self._waiting[name]
+                    task.on_error(error)
                     continue
             ready += len(task.packs) - task.sent
             if ready >= AHEAD:

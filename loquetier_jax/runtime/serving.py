@@ -1,6 +1,7 @@
 """Requests between arrival and end: what they hold on the device, the rows they need, the tokens they get."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -180,7 +181,10 @@ class Serving:
                 )
                 rank = int(sampled["rank"][i])
             token, logprob = int(sampled["tokens"][i]), float(sampled["logprob"][i])
-            piece = request.accept(token, logprob, alternatives, now, rank=rank)
+            if math.isnan(logprob):  # of this row alone: its adapter, or its own cache
+                piece = request.fail("the model gave NaN: the adapter's weights are not finite", now)
+            else:
+                piece = request.accept(token, logprob, alternatives, now, rank=rank)
             if request.finished:
                 self._release(request, epoch)
             self._tell(request, piece)

@@ -261,7 +261,7 @@ class Training:
 
         if packs:
             self._evaluating.add(job.name)
-            self.scoring.add(ScoreTask(packs, lambda: trainee.pages, done))
+            self.scoring.add(ScoreTask(packs, lambda: trainee.pages, done, lambda error: job.fail(str(error))))
 
     def _retire(self, trainee: Trainee, epoch: int) -> None:
         self.on_end(trainee)
