@@ -74,7 +74,7 @@ def play(console: Console, steps: int, learning_rate: float, seed: int) -> Scena
         from loquetier_jax.tiny import base_path
 
         engine = Engine.from_pretrained(
-            base_path(), config="demo", policy=PolicyConfig(train_share=0.75), progress=False
+            base_path(), config="demo", policy=PolicyConfig(train_share=0.8), progress=False
         )
     console.print(f"[dim]tiny-llama-bytes ready in {time.perf_counter() - start:.1f} s[/]", highlight=False)
     scenario = Scenario(engine, steps, learning_rate, seed, Timeline(engine.loop.clock))

@@ -119,10 +119,8 @@ def report(scenario: "Scenario", console: Console) -> None:
             table.add_row(name, Text(scenario.before[name][i]), Text(scenario.after[name][i]))
         console.print(table)
         console.print()
-    table = Table(
-        title=f"{QUESTIONS[0]} Asked all the time: {scenario.lanes[-1].adapter}'s first answer in each version",
-        title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False,
-    )  # fmt: skip
+    console.print(Text(f"{QUESTIONS[0]} ({scenario.lanes[-1].adapter}, version by version)", style="bold"))
+    table = Table(box=None, pad_edge=False, show_header=False)
     for version, text in scenario.versions():
         table.add_row(f"v{version}", Text(text))
     console.print(table)
