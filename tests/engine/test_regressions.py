@@ -80,7 +80,7 @@ def test_scoring_without_room_lets_an_evaluation_pass(small):
     job = engine.finetune("job", random_data(0), lora=LORA, train=quick(), eval_data=random_data(1))
     engine.wait(lambda: job.status == "running")
     scores = []
-    engine.loop.scoring.add(engine._scores.task([[5, 6, 7]], "other", scores.extend))
+    engine.loop.scoring.add(engine._scores.task([[5, 6, 7]], "other", scores.extend, pytest.fail))
     job.wait()
     assert "eval_loss" in job.metrics[-1]
     engine.wait(lambda: bool(scores))
@@ -91,7 +91,7 @@ def test_scoring_without_room_lets_an_evaluation_pass(small):
 def test_scores_of_two_lengths_meet_in_the_bucket_of_the_shorter(small):
     """Packs were taken in order of arrival, whether or not they fit the bucket chosen for those that do."""
     done = []
-    tasks = [small._scores.task([list(range(3, 3 + n))], None, done.append) for n in (20, 100, 20)]
+    tasks = [small._scores.task([list(range(3, 3 + n))], None, done.append, pytest.fail) for n in (20, 100, 20)]
     for task in (tasks[0], tasks[2]):
         task.packs[0] = _cut(task.packs[0])
     for task in tasks:
