@@ -28,6 +28,7 @@ from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.config_file import from_dict
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
 from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.metrics import read_metrics
 
 if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
@@ -236,7 +237,7 @@ def interruptible() -> Iterator[list[int]]:
 
 def _report(args: argparse.Namespace, job: "JobHandle", folder: Path) -> None:
     """The last words: where the adapter is, and what it came to."""
-    lines = job.metrics
+    lines = read_metrics(folder / METRICS)  # a resumed job knows only its own
     last = {key: value for line in lines for key, value in line.items()}  # the newest of every kind
     result = {"name": job.name, "adapter": str(folder / ADAPTER), "steps": job.step}
     result |= {key: last[key] for key in ("loss", "eval_loss", "num_tokens") if key in last}
