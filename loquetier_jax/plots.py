@@ -78,6 +78,8 @@ def _draw_rate(axes: "Axes", times: np.ndarray, values: np.ndarray, label: str, 
 
 
 def _draw_gaps(axes: "Axes", timeline: Timeline) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     if timeline.gaps:
         times, gaps = np.transpose(timeline.gaps)
         axes.plot(times, gaps, ".", color=GREY, markersize=2, alpha=0.5)
@@ -93,6 +95,9 @@ def _draw_gaps(axes: "Axes", timeline: Timeline) -> None:
                 fontsize=8,
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(*(np.percentile(gaps, [0.5, 100]) * (0.7, 1.6)))
     axes.set_ylabel("gap between\ntokens (ms)")
 
