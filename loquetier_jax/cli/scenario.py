@@ -126,7 +126,10 @@ class Scenario:
                 seed=self.seed,
             )
             self.jobs[skill] = self.engine.finetune(skill, records(skill, self.seed), lora=lora, train=train)
+            self.jobs[skill].pause()  # compiles all the same; asked before the first step, however quick that is
         self.before = self.ask()
+        for job in self.jobs.values():
+            job.resume()
 
     def ask(self) -> dict[str, list[str]]:
         """The answers of the base and of both adapters, as they serve now, to the same questions."""
@@ -157,7 +160,7 @@ class Scenario:
                 self.timeline.watch(job)
                 self._publish(job, due[name])
             training = any(job.status in ("queued", "running") for job in self.jobs.values())
-            busy = [lane.turn(self.engine, self.timeline, training) for lane in self.lanes]
+            busy = [lane.turn(self.engine, self.timeline, training or self._owes(lane)) for lane in self.lanes]
             show(self)
             return not training and not any(busy)
 
@@ -165,6 +168,12 @@ class Scenario:
         for job in self.jobs.values():
             job.wait()
         self.after = self.ask()
+
+    def _owes(self, lane: Lane) -> bool:
+        """Whether the stream that goes version by version has not yet answered from the last one."""
+        if lane is not self.lanes[-1] or not all(job._retired for job in self.jobs.values()):
+            return lane is self.lanes[-1]
+        return all(version != self.engine.adapters.get(lane.adapter).id for version, _ in lane.heard)
 
     def _publish(self, job: "JobHandle", due: list[int]) -> None:
         if due and job.status == "running" and job.step >= due[0]:

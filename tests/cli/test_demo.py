@@ -24,7 +24,7 @@ def test_demo(
     assert all(answers == found["before"]["base"] for answers in found["before"].values())
     assert found["after"]["base"] == found["before"]["base"]
     assert found["questions"] == list(QUESTIONS)
-    assert isinstance(found["versions"], list)  # how many requests catch a version in two steps is a matter of timing
+    assert len(found["versions"]) >= 2  # before and after a publish
     for skill in SKILLS:
         assert len(found["jobs"][skill]["loss"]) == 2
         assert (tmp_path / skill / "adapter_config.json").is_file()
