@@ -67,6 +67,8 @@ def _decoding(request: Request, now: float) -> Decoding:
         first_token_time=times[0] if times else now,
         last_token_time=times[-1] if times else now,
         num_output=request.num_dispatched,
+        remaining=request.params.max_tokens - request.num_dispatched,
+        pages=len(request.kv_pages),
     )
 
 

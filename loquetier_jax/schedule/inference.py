@@ -1,5 +1,6 @@
 """The inference rows of a step: all decodes, and the prompt chunks that are worth their time."""
 
+import math
 from dataclasses import dataclass, field
 
 from loquetier_jax.config import Bucket, Sampling
@@ -60,8 +61,8 @@ def plan_inference(
 
     All running requests decode. Of the buckets with prefill rows, the one that moves most prompt tokens per
     millisecond is taken, if it ends before the next token of anybody is due; if none does, prefill waits a
-    few steps for slack, then goes anyway. Where no bucket holds decodes and a prompt together, they take
-    turns.
+    few steps for slack, then goes anyway. A TPOT that decodes alone cannot keep holds no prompt up. Where no
+    bucket holds decodes and a prompt together, they take turns.
 
     Raises:
         CapacityError: more requests run than any bucket can decode: admission was not the scheduler's.
@@ -73,6 +74,8 @@ def plan_inference(
     mixed = [b for b in able if b.decode >= len(snapshot.running) and rank(b.sampling) >= rank(decode_only.sampling)]
     waits = snapshot.fairness.prefill_waits
     slack = step_slack(snapshot, gap_factor)
+    if snapshot.slo.tpot_ms is not None and decode_only.ms > snapshot.slo.tpot_ms:
+        slack = math.inf
     if mixed:
         plans = [_fill(snapshot, b, latency, decode_only, max_overtakes) for b in mixed]
     else:

@@ -126,7 +126,7 @@ def _budget(snapshot: Snapshot, plan: Plan, latency: LatencyModel, config: Polic
     decoded = bool(plan.decode)
     slack = min(
         token_budget(snapshot, decoded, len(plan.finishing), at, next_ms, config.gap_factor),
-        first_token_budget(snapshot, pending, at, next_ms, rows),
+        first_token_budget(snapshot, pending, plan.admit, at, next_ms, rows),
     )
     share = config.train_share if math.isinf(slack) else config.train_floor
     # With no inference row in this step nobody is held up: requests are there, but cannot be admitted.

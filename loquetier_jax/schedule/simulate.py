@@ -150,6 +150,8 @@ class Simulator:
                     first_token_time=r.times[0],
                     last_token_time=r.times[-1],
                     num_output=len(r.times),
+                    remaining=r.output - len(r.times),
+                    pages=self._waiting(r).pages,
                 )
                 for r in admitted
                 if r.remaining == 0

@@ -1,7 +1,7 @@
 """How much time the promise to requests leaves: milliseconds, inf where nothing is promised."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from loquetier_jax.schedule.snapshot import Decoding, Prefilling, Snapshot, Waiting
 
@@ -49,15 +49,52 @@ def token_budget(snapshot: Snapshot, decoded: bool, finishing: int, at: float, n
 
 
 def first_token_budget(
-    snapshot: Snapshot, pending: Iterable[Prefilling | Waiting], at: float, next_ms: float, rows: int
+    snapshot: Snapshot,
+    pending: Iterable[Prefilling | Waiting],
+    admit: Collection[str],
+    at: float,
+    next_ms: float,
+    rows: int,
 ) -> float:
-    """The same for first tokens of pending prompts, each at `rows` tokens a forward of `next_ms`."""
+    """The same for first tokens of pending prompts.
+
+    Each needs the steps until there is room for it, then those of its prompt, all of `next_ms`.
+
+    Args:
+        snapshot: Before this forward.
+        pending: Whose prompts do not end in it, in order of arrival.
+        admit: Requests admitted to it.
+        at: When it ends, seconds.
+        next_ms: Predicted time of the next forward.
+        rows: Prompt tokens of one forward.
+    """
     ttft = snapshot.slo.ttft_ms
     if ttft is None:
         return math.inf
     budget = math.inf
+    room = _Room(snapshot, admit)
     for r in pending:
         tokens = r.remaining if isinstance(r, Prefilling) else r.prompt_tokens
         steps = -(-tokens // max(rows, 1))
+        if isinstance(r, Waiting) and r.id not in admit:
+            steps += room.steps_until(r)
         budget = min(budget, 1e3 * (r.arrival - at) + ttft - steps * next_ms)
     return budget
+
+
+class _Room:
+    """Slots and KV pages as the running requests give them back, the one with the fewest tokens left first."""
+
+    def __init__(self, snapshot: Snapshot, admit: Collection[str]) -> None:
+        taken = [w.pages for w in snapshot.waiting if w.id in admit]
+        self._slots, self._pages = snapshot.free_slots - len(taken), snapshot.free_pages - sum(taken)
+        self._ending = sorted(((r.remaining, r.pages) for r in snapshot.running), reverse=True)
+        self._steps = 0
+
+    def steps_until(self, request: Waiting) -> int:
+        """Steps until there is room for one more, which it then takes; requests are asked about in order."""
+        while self._ending and (self._slots < 1 or self._pages < request.pages):
+            self._steps, pages = self._ending.pop()
+            self._slots, self._pages = self._slots + 1, self._pages + pages
+        self._slots, self._pages = self._slots - 1, self._pages - request.pages
+        return self._steps

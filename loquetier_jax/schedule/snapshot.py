@@ -20,6 +20,8 @@ class Decoding:
         sampling: Its sampling level.
         first_token_time, last_token_time: When its first and its latest token came (or are expected).
         num_output: Tokens dispatched so far, >= 1.
+        remaining: Most tokens still to come.
+        pages: KV pages that it gives back at its end.
     """
 
     id: str
@@ -27,6 +29,8 @@ class Decoding:
     first_token_time: float
     last_token_time: float
     num_output: int
+    remaining: int = 1
+    pages: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

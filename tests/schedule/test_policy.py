@@ -38,6 +38,10 @@ def job(name: str, status: str = "ready", **kwargs) -> JobView:
     return JobView(**{"name": name, "status": status, "pack_tokens": 256, **kwargs})
 
 
+def trains(decision: Decision) -> bool:
+    return bool(decision.packs or decision.quanta)
+
+
 class Case:
     """decide() with the lattice of the fixtures and room for everybody."""
 
@@ -155,6 +159,25 @@ def test_prefill_waits_for_slack_but_not_for_ever(buckets: tuple[Bucket, ...], l
     assert fairness.prefill_waits == 0
     relaxed = case(**{**fields, "now": 9.998}, fairness=Fairness())
     assert relaxed.prefill == (("w0", 40),)
+
+
+def test_a_promise_that_decodes_alone_break_holds_no_prompt_up(case: Case) -> None:
+    fields = {"running": running(2, tokens=3, last=10.0), "waiting": (waiting(0),)}
+    assert case(**fields, slo=SLOConfig(tpot_ms=5.0)).prefill == (("w0", 40),)
+
+
+def test_training_leaves_the_steps_until_there_is_room(case: Case) -> None:
+    """A prompt without KV pages needs the others to end: 100 steps of 6.6 ms, or 2."""
+    slo = SLOConfig(ttft_ms=400.0)
+    fields = {"waiting": (waiting(0, pages=9),), "free_pages": 8, "slo": slo, "now": 9.05, "jobs": (job("a"),)}
+    late, soon = (
+        (Decoding(id="r", first_token_time=9.0, last_token_time=9.04, num_output=2, remaining=steps, pages=pages),)
+        for steps, pages in ((100, 4), (2, 4))
+    )
+    assert not trains(case(**fields, running=late))
+    assert trains(case(**fields, running=soon))
+    assert trains(case(**{**fields, "free_pages": 9, "free_slots": 0}, running=soon))
+    assert not trains(case(**{**fields, "free_pages": 9, "free_slots": 0}, running=late))
 
 
 def test_when_nobody_is_there_the_largest_quantum_runs(case: Case) -> None:

@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loquetier_jax.config import BLOCK, SAMPLING_LEVELS, Bucket, SLOConfig
@@ -14,8 +14,8 @@ from loquetier_jax.schedule.policy import PolicyConfig, decide
 from loquetier_jax.schedule.simulate import SimJob, SimRequest, Simulator
 from loquetier_jax.schedule.snapshot import Decision, Quantum, ScoreView, SlicedShape, Snapshot
 
-quick = settings(deadline=None, derandomize=True, max_examples=25)
-slower = settings(deadline=None, derandomize=True, max_examples=8)
+quick = settings(deadline=None, max_examples=25)
+slower = settings(deadline=None, max_examples=8)
 
 REQUESTS = st.lists(
     st.builds(
@@ -170,6 +170,12 @@ def test_a_large_request_among_small_ones_gets_in(engine: Simulator, order: str)
     lengths=st.lists(st.tuples(st.integers(1, 250), st.integers(1, 30)), min_size=14, max_size=14),
     jobs=JOBS,
     tpot=st.sampled_from([12.0, 15.0, 25.0, 60.0]),
+)
+@example(  # the last one finds no KV pages: training must leave the others the time to end
+    gaps=[0.125] * 6 + [0.0625] * 4 + [0.060546875],
+    lengths=[(1, 1)] * 3 + [(35, 30), (115, 30), *[(147, 30)] * 3, (211, 30), (35, 30), (99, 30)],
+    jobs=[SimJob("", 256)],
+    tpot=25.0,
 )
 def test_the_promise_is_kept_under_a_feasible_load(
     engine: Simulator, gaps: list[float], lengths: list[tuple[int, int]], jobs: list[SimJob], tpot: float
