@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig, require
+from loquetier_jax.errors import EngineError
 from loquetier_jax.faces.adapters import AdapterCalls
 from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.faces.jobs import JobCalls
@@ -26,6 +28,7 @@ from loquetier_jax.kv.slots import Slots
 from loquetier_jax.models.load import load_hf
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.presets import engine_config
+from loquetier_jax.runtime.interrupts import uninterrupted
 from loquetier_jax.runtime.loop import Loop
 from loquetier_jax.runtime.score_requests import ScoreRequests
 from loquetier_jax.runtime.scoring import Scoring
@@ -161,62 +164,78 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
     # The loop.
 
     def step(self) -> bool:
-        """Drives the loop once; returns whether there was anything to do."""
+        """Drives the loop once; returns whether there was anything to do.
+
+        Raises:
+            EngineError: a step has failed, now or before. Its requests and jobs have ended with that error.
+        """
         with self._lock:
-            worked = self.loop.iterate()
+            self._check_alive()
+            try:
+                with uninterrupted():
+                    worked = self.loop.iterate()
+            except Exception as error:  # in the middle of a step: buffers may be gone, and rows half counted
+                self._lose(error)
+                self._check_alive()
             self._changed.notify_all()
         return worked
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"engine: a step has failed: {self._failure!r}") from self._failure
+
+    def _lose(self, error: Exception) -> None:
+        log.error("a step has failed", exc_info=error)
+        self._failure = error
+        self.loop.serving.fail_all(f"a step of the engine has failed: {error!r}", self.loop.clock())
+        for trainee in self.loop.training.trainees.values():
+            if not trainee.job.finished:
+                trainee.job.fail(f"a step of the engine has failed: {error!r}")
+        self._changed.notify_all()
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Drives the loop, or waits for the thread that does, until `done()`.
 
         Raises:
-            RuntimeError: nothing is left to do and `done()` is still false, or the thread of `start` has failed.
+            EngineError: a step has failed, whoever drove it.
+            RuntimeError: nothing is left to do and `done()` is still false.
         """
         while not done():
-            if self._failure is not None:
-                raise RuntimeError(f"engine: its thread has failed: {self._failure!r}") from self._failure
             if self._thread is not None:
                 with self._changed:
                     if not done():
                         self._changed.wait(0.1)
+                    self._check_alive()  # asked before done(), because a failure ends what was waited for, too
                 continue
             compiling = self.compiler.busy  # asked first: what it finishes during the step is seen by the next one
             if not self.step():
                 if not compiling and not done():
-                    raise RuntimeError(
-                        "engine: nothing is left to do, and what was waited for has not happened"
-                    )
+                    raise RuntimeError("engine: nothing is left to do, and what was waited for has not happened")
                 time.sleep(0.005)
 
     def start(self) -> None:
         """Gives the loop a thread of its own, so that jobs train while nobody waits; see `stop`."""
         if self._thread is None:
-            self._stopping, self._failure = False, None
+            self._stopping = False
             atexit.register(self.stop)  # a thread on the device at the interpreter's end would abort the process
             self._thread = threading.Thread(target=self._run, name="loquetier-loop", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
-        try:
+        with suppress(EngineError):  # those who wait are told
             while not self._stopping:
                 if self.step():
                     time.sleep(1e-4)  # a lock is not fair: who wants to submit must get it between two steps
                 else:
                     with self._changed:
                         self._changed.wait(0.005)
-        except Exception as error:
-            log.exception("the loop has failed")
-            with self._changed:
-                self._failure = error  # for those who wait
-                self._changed.notify_all()
 
     def stop(self) -> None:
         """Ends the thread of `start`; what is queued stays queued."""
         if self._thread is not None:
             self._stopping = True
             self._thread.join()
-            self._thread = self._failure = None
+            self._thread = None
             atexit.unregister(self.stop)
 
     def drain(self) -> None:

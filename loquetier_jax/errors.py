@@ -33,6 +33,10 @@ class CheckpointError(LoquetierError, RuntimeError):
     """A checkpoint is absent, incomplete or belongs to something else."""
 
 
+class EngineError(LoquetierError, RuntimeError):
+    """A step has failed, so that nothing on the device can be trusted; a new engine resumes jobs from checkpoints."""
+
+
 class CapacityError(LoquetierError, RuntimeError):
     """No room now (pages, slots); nothing was changed."""
 

@@ -1,6 +1,7 @@
 """What a new user broke: each test is one bug that was there."""
 
 import shutil
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import Bucket
-from loquetier_jax.errors import AdapterError, ConfigError, DataError, JobError, RequestError
+from loquetier_jax.errors import AdapterError, ConfigError, DataError, EngineError, JobError, RequestError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.serve.params import SamplingParams
 from tests.engine.engines import PACK, SERVE, add_random_adapter, greedy, random_data, reset
@@ -162,16 +163,42 @@ def test_a_loss_function_that_raises_fails_its_job_alone(tiny_engine, monkeypatc
     tiny_engine.check_integrity()
 
 
-def test_who_waits_learns_that_the_thread_has_failed(tiny_engine, monkeypatch):
-    """They waited for ever."""
-    engine = tiny_engine
+@pytest.mark.parametrize("threaded", [False, True])
+def test_a_failed_step_ends_everything_with_its_error(tiny_engine, monkeypatch, threaded):
+    """They waited for ever, and the engine went on with buffers that nobody could vouch for."""
+    engine, pieces = tiny_engine, []
+    monkeypatch.setattr(engine, "_failure", None)  # so that the shared engine lives on after the test
+    waiting = engine.submit([5, 6, 7], params=greedy(4), listener=pieces.append)
+    job = engine.finetune("job", random_data(0), lora=LORA, train=quick())
     monkeypatch.setattr(engine.loop, "iterate", lambda: 1 / 0)
-    engine.start()
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+    if threaded:
+        engine.start()
+    with pytest.raises(EngineError, match="ZeroDivisionError"):
         engine.generate([[5, 6, 7]], params=greedy(4))
     engine.stop()
+    assert pieces[-1].finish_reason == waiting.requests[0].finish_reason == "error"
+    assert "ZeroDivisionError" in waiting.requests[0].stop_reason
+    assert job.status == "failed" and "ZeroDivisionError" in job.error
+    for call in (engine.step, lambda: engine.submit([5]), lambda: engine.finetune("new", random_data(0))):
+        with pytest.raises(EngineError, match="a step has failed"):
+            call()
+
+
+def test_ctrl_c_falls_between_two_steps(tiny_engine, monkeypatch):
+    """Inside one it could fall after the buffers were given away and before the new ones were kept."""
+    engine, iterate, steps = tiny_engine, tiny_engine.loop.iterate, []
+
+    def interrupted() -> bool:
+        signal.raise_signal(signal.SIGINT)
+        steps.append(iterate())
+        return steps[-1]
+
+    monkeypatch.setattr(engine.loop, "iterate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[5, 6, 7]], params=greedy(4))
+    assert steps == [True]  # the step it fell into was finished
     monkeypatch.undo()
-    assert engine.generate([[5, 6, 7]], params=greedy(4))[0].outputs[0].finish_reason == "length"
+    assert len(engine.generate([[5, 6, 7]], params=greedy(4))[0].outputs[0].token_ids) == 4
 
 
 def test_submit_gets_the_lock_beside_a_busy_thread(tiny_engine):
