@@ -6,7 +6,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Files in their order: sorted by number of tests, the longest ones would come last and alone.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 TESTS ?= tests
 BIN := $(VENV)/bin
 

@@ -248,6 +248,12 @@ class EngineConfig:
         """Rows of the device page stacks; page 0 is all zeros, the rest is `max_adapters`."""
         return 1 + self.max_adapters
 
+    def longest_pack(self, *, scored: bool = False) -> int | None:
+        """Most pack_tokens of a train bucket, None without any; of what score buckets hold if it is `scored`, too."""
+        longest = max((b.pack_tokens for b in self.buckets if b.packs), default=None)
+        held = max((b.score_tokens for b in self.buckets if b.score_packs), default=None)
+        return min((n for n in (longest, held if scored else None) if n is not None), default=None)
+
     @property
     def max_lora_pages(self) -> int:
         """Most pages one adapter takes: MP."""

@@ -135,27 +135,16 @@ def _fresh(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig
     train |= settings(args.train, "--train")
     for key in ("loss", "output_dir"):
         require(key not in train, f"train {key}", train.get(key), "nothing: the command sets it")
-    defaults = {"pack_tokens": pack_tokens(cfg, "eval_data" in data), "save_steps": SAVE_STEPS}
     data["lora"] = dataclass_from(LoraConfig, lora, "lora")
-    data["train"] = dataclass_from(TrainConfig, defaults | train | {"output_dir": str(folder)}, "train")
+    defaults = {"pack_tokens": cfg.longest_pack(scored="eval_data" in data), "save_steps": SAVE_STEPS}
+    train = defaults | train | {"output_dir": str(folder)}
+    data["train"] = dataclass_from(TrainConfig, train, "train")
     return dataclass_from(Recipe, {"name": folder.resolve().name} | data, where), cfg, args.model
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     require(value is None or isinstance(value, dict), where, value, "a mapping")
     return dict(value or {})
-
-
-def pack_tokens(cfg: EngineConfig, evaluate: bool = False) -> int:
-    """The longest training pack that the config has buckets for, TrainConfig's default where it has none.
-
-    Args:
-        cfg: Of the engine.
-        evaluate: Whether packs are scored too, so that the longest score bucket is a limit.
-    """
-    longest = max((b.pack_tokens for b in cfg.buckets if b.packs), default=TrainConfig.pack_tokens)
-    scored = max((b.score_tokens for b in cfg.buckets if b.score_packs), default=longest)
-    return min(longest, scored) if evaluate else longest
 
 
 def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig, str]:

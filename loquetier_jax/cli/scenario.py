@@ -171,7 +171,7 @@ class Scenario:
 
     def _owes(self, lane: Lane) -> bool:
         """Whether the stream that goes version by version has not yet answered from the last one."""
-        if lane is not self.lanes[-1] or not all(job._retired for job in self.jobs.values()):
+        if lane is not self.lanes[-1] or not all(job.released for job in self.jobs.values()):
             return lane is self.lanes[-1]
         return all(version != self.engine.adapters.get(lane.adapter).id for version, _ in lane.heard)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loquetier_jax.adapters.lora import LoraConfig
-from loquetier_jax.cli.finetune import add_job_options, pack_tokens
+from loquetier_jax.cli.finetune import add_job_options
 from loquetier_jax.cli.job_bar import JobBar
 from loquetier_jax.cli.options import (
     BASE,
@@ -119,12 +119,11 @@ def _job(text: str) -> tuple[str, str]:
 
 def _start_job(engine: "Engine", name: str, data: str, lora: dict[str, Any], train: dict[str, Any]) -> "JobHandle":
     """A job that outlasts the replay unless told otherwise."""
-    defaults = {"pack_tokens": pack_tokens(engine.cfg), "num_train_epochs": 1000.0}
     return engine.finetune(
         name,
         data,
         lora=dataclass_from(LoraConfig, lora, "--lora"),
-        train=dataclass_from(TrainConfig, defaults | train, "--train"),
+        train=dataclass_from(TrainConfig, {"num_train_epochs": 1000.0} | train, "--train"),
     )
 
 

@@ -48,7 +48,7 @@ class JobHandle:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far: loss, grad_norm, learning_rate, eval_loss, ..."""
+        """The lines of metrics.jsonl since it started or was resumed: loss, grad_norm, eval_loss, ..."""
         return list(self._trainee.job.record.lines)
 
     def wait(self) -> "JobHandle":
@@ -58,13 +58,14 @@ class JobHandle:
             JobError: it failed, or it is paused.
         """
         job = self._trainee.job
-        self._engine.wait(lambda: (job.finished and self._retired) or job.status == "paused")
+        self._engine.wait(lambda: (job.finished and self.released) or job.status == "paused")
         if not job.finished or job.status == "failed":
             raise JobError(f"job {self.name!r} is {job.status}: {job.error or 'resume() it first'}")
         return self
 
     @property
-    def _retired(self) -> bool:
+    def released(self) -> bool:
+        """Whether it has ended and given back what it had on the device."""
         return self._engine.loop.training.trainees.get(self.name) is not self._trainee
 
     def pause(self) -> None:

@@ -1,5 +1,6 @@
 """The calls about fine-tuning jobs: start one, resume one."""
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ class JobCalls:
     jobs: dict[str, JobHandle]
     loop: Loop
     wait: Callable[[Callable[[], bool]], None]
+    _check_alive: Callable[[], None]
     _lock: Any
     _changed: threading.Condition
 
@@ -63,7 +65,7 @@ class JobCalls:
         Args:
             name: Of the job and the adapter.
             data: JSON-lines file or records; see `jobs.formats`.
-            lora: Rank, targets, ...; ignored with `init_from`.
+            lora: Rank, targets, ...; with `init_from` those of that adapter.
             train: Optimizer, schedule, batch, ...
             eval_data: Held-out data.
             init_from: Adapter whose current version training starts from.
@@ -72,13 +74,16 @@ class JobCalls:
         Raises:
             DataError: a malformed line, with its number.
             AdapterError: the name is taken, nothing to adapt, or a rank too large.
-            ConfigError: settings of another type.
+            ConfigError: settings of another type, or `lora` beside `init_from`.
             JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the
                 output_dir is that of another job.
         """
+        require(lora is None or init_from is None, "lora", lora, f"None: init_from {init_from!r} has its own")
         cfg, lora = train or TrainConfig(), lora or LoraConfig()
         for argument, value, kind in (("train", cfg, TrainConfig), ("lora", lora, LoraConfig)):
             require(isinstance(value, kind), argument, value, f"a {kind.__name__}")
+        if cfg.pack_tokens is None:
+            cfg = dataclasses.replace(cfg, pack_tokens=self.cfg.longest_pack(scored=eval_data is not None))
         with self._lock:
             self._check_job(name)
         dataset, held_out = self._read(data, eval_data, cfg)
@@ -109,7 +114,8 @@ class JobCalls:
         """Goes on with a checkpointed job: the next losses are those it would have had.
 
         Args:
-            path: A checkpoint, or the folder of several (the newest counts), or a job's output_dir.
+            path: A checkpoint, or the folder of several (the newest counts), or a job's output_dir: it goes on
+                writing there, wherever that folder was when the job was started.
             data, eval_data: The same data as before; hashes are compared.
             loss: The loss function, if the job had one of its own.
 
@@ -118,9 +124,10 @@ class JobCalls:
             AdapterError, JobError: this engine has no room for it, or a job of its name that has not ended.
         """
         path = Path(path)
-        if (path / CHECKPOINTS).is_dir():
-            path = path / CHECKPOINTS
-        state = read_job_state(self.spec, find_checkpoint(path))
+        home = path if (path / CHECKPOINTS).is_dir() else None
+        state = read_job_state(self.spec, find_checkpoint(home / CHECKPOINTS if home else path))
+        if home:
+            state.host["job"]["config"]["output_dir"] = str(home)
         cfg = TrainConfig.from_dict(state.host["job"]["config"], loss=loss)
         return self._adopt(state, *self._read(data, eval_data, cfg), loss)
 
@@ -152,6 +159,7 @@ class JobCalls:
             return self._enlist(trainee)
 
     def _check_job(self, name: str) -> None:
+        self._check_alive()
         if name in self.jobs and self.jobs[name].status in FINISHED:
             self.loop.drain()  # what it had in flight is read, and it gives everything back
             self.loop.training.tick(self.loop.epoch)
@@ -170,9 +178,9 @@ class JobCalls:
         if shape.num_pages > self.cfg.train_pages:
             raise AdapterError(f"{name}: got rank {shape.max_rank}, expected <= {16 * self.cfg.train_pages}")
         longest = max((b.score_tokens for b in self.cfg.buckets), default=0)
-        if evaluates and cfg.pack_tokens > longest:
+        if evaluates and cfg.pack_rows > longest:
             raise JobError(
-                f"eval_data: got pack_tokens {cfg.pack_tokens}, expected <= {longest}, the longest score bucket"
+                f"eval_data: got pack_tokens {cfg.pack_rows}, expected <= {longest}, the longest score bucket"
             )
 
     def _enlist(self, trainee: Trainee) -> JobHandle:

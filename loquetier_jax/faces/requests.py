@@ -57,6 +57,7 @@ class RequestCalls:
     tokenizer: PreTrainedTokenizerBase | None
     loop: Loop
     wait: Callable[[Callable[[], bool]], None]
+    _check_alive: Callable[[], None]
     _lock: Any
     _changed: threading.Condition
     _ids: "itertools.count[int]"
@@ -84,7 +85,9 @@ class RequestCalls:
         Raises:
             RequestError: a prompt that cannot fit, bad parameters, an id in use.
             AdapterError: an unknown adapter. In both cases running requests do not notice.
+            EngineError: a step has failed before.
         """
+        self._check_alive()
         params = SamplingParams() if params is None else params
         refuse(isinstance(params, SamplingParams), "params", params, "SamplingParams")
         with self._lock, self._seeds_kept():
@@ -258,21 +261,8 @@ class RequestCalls:
             f"{request.num_tokens} tokens with max_tokens ({pages} KV pages)",
             f"<= {room}",
         )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(params, name)
-            refuse(
-                value is None or value <= cfg.max_logprobs, name, value, f"<= max_logprobs {cfg.max_logprobs}"
-            )
-        bias = params.logit_bias or {}
-        refuse(
-            len(bias) <= cfg.max_logit_bias, "logit_bias", f"{len(bias)} entries", f"<= {cfg.max_logit_bias}"
-        )
-        foreign = next((t for t in (*bias, *params.stop_token_ids) if t >= self.spec.vocab_size), None)
-        refuse(
-            foreign is None,
-            "logit_bias or stop_token_ids",
-            foreign,
-            f"ids < vocab_size {self.spec.vocab_size}",
+        params.check(
+            vocab_size=self.spec.vocab_size, max_logprobs=cfg.max_logprobs, max_logit_bias=cfg.max_logit_bias
         )
         held = len(request.stop_ids) if params.min_tokens else 0
         refuse(held <= MAX_BANNED, "stop_token_ids", f"{held} ids with min_tokens", f"<= {MAX_BANNED}")

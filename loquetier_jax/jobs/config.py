@@ -14,12 +14,12 @@ from loquetier_jax.errors import ConfigError
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+DEFAULT_PACK_TOKENS = 512
 CALLABLE_LOSS = "callable"  # stands for a loss function in a saved config; restoring is given it again
 
 _INTEGERS = {  # field: smallest value
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
-    "pack_tokens": PACK_ALIGN,
     "seed": 0,
     "logging_steps": 1,
     "save_steps": 0,
@@ -61,7 +61,9 @@ class TrainConfig:
         momentum: Of sgd.
         seed: Of shuffling, dropout and adapter initialization.
         max_length: Tokens of a sample; a longer one is truncated. None: as many as one pack holds.
-        pack_tokens: Rows of one pack, a multiple of PACK_ALIGN; the engine must have a bucket of this length.
+        pack_tokens: Rows of one pack, a multiple of PACK_ALIGN. Packs of a length that a train bucket of the
+            engine has can ride beside requests in one forward; others run in forwards of their own. None: the
+            engine's longest.
         completion_only_loss: Learn completions and assistant messages only; False learns every token.
         shuffle: A new order each epoch, from (seed, epoch); False keeps the order of the data.
         loss: "cross_entropy", or a function of one pack's (logp [L], weights [L]): the sum of its token
@@ -91,7 +93,7 @@ class TrainConfig:
     momentum: float = 0.0
     seed: int = 42
     max_length: int | None = None
-    pack_tokens: int = 512
+    pack_tokens: int | None = None
     completion_only_loss: bool = True
     shuffle: bool = True
     loss: str | Callable[[Any, Any], Any] = "cross_entropy"
@@ -129,16 +131,12 @@ class TrainConfig:
             self.num_train_epochs,
             "a number > 0 when max_steps is -1",
         )
-        require(
-            self.pack_tokens % PACK_ALIGN == 0, "pack_tokens", self.pack_tokens, f"a multiple of {PACK_ALIGN}"
-        )
-        require(
-            self.max_length is None
-            or (_is_int(self.max_length) and 2 <= self.max_length <= self.pack_tokens + 1),
-            "max_length",
-            self.max_length,
-            f"null or an integer in [2, pack_tokens + 1 = {self.pack_tokens + 1}]",
-        )
+        rows = self.pack_tokens
+        aligned = rows is None or (_is_int(rows) and rows >= PACK_ALIGN and rows % PACK_ALIGN == 0)
+        require(aligned, "pack_tokens", rows, f"null or a multiple of {PACK_ALIGN}")
+        most = math.inf if rows is None else rows + 1
+        ok = self.max_length is None or (_is_int(self.max_length) and 2 <= self.max_length <= most)
+        require(ok, "max_length", self.max_length, f"null or an integer in [2, pack_tokens + 1 = {most}]")
         require(
             self.loss == "cross_entropy" or callable(self.loss),
             "loss",
@@ -160,9 +158,14 @@ class TrainConfig:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
+    def pack_rows(self) -> int:
+        """pack_tokens, DEFAULT_PACK_TOKENS where no engine has filled it in."""
+        return self.pack_tokens or DEFAULT_PACK_TOKENS
+
+    @property
     def sample_tokens(self) -> int:
         """Most tokens of one sample. n tokens take n - 1 rows: the last token is only ever a target."""
-        return self.max_length or self.pack_tokens + 1
+        return self.max_length or self.pack_rows + 1
 
     def steps_per_epoch(self, num_samples: int) -> int:
         """Optimizer steps of one pass over `num_samples`; the last may be short, as in Trainer."""

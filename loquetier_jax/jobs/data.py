@@ -176,8 +176,8 @@ def _check_lengths(data: Dataset, cfg: TrainConfig) -> None:
     if not data.samples:
         raise DataError(f"{data.name}: no records")
     for i, sample in enumerate(data.samples):
-        if len(sample) > cfg.pack_tokens or not np.any(sample.weights):
+        if len(sample) > cfg.pack_rows or not np.any(sample.weights):
             raise DataError(
                 f"{data.name}[{i}]: got {len(sample)} rows with {np.count_nonzero(sample.weights)} targets, "
-                f"expected at most pack_tokens = {cfg.pack_tokens} rows and at least one target"
+                f"expected at most pack_tokens = {cfg.pack_rows} rows and at least one target"
             )

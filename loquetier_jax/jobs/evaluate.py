@@ -102,7 +102,7 @@ class Evaluation:
         if not self.active or self._next == len(self.bins):
             return None
         last = self._next + 1 == len(self.bins)
-        ids, rows = self.bins[self._next], self.cfg.pack_tokens
+        ids, rows = self.bins[self._next], self.cfg.pack_rows
         return build_pack(self.data.samples, ids, rows, index=self._next, is_last=last)
 
     def pack_dispatched(self, pack: Pack) -> None:

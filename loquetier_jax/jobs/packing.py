@@ -82,7 +82,7 @@ class PackStream:
         return build_pack(
             self.data.samples,
             bins[cursor.pack],
-            self.cfg.pack_tokens,
+            self.cfg.pack_rows,
             seed=self.cfg.seed,
             step=cursor.step,
             index=cursor.pack,
@@ -105,7 +105,7 @@ class PackStream:
         if self._cached_bins[0] != step:
             self._cached_bins = (
                 step,
-                first_fit(self.data.samples, self.samples_of(step), self.cfg.pack_tokens),
+                first_fit(self.data.samples, self.samples_of(step), self.cfg.pack_rows),
             )
         return self._cached_bins[1]
 
@@ -113,7 +113,7 @@ class PackStream:
 def eval_packs(data: Dataset, cfg: TrainConfig) -> list[tuple[int, ...]]:
     """The samples of each evaluation pack, in the order of the data; `build_pack` makes the pack."""
     windows = (range(i, min(i + EVAL_WINDOW, len(data))) for i in range(0, len(data), EVAL_WINDOW))
-    return [tuple(b) for window in windows for b in first_fit(data.samples, window, cfg.pack_tokens)]
+    return [tuple(b) for window in windows for b in first_fit(data.samples, window, cfg.pack_rows)]
 
 
 def first_fit(samples: Sequence[Sample], ids: Sequence[int], pack_tokens: int) -> list[list[int]]:

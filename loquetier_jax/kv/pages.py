@@ -37,11 +37,6 @@ class KVPages:
         """Pages that `reserve` can hand out now; those in quarantine are not among them."""
         return self._pool.num_free
 
-    @property
-    def usage(self) -> float:
-        """Share of pages not free, in [0, 1]."""
-        return 1 - self._pool.num_free / self._pool.size
-
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` tokens take."""
         return -(-num_tokens // self.page_size)

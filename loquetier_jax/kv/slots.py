@@ -8,16 +8,12 @@ from loquetier_jax.kv.pool import EpochPool
 
 
 class Slots:
-    """Slots 0 .. num_slots - 1.
-
-    Each tenancy of a slot has a generation; results of an earlier one are dropped.
-    """
+    """Slots 0 .. num_slots - 1."""
 
     def __init__(self, num_slots: int) -> None:
         """Makes `num_slots` free slots."""
         require(num_slots >= 1, "num_slots", num_slots, "an integer >= 1")
         self._pool = EpochPool(range(num_slots), "slots")
-        self._generations = [0] * num_slots
 
     @property
     def num_slots(self) -> int:
@@ -28,32 +24,25 @@ class Slots:
         """Slots that `acquire` can hand out now."""
         return self._pool.num_free
 
-    def acquire(self) -> tuple[int, int]:
-        """Takes a slot; returns (slot, generation).
+    def acquire(self) -> int:
+        """Takes a slot.
 
         Raises:
             CapacityError: none is free.
         """
-        [slot] = self._pool.take(1)
-        self._generations[slot] += 1
-        return slot, self._generations[slot]
+        return self._pool.take(1)[0]
 
     def release(self, slot: int, epoch: int) -> None:
-        """Gives the slot back once step `epoch` has completed; from now on its generation is dead.
+        """Gives the slot back once step `epoch` has completed.
 
         Raises:
             IntegrityError: the slot is not acquired.
         """
         self._pool.give([slot], epoch)
-        self._generations[slot] += 1
 
     def complete(self, epoch: int) -> None:
         """Says that all steps up to `epoch` have completed."""
         self._pool.complete(epoch)
-
-    def is_current(self, slot: int, generation: int) -> bool:
-        """Whether (slot, generation) is still the tenancy that `acquire` returned."""
-        return self._generations[slot] == generation
 
     def check_integrity(self, owned: Iterable[int] | None = None) -> None:
         """Raises IntegrityError unless slots add up and, if given, `owned` are exactly the acquired ones."""

@@ -24,7 +24,7 @@ Listener = Callable[[StreamPiece], None]
 
 @dataclass(frozen=True)
 class SampledRow:
-    """Row `row` of a step's sampled tokens belongs to `request`, if its slot is still of that generation."""
+    """Row `row` of a step's sampled tokens belongs to `request`."""
 
     row: int
     request: Request
@@ -72,7 +72,7 @@ class Serving:
             with an error).
         """
         try:
-            slot, generation, kv_pages = self._acquire(request, epoch)
+            slot, kv_pages = self._acquire(request, epoch)
         except CapacityError:
             return False
         except AdapterError as error:
@@ -80,17 +80,17 @@ class Serving:
             self._tell(request, request.fail(str(error), now))
             return False
         del self.waiting[request.id]
-        request.slot, request.generation, request.kv_pages = slot, generation, kv_pages
+        request.slot, request.kv_pages = slot, kv_pages
         request.metrics.first_scheduled_time = now
         request.status = "running"
         self.running[request.id] = request
         return True
 
-    def _acquire(self, request: Request, epoch: int) -> tuple[int, int, list[int]]:
-        """Slot, generation and KV pages; the adapter last, because only that can fail for other reasons."""
+    def _acquire(self, request: Request, epoch: int) -> tuple[int, list[int]]:
+        """Slot and KV pages; the adapter last, because only that can fail for other reasons."""
         kv_pages = self.kv.reserve(request.num_tokens)
         try:
-            slot, generation = self.slots.acquire()
+            slot = self.slots.acquire()
         except CapacityError:
             self.kv.free(kv_pages, -1)
             raise
@@ -105,7 +105,7 @@ class Serving:
                 self.slots.release(slot, -1)
                 raise
             self.store.drop(version)
-        return slot, generation, kv_pages
+        return slot, kv_pages
 
     def _leave_queue(self, request: Request) -> None:
         del self.waiting[request.id]
@@ -221,6 +221,11 @@ class Serving:
                 del self.listeners[request.id]
         if request.finished:
             self.listeners.pop(request.id, None)
+
+    def fail_all(self, message: str, now: float) -> None:
+        """Ends every live request with an error. Nothing is given back: the engine is lost."""
+        for request in [*self.waiting.values(), *self.running.values()]:
+            self._tell(request, request.fail(message, now))
 
     def complete(self, epoch: int) -> None:
         """Steps up to `epoch` have completed: what they used may be handed out again."""

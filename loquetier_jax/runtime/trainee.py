@@ -66,7 +66,7 @@ class Trainee:
         loss = self.job.cfg.loss
         return TrainKey(
             packs=packs,
-            pack_tokens=self.job.cfg.pack_tokens,
+            pack_tokens=self.job.cfg.pack_rows,
             pages=self.shape.num_pages,
             dropout=self.lora.lora_dropout > 0,
             loss=loss if callable(loss) else None,

@@ -112,15 +112,15 @@ class Training:
 
     def keys(self, trainee: Trainee) -> list[TrainKey]:
         """Every compiled pass shape the job may ride in."""
-        return [trainee.key(n) for n in self.pack_counts(trainee.job.cfg.pack_tokens)]
+        return [trainee.key(n) for n in self.pack_counts(trainee.job.cfg.pack_rows)]
 
     def buckets(self) -> list[Bucket]:
         """Train buckets that some job may use now, those of passes alone included."""
         found: dict[Bucket, None] = {}
         for trainee in self.trainees.values():
             if self._ready(trainee):
-                counts = self.pack_counts(trainee.job.cfg.pack_tokens)
-                shapes = [(n, trainee.job.cfg.pack_tokens) for n in counts]
+                counts = self.pack_counts(trainee.job.cfg.pack_rows)
+                shapes = [(n, trainee.job.cfg.pack_rows) for n in counts]
                 found |= dict.fromkeys(Bucket(packs=n, pack_tokens=size) for n, size in shapes)
                 found |= dict.fromkeys(b for b in self.cfg.buckets if (b.packs, b.pack_tokens) in shapes)
         return list(found)
@@ -153,7 +153,7 @@ class Training:
             elif job.next_pack() is not None:
                 status = "ready"
         return JobView(
-            name=job.name, status=status, pack_tokens=job.cfg.pack_tokens, packs=packs, group=trainee.group
+            name=job.name, status=status, pack_tokens=job.cfg.pack_rows, packs=packs, group=trainee.group
         )  # fmt: skip
 
     def pass_view(self) -> PassView | None:

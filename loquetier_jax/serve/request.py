@@ -27,7 +27,7 @@ Status = Literal["waiting", "running", "finished"]
 class Request:
     """One completion of one prompt (a request with n > 1 is n of these, see `make_requests`).
 
-    The engine writes slot, generation, kv_pages, num_prefilled, num_dispatched, version and prompt_logprobs;
+    The engine writes slot, kv_pages, num_prefilled, num_dispatched, version and prompt_logprobs;
     everything about tokens, text and the end happens in `accept`, `abort` and `fail`.
 
     Attributes:
@@ -41,7 +41,7 @@ class Request:
         index: Which of the n completions.
         prompt: The text, when text was given.
         eos_token_ids: Ids that end a sequence of this model.
-        slot, generation: Where its state lives on the device; None while it waits.
+        slot: Where its state lives on the device; None while it waits.
         kv_pages: Its KV pages in order of position.
         num_prefilled: Prompt tokens dispatched.
         num_dispatched: Output tokens dispatched, read or not.
@@ -67,7 +67,6 @@ class Request:
     prompt: str | None = None
     eos_token_ids: frozenset[int] = frozenset()
     slot: int | None = None
-    generation: int | None = None
     kv_pages: list[int] = field(default_factory=list)
     num_prefilled: int = 0
     num_dispatched: int = 0

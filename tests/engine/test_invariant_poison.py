@@ -94,7 +94,7 @@ def test_an_adapter_of_nan_or_inf(engine, quiet, value):
     check_same(found, quiet)
     assert not np.isfinite(engine.log_probs(prompts(4, 30), "sick")[0]).any()
     sick = engine.jobs["sick job"]
-    engine.wait(lambda: sick._retired)
+    engine.wait(lambda: sick.released)
     assert sick.status == "failed" and "not finite" in sick.error and "step 0" in sick.error
     check_clean(engine)
 
@@ -150,7 +150,7 @@ def test_kept_activations_of_one_job(engine, quiet, monkeypatch, value, where):
     check_same(found, quiet)
     assert 2 in seen, "the sick job never shared a pass"
     sick = engine.jobs["sick"]
-    engine.wait(lambda: sick._retired)
+    engine.wait(lambda: sick.released)
     assert sick.status == "failed" and "not finite" in sick.error
     with pytest.raises(JobError, match="'sick' is failed: step 0"):
         sick.wait()
@@ -171,7 +171,7 @@ def test_activations_poisoned_across_the_packs_would_be_seen(engine, quiet, monk
     monkeypatch.setattr(TrainPass, "_start_backward", poisoned)
     job = start(engine, "job", 0)
     start(engine, "sick", 1)
-    engine.wait(lambda: job._retired)
+    engine.wait(lambda: job.released)
     with pytest.raises(AssertionError, match="job: bits"):
         check_same({"job": trained(job)}, {"job": quiet["job"]})
 

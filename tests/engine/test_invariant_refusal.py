@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from loquetier_jax.adapters.lora import LoraConfig
-from loquetier_jax.errors import AdapterError, CapacityError, DataError, IntegrityError, JobError, RequestError
+from loquetier_jax.errors import (
+    AdapterError,
+    CapacityError,
+    ConfigError,
+    DataError,
+    IntegrityError,
+    JobError,
+    RequestError,
+)
 from loquetier_jax.kv.pool import EpochPool
 from loquetier_jax.runtime.serving import Serving
 from loquetier_jax.serve.params import SamplingParams
@@ -159,7 +167,8 @@ def refuse_jobs(engine, folder):
     refused(DataError, "no records", data=data_file(folder, ""))
     refused(DataError, r"data\[1\]", data=[{"text": "ab"}, {"what": "ab"}])
     refused(AdapterError, "'a' exists", name="a")
-    refused(AdapterError, "'nobody'", init_from="nobody")
+    refused(AdapterError, "'nobody'", init_from="nobody", lora=None)
+    refused(ConfigError, "lora: got LoraConfig.*'nobody' has its own", init_from="nobody")
     refused(AdapterError, "rank 40", lora=LoraConfig(r=40, target_modules=["q_proj"]))
     refused(JobError, "'job' has not ended", name="job")
     assert not (folder / "out").exists(), "a refused job has written files"

@@ -92,7 +92,8 @@ def train_once(engine, sequences, adapter, beside=()):
     cfg = train_config(max_steps=1, per_device_train_batch_size=len(samples))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "accept_pass", accept)
-        job = engine.finetune("job", Dataset("d", samples), lora=LORA, train=cfg, init_from=adapter)
+        start = {"init_from": adapter} if adapter else {"lora": LORA}
+        job = engine.finetune("job", Dataset("d", samples), train=cfg, **start)
         requests = [engine.submit(*one) for one in beside]
         job.wait()
         finish(engine, requests)

@@ -1,5 +1,6 @@
 """A job moved, saved, paused in the middle of a step goes on as if nothing had happened."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,21 @@ def test_a_job_that_succeeded_resumes_as_such_and_serves(engines: Any, uninterru
     here, there = (e.generate([prompt], "job", greedy())[0].outputs[0].token_ids for e in engines)
     assert here == there
     assert_empty(second)
+
+
+def test_a_run_that_was_moved_goes_on_where_it_lies(engines: Any, uninterrupted: Any, tmp_path: Path):
+    first, second = engines
+    job = start(first, output_dir=str(tmp_path / "old"), save_steps=1)
+    to_the_middle(first, job, step=2)
+    job.cancel()
+    assert_empty(first)
+    (tmp_path / "old").rename(tmp_path / "new")
+    resumed = second.resume_job(tmp_path / "new", DATA, eval_data=HELD_OUT).wait()
+    assert not (tmp_path / "old").exists()
+    lines = [json.loads(line) for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]
+    wanted = [line for line in uninterrupted[0] if "loss" in line]
+    assert [line["loss"] for line in lines if "loss" in line] == [line["loss"] for line in wanted]
+    assert_same(([], masters(second, resumed.name)), ([], uninterrupted[1]))
 
 
 def test_pause_resume_and_cancel(engines: Any, uninterrupted: Any):

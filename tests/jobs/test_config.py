@@ -24,7 +24,6 @@ from loquetier_jax.jobs.config import SCHEDULES, TrainConfig, learning_rate
         ("gradient_accumulation_steps", True),
         ("pack_tokens", 100),
         ("max_length", 1),
-        ("max_length", 514),
         ("adam_beta2", 1.0),
         ("adam_epsilon", -1e-8),
         ("momentum", 1.0),
@@ -37,6 +36,8 @@ from loquetier_jax.jobs.config import SCHEDULES, TrainConfig, learning_rate
 def test_bad_values_are_named(name, value):
     with pytest.raises(ConfigError, match=name):
         TrainConfig(**{name: value})
+    with pytest.raises(ConfigError, match=r"max_length: got 66, expected null or an integer in \[2, .* = 65\]"):
+        TrainConfig(pack_tokens=64, max_length=66)
 
 
 def test_unknown_keys_raise():
