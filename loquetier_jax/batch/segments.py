@@ -134,75 +134,88 @@ def num_tiles(bucket: Bucket) -> int:
     return (bucket.train_rows + bucket.score_rows + bucket.prefill) // BLOCK + bucket.decode
 
 
+def _i32(*shape: int, fill: int = 0) -> np.ndarray:
+    return np.full(shape, fill, np.int32)
+
+
+def _f32(*shape: int, fill: float = 0.0) -> np.ndarray:
+    return np.full(shape, fill, np.float32)
+
+
 def empty_batch(bucket: Bucket, cfg: EngineConfig) -> SegmentBatch:
     """A batch of nothing but padding, numpy, in the shapes of `bucket`; the packer fills it in."""
-    trash_slot = cfg.max_num_seqs
-    mp, tables = cfg.max_lora_pages, cfg.max_pages_per_seq
-
-    def i32(*shape: int, fill: int = 0) -> np.ndarray:
-        return np.full(shape, fill, np.int32)
-
-    def f32(*shape: int, fill: float = 0.0) -> np.ndarray:
-        return np.full(shape, fill, np.float32)
-
-    def packs(rows: int) -> PackRows:
-        return PackRows(tokens=i32(rows), targets=i32(rows), positions=i32(rows), segments=i32(rows, fill=-1))
-
-    def attention(blocks: int, sequences: int) -> AttentionPlan:
-        return AttentionPlan(
-            block_seq=i32(blocks), block_pos=i32(blocks), block_len=i32(blocks), tables=i32(sequences, tables)
-        )
-
-    b, t, n, tiles = bucket, bucket.train_rows, bucket.samples, num_tiles(bucket)
+    plan = plan_shapes(bucket.rows, num_tiles(bucket), cfg.max_lora_pages)
     return SegmentBatch(
-        lora=jax.tree.map(lambda s: np.zeros(s.shape, np.int32), plan_shapes(b.rows, tiles, mp)),
-        train=None
-        if not t
-        else TrainRows(
-            rows=packs(t),
-            weights=f32(t),
-            pages=i32(b.packs, mp),
-            grad_pages=i32(b.packs, mp),
-            drop_keys=np.zeros(t, np.uint32),
-            drop_rates=f32(b.packs),
-        ),
-        score=None if not b.score_rows else packs(b.score_rows),
-        prefill=None
-        if not b.prefill
-        else PrefillRows(
-            tokens=i32(b.prefill),
-            positions=i32(b.prefill),
-            kv_page=i32(b.prefill),
-            kv_offset=i32(b.prefill),
-            plan=attention(b.prefill // BLOCK, b.chunks),
-            last_row=i32(b.chunks),
-        ),
-        decode=None
-        if not b.decode
-        else DecodeRows(
-            slots=i32(b.decode, fill=trash_slot),
-            positions=i32(b.decode),
-            kv_page=i32(b.decode),
-            kv_offset=i32(b.decode),
-            plan=attention(b.decode, b.decode),
-        ),
-        sample=None
-        if not n
-        else SampleRows(
-            slots=i32(n, fill=trash_slot),
-            index=i32(n),
-            seed=np.zeros(n, np.uint32),
-            temperature=f32(n),
-            top_k=i32(n),
-            top_p=f32(n, fill=1.0),
-            min_p=f32(n),
-            repetition_penalty=f32(n, fill=1.0),
-            presence_penalty=f32(n),
-            frequency_penalty=f32(n),
-            bias_ids=i32(n, cfg.max_logit_bias, fill=-1),
-            bias=f32(n, cfg.max_logit_bias),
-            banned_ids=i32(n, MAX_BANNED, fill=-1),
-        ),
+        lora=jax.tree.map(lambda s: np.zeros(s.shape, np.int32), plan),
+        train=_empty_train(bucket, cfg) if bucket.packs else None,
+        score=_empty_packs(bucket.score_rows) if bucket.score_rows else None,
+        prefill=_empty_prefill(bucket, cfg) if bucket.prefill else None,
+        decode=_empty_decode(bucket, cfg) if bucket.decode else None,
+        sample=_empty_sample(bucket, cfg) if bucket.samples else None,
+    )
+
+
+def _empty_packs(rows: int) -> PackRows:
+    return PackRows(tokens=_i32(rows), targets=_i32(rows), positions=_i32(rows), segments=_i32(rows, fill=-1))
+
+
+def _empty_train(bucket: Bucket, cfg: EngineConfig) -> TrainRows:
+    return TrainRows(
+        rows=_empty_packs(bucket.train_rows),
+        weights=_f32(bucket.train_rows),
+        pages=_i32(bucket.packs, cfg.max_lora_pages),
+        grad_pages=_i32(bucket.packs, cfg.max_lora_pages),
+        drop_keys=np.zeros(bucket.train_rows, np.uint32),
+        drop_rates=_f32(bucket.packs),
+    )
+
+
+def _empty_attention(blocks: int, sequences: int, cfg: EngineConfig) -> AttentionPlan:
+    return AttentionPlan(
+        block_seq=_i32(blocks),
+        block_pos=_i32(blocks),
+        block_len=_i32(blocks),
+        tables=_i32(sequences, cfg.max_pages_per_seq),
+    )
+
+
+def _empty_prefill(bucket: Bucket, cfg: EngineConfig) -> PrefillRows:
+    return PrefillRows(
+        tokens=_i32(bucket.prefill),
+        positions=_i32(bucket.prefill),
+        kv_page=_i32(bucket.prefill),
+        kv_offset=_i32(bucket.prefill),
+        plan=_empty_attention(bucket.prefill // BLOCK, bucket.chunks, cfg),
+        last_row=_i32(bucket.chunks),
+    )
+
+
+def _empty_decode(bucket: Bucket, cfg: EngineConfig) -> DecodeRows:
+    return DecodeRows(
+        slots=_i32(bucket.decode, fill=cfg.max_num_seqs),  # the trash slot
+        positions=_i32(bucket.decode),
+        kv_page=_i32(bucket.decode),
+        kv_offset=_i32(bucket.decode),
+        plan=_empty_attention(bucket.decode, bucket.decode, cfg),
+    )
+
+
+def _empty_sample(bucket: Bucket, cfg: EngineConfig) -> SampleRows:
+    n = bucket.samples
+    return SampleRows(
+        slots=_i32(n, fill=cfg.max_num_seqs),
+        index=_i32(n),
+        seed=np.zeros(n, np.uint32),
+        temperature=_f32(n),
+        top_k=_i32(n),
+        top_p=_f32(n, fill=1.0),
+        min_p=_f32(n),
+        repetition_penalty=_f32(n, fill=1.0),
+        presence_penalty=_f32(n),
+        frequency_penalty=_f32(n),
+        bias_ids=_i32(n, cfg.max_logit_bias, fill=-1),
+        bias=_f32(n, cfg.max_logit_bias),
+        banned_ids=_i32(n, MAX_BANNED, fill=-1),
     )
 
 

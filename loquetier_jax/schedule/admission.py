@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterable
 
 from loquetier_jax.config import SAMPLING_LEVELS, Bucket, Sampling
+from loquetier_jax.schedule.room import Room
 from loquetier_jax.schedule.snapshot import Snapshot, Waiting
 
 EXAMINED = 64  # of the waiting requests, so many are looked at for not fitting
@@ -32,6 +33,8 @@ class Admission:
 
     A request that does not fit is overtaken by `max_overtakes` later ones at most: then they wait behind it. One that
     lacks nothing but adapter pages holds up only those that want such pages, too: a job may have them for hours.
+    Where a TTFT is promised, who lacks a slot or KV pages has a reservation, and is overtaken only by those who take
+    nothing of it (conservative backfilling, as batch schedulers do).
 
     Attributes:
         admitted: Who was admitted, in order.
@@ -41,7 +44,7 @@ class Admission:
         """Starts from the free slots and pages of `snapshot`."""
         self.admitted: list[str] = []
         self._limits = decode_limits(snapshot.buckets)
-        self._slots, self._pages = snapshot.free_slots, snapshot.free_pages
+        self._slots, self._pages, self._taken_pages = snapshot.free_slots, snapshot.free_pages, 0
         self._adapter_pages = snapshot.free_adapter_pages
         self._pinned: set[str] = set()
         running = [*snapshot.running, *snapshot.prefilling]
@@ -52,6 +55,8 @@ class Admission:
         # Who has no room, or has been overtaken so often that nobody may take it from him: how often.
         self._blocked: dict[str, int] = {}
         self._lack_adapter_pages: set[str] = set()
+        self._reservations = Room(snapshot) if snapshot.slo.ttft_ms is not None else None
+        self._spare: dict[str, list[int]] = {}  # slots and KV pages beside the reservation of who has one
         for request in snapshot.waiting[:EXAMINED]:
             if not self._room(request) or self._before.get(request.id, 0) >= max_overtakes:
                 self._block(request)
@@ -75,6 +80,10 @@ class Admission:
             self._blocked[request.id] = self._before.get(request.id, 0) + later
             if not self._adapter_room(request) and self._other_room(request):
                 self._lack_adapter_pages.add(request.id)
+            if self._reservations and (self._slots < 1 or self._pages < request.pages):
+                self._reservations.reserve(request)
+                spare = self._reservations.slots - len(self.admitted), self._reservations.pages - self._taken_pages
+                self._spare[request.id] = list(spare)
 
     def fits(self, request: Waiting) -> bool:
         """Whether the request can be admitted now; remembers it when there is no room."""
@@ -82,6 +91,9 @@ class Admission:
             self._block(request)
             return False
         rank, wants = self._rank[request.id], request.adapter_pages > 0
+        spare = [have for i, have in self._spare.items() if self._rank[i] < rank]
+        if any(slots < 1 or pages < request.pages for slots, pages in spare):
+            return False
         behind = (i for i, n in self._blocked.items() if n >= self._max_overtakes and self._rank[i] < rank)
         return all(i in self._lack_adapter_pages and not wants for i in behind)
 
@@ -89,6 +101,10 @@ class Admission:
         """Admits a request that fits."""
         self.admitted.append(request.id)
         self._blocked.pop(request.id, None)
+        for have in self._spare.values():
+            have[0] -= 1
+            have[1] -= request.pages
+        self._taken_pages += request.pages
         for i in self._blocked:
             self._blocked[i] += self._rank[i] < self._rank[request.id]
         self._slots -= 1

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterable
 
+from loquetier_jax.schedule.room import Room
 from loquetier_jax.schedule.snapshot import Decoding, Prefilling, Snapshot, Waiting
 
 
@@ -72,29 +73,11 @@ def first_token_budget(
     if ttft is None:
         return math.inf
     budget = math.inf
-    room = _Room(snapshot, admit)
+    room = Room(snapshot, admit)
     for r in pending:
         tokens = r.remaining if isinstance(r, Prefilling) else r.prompt_tokens
         steps = -(-tokens // max(rows, 1))
         if isinstance(r, Waiting) and r.id not in admit:
-            steps += room.steps_until(r)
+            steps += room.reserve(r)
         budget = min(budget, 1e3 * (r.arrival - at) + ttft - steps * next_ms)
     return budget
-
-
-class _Room:
-    """Slots and KV pages as the running requests give them back, the one with the fewest tokens left first."""
-
-    def __init__(self, snapshot: Snapshot, admit: Collection[str]) -> None:
-        taken = [w.pages for w in snapshot.waiting if w.id in admit]
-        self._slots, self._pages = snapshot.free_slots - len(taken), snapshot.free_pages - sum(taken)
-        self._ending = sorted(((r.remaining, r.pages) for r in snapshot.running), reverse=True)
-        self._steps = 0
-
-    def steps_until(self, request: Waiting) -> int:
-        """Steps until there is room for one more, which it then takes; requests are asked about in order."""
-        while self._ending and (self._slots < 1 or self._pages < request.pages):
-            self._steps, pages = self._ending.pop()
-            self._slots, self._pages = self._slots + 1, self._pages + pages
-        self._slots, self._pages = self._slots - 1, self._pages - request.pages
-        return self._steps

@@ -194,8 +194,12 @@ def test_ctrl_c_falls_between_two_steps(tiny_engine, monkeypatch):
         return steps[-1]
 
     monkeypatch.setattr(engine.loop, "iterate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate([[5, 6, 7]], params=greedy(4))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # test workers ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([[5, 6, 7]], params=greedy(4))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert steps == [True]  # the step it fell into was finished
     monkeypatch.undo()
     assert len(engine.generate([[5, 6, 7]], params=greedy(4))[0].outputs[0].token_ids) == 4

@@ -177,6 +177,12 @@ def test_a_large_request_among_small_ones_gets_in(engine: Simulator, order: str)
     jobs=[SimJob("", 256)],
     tpot=25.0,
 )
+@example(  # the eighth lacks KV pages: a later one must not take those that come back just then
+    gaps=[0.0625, 0.09375, 0.0625, 0.140625, 0.078125, 0.1875, 0.0625, 0.09375, 0.0625],
+    lengths=[(1, 1), (1, 18), (127, 18), (205, 20), (168, 9), (198, 11), (168, 9), (240, 1), (171, 6)],
+    jobs=[SimJob("", 512)],
+    tpot=60.0,
+)
 def test_the_promise_is_kept_under_a_feasible_load(
     engine: Simulator, gaps: list[float], lengths: list[tuple[int, int]], jobs: list[SimJob], tpot: float
 ) -> None:
