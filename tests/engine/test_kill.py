@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loquetier_jax.engine import Engine
 from loquetier_jax.jobs.checkpoint import FAULT_POINTS, CheckpointStore, read_state
 from loquetier_jax.jobs.metrics import read_metrics
+from tests.engine.engines import reset
 from tests.engine.training_process import (
     KILLED,
     SAVE_STEPS,
@@ -34,10 +36,15 @@ def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def reference(compilation_cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def engine(compilation_cache_dir: str) -> Engine:
+    """The one that trains in this process: all of the reference, and the ends of the killed jobs."""
+    return job_engine(compilation_cache_dir)
+
+
+@pytest.fixture(scope="module")
+def reference(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The lines of the job that runs from its beginning to its end in one process."""
-    job = start_or_resume(job_engine(compilation_cache_dir), tmp_path_factory.mktemp("whole")).wait()
-    return numbers(job.metrics)
+    return numbers(start_or_resume(engine, tmp_path_factory.mktemp("whole")).wait().metrics)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +74,14 @@ def last_step(folder: Path) -> int:
     return lines[-1]["step"] if lines else 0
 
 
-def finish_here(folder: Path, cache: str, reference: list[dict[str, Any]]) -> None:
+def finish_here(folder: Path, engine: Engine, reference: list[dict[str, Any]]) -> None:
     """Resumes in this process and compares every line: of the file, and of at least AFTER losses after the kill."""
     at = checkpointed_step(folder)
     assert 0 < at <= STEPS - AFTER
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 9999, "lo')  # the line that the kill cut short
-    job = start_or_resume(job_engine(cache), folder).wait()
+    reset(engine)
+    job = start_or_resume(engine, folder).wait()
     lines = numbers(job.metrics)  # the first may be the evaluation that was under way
     assert lines == reference[-len(lines) :]
     assert [line["step"] for line in lines if "loss" in line] == list(range(at + 1, STEPS + 1))
@@ -82,7 +90,7 @@ def finish_here(folder: Path, cache: str, reference: list[dict[str, Any]]) -> No
 
 
 def test_killed_at_every_fault_point_of_a_save(
-    spawn: Callable[..., BaseProcess], reference: list[dict[str, Any]], tmp_path: Path, compilation_cache_dir: str
+    spawn: Callable[..., BaseProcess], reference: list[dict[str, Any]], tmp_path: Path, engine: Engine
 ):
     """One job, killed at one point after the other, each time on the second save of the process."""
     assert len(FAULT_POINTS) == 7
@@ -95,11 +103,11 @@ def test_killed_at_every_fault_point_of_a_save(
         assert last_step(tmp_path) >= checkpointed_step(tmp_path)
         lines = numbers(read_metrics(tmp_path / "metrics.jsonl"))
         assert lines == reference[: len(lines)]
-    finish_here(tmp_path, compilation_cache_dir, reference)
+    finish_here(tmp_path, engine, reference)
 
 
 def test_killed_at_random(
-    spawn: Callable[..., BaseProcess], reference: list[dict[str, Any]], tmp_path: Path, compilation_cache_dir: str
+    spawn: Callable[..., BaseProcess], reference: list[dict[str, Any]], tmp_path: Path, engine: Engine
 ):
     """SIGKILL from outside, wherever the process happens to be."""
     rng = np.random.default_rng(int(time.time()))
@@ -115,4 +123,4 @@ def test_killed_at_random(
         assert process.exitcode == -signal.SIGKILL
         lines = numbers(read_metrics(tmp_path / "metrics.jsonl"))
         assert lines == reference[: len(lines)]
-    finish_here(tmp_path, compilation_cache_dir, reference)
+    finish_here(tmp_path, engine, reference)

@@ -12,11 +12,10 @@ from loquetier_jax.jobs.config import TrainConfig
 from tests.engine.engines import build_engine, random_data
 from tests.engine.traffic import SERVE, busy_engine
 
-STEPS = 120
+STEPS = 96
 SAVE_STEPS = 2
 KILLED = 77  # exit code of a process that a fault point has killed
 BUCKETS = (
-    Bucket(**SERVE),
     Bucket(**SERVE, score_packs=1, score_tokens=64),
     Bucket(packs=1, pack_tokens=64),
 )
