@@ -1,0 +1,286 @@
+"""What LoRA adds to a step of an 8B-shaped model: device time alone, with the host out of the way.
+
+    python -m benchmarks.unified.lora_overhead            # on a GPU; writes results/<device>/lora_overhead.json
+    python -m benchmarks.unified.lora_overhead --tiny     # the same code on a CPU, to see that it runs
+
+The compiled step runs many times in a loop on the device, its state carried as a real engine donates it; a call of
+that loop is timed. "none" is the same step with every LoRA operation compiled out.
+Cases: decode/B32/n{none,0,4,32} and decode/B128/..., mixed/n{none,11} (1024 train + 512 prefill + 32 decode rows).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.results import record, write
+from benchmarks.unified.smoke import llama_8b, tiny
+from loquetier_jax import Bucket, EngineConfig, SamplingParams
+from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
+from loquetier_jax.batch.segments import empty_batch, ravel, shapes_of
+from loquetier_jax.jobs.data import Pack
+from loquetier_jax.models.decoder import base_linear
+from loquetier_jax.models.load import init_random
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step import backward, forward
+from loquetier_jax.step.ops import ForwardOps, ReplayOps
+from loquetier_jax.step.state import DeviceState, head_params, new_state
+
+VLLM_ADDS_MS = {4: 2.54, 32: 13.12}  # vLLM 0.22.1, decode B=32, measured 2026-11 on an H200
+BOUND_ADDS_MS = {4: 0.4, 32: 1.2}
+BOUND_SHARE = 0.10  # of the mixed step's forward, and of its backward
+GREEDY = SamplingParams(temperature=0, max_tokens=64)
+
+
+class PlainForwardOps(ForwardOps):
+    """The forward without a single LoRA operation."""
+
+    def linear(self, group: str, h: jax.Array) -> jax.Array:
+        return self.keep(group, base_linear(self.weights, group, h))
+
+
+class PlainReplayOps(ReplayOps):
+    """The replay without a single LoRA operation."""
+
+    def linear(self, group: str, h: jax.Array) -> jax.Array:
+        return self._run(group, lambda h: base_linear(self.weights, group, h), h)
+
+
+@contextlib.contextmanager
+def without_lora() -> Iterator[None]:
+    """Steps traced inside have no adapters at all."""
+    with (
+        mock.patch.object(forward, "ForwardOps", PlainForwardOps),
+        mock.patch.object(backward, "ReplayOps", PlainReplayOps),
+        mock.patch.object(backward, "add_in_order", lambda pool, ids, delta: pool),
+    ):
+        yield
+
+
+def fresh(tree: Any, carried: jax.Array) -> Any:
+    """The same values, of which the compiler cannot know that they are the same in every turn of a loop."""
+    return jax.lax.optimization_barrier((tree, carried))[0]
+
+
+class Bench:
+    """Weights, adapters and state on the device; compiled loops over one bucket."""
+
+    def __init__(self, spec: DecoderSpec, cfg: EngineConfig, params: Any) -> None:
+        self.spec, self.cfg = spec, cfg
+        self.state: DeviceState = new_state(spec, cfg, params)
+        self.state.pages = self._random_pages()
+
+    def _random_pages(self) -> Any:
+        """Every page an adapter of rank 16 on all projections; the same numbers in every layer."""
+        dtype = jnp.dtype(self.cfg.dtype)
+
+        @functools.partial(jax.jit, static_argnums=(1, 2))
+        def draw(seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
+            return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+
+        return [
+            {
+                group: (draw(i, a.shape, a.shape[2] ** -0.5), draw(-i, b.shape, 0.01))
+                for i, (group, (a, b)) in enumerate(layer.items(), start=1)
+            }
+            for layer in shapes_of(self.state.pages)
+        ]
+
+    def flat(self, items: StepItems, bucket: Bucket) -> jax.Array:
+        return jnp.asarray(ravel(pack_step(items, bucket, self.cfg)))
+
+    def forward_loop(self, bucket: Bucket, steps: int) -> Callable[[jax.Array], Any]:
+        """Compiles `steps` forwards in a loop: flat -> the last ForwardOut; the state is carried and donated."""
+        template = shapes_of(empty_batch(bucket, self.cfg))
+        step = functools.partial(forward.forward, self.spec, self.cfg, bucket, template, False)
+        state = self.state
+
+        def run(params: Any, pages: Any, kv: Any, slots: Any, out: Any, flat: jax.Array) -> Any:
+            def turn(_: Any, carried: Any) -> Any:
+                return step(params, pages, *carried[:2], fresh(flat, carried[1].last_token))
+
+            return jax.lax.fori_loop(0, steps, turn, (kv, slots, out))
+
+        flat = jax.ShapeDtypeStruct(self.flat(StepItems(), bucket).shape, jnp.int32)
+        out = jax.eval_shape(step, state.params, state.pages, state.kv, state.slots, flat)[2]
+        args = (state.params, state.pages, state.kv, state.slots, out, flat)
+        loop = jax.jit(run, donate_argnums=(2, 3, 4)).lower(*map(shapes_of, args[:4]), out, flat).compile()
+        held = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)]
+
+        def call(flat: jax.Array) -> Any:
+            state.kv, state.slots, held[0] = loop(state.params, state.pages, state.kv, state.slots, held[0], flat)
+            return held[0]
+
+        call.text = loop.as_text
+        return call
+
+    def backward_loop(self, bucket: Bucket, items: StepItems, out: forward.ForwardOut, steps: int) -> Callable[[], Any]:
+        """Compiles `steps` backwards, head and loss included, in a loop; the gradient pool is carried and donated."""
+        spec, cfg, state = self.spec, self.cfg, self.state
+        batch = pack_step(items, bucket, cfg)
+        train, flat = shapes_of(batch.train), jnp.asarray(ravel(batch.train))
+        start = functools.partial(backward.backward_start, spec, cfg, bucket.packs, None, train)
+        slices = functools.partial(backward.backward_slice, spec, cfg, bucket.pack_tokens, 1, False, 0, train)
+        zero = jnp.int32(0)
+
+        def run(head: Any, layers: Any, pages: Any, kept: Any, hidden: Any, logp: Any, dx: Any, grads: Any, flat: Any):
+            def turn(_: Any, carried: Any) -> Any:
+                dx, grads = carried
+                now_pages, now_kept, now_hidden, now_flat = fresh((pages, kept, hidden, flat), dx)
+                dx = start(head, now_hidden, logp, now_flat)
+                return slices(layers, now_pages, now_kept, dx, grads, zero, now_flat)
+
+            return jax.lax.fori_loop(0, steps, turn, (dx, grads))
+
+        head, kept, logp = head_params(state.params), out.kept, out.train["logp"]
+        fixed = (head, state.params["layers"], state.pages, kept, out.hidden, logp)
+        loop = jax.jit(run, donate_argnums=(6, 7)).lower(*fixed, out.hidden, state.grads, flat).compile()
+        held = [jnp.zeros_like(out.hidden)]
+
+        def call() -> Any:
+            held[0], state.grads = loop(*fixed, held[0], state.grads, flat)
+            return held[0], state.grads
+
+        call.text = loop.as_text
+        return call
+
+
+def timed(call: Callable[..., Any], steps: int, repeats: int) -> float:
+    """Median milliseconds of one step."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append((time.perf_counter() - started) / steps)
+    return 1e3 * statistics.median(times)
+
+
+def decode_items(cfg: EngineConfig, rows: int, adapters: int, context: int, first_slot: int = 0) -> list[DecodeItem]:
+    """`rows` sequences at position context - 1, in equal shares of `adapters` adapters (0: the base)."""
+    items, per = [], cfg.max_pages_per_seq
+    for i in range(rows):
+        slot = first_slot + i
+        kv = tuple(range(1 + slot * per, 1 + (slot + 1) * per))
+        pages = (1 + i * adapters // rows,) if adapters else ()
+        items.append(DecodeItem(ServedItem(slot, pages, kv, GREEDY, slot, 1), context - 1))
+    return items
+
+
+def mixed_items(cfg: EngineConfig, vocab: int, pack: int, prefill: int, rows: int, context: int) -> StepItems:
+    """One pack of adapter 1, two chunks of adapters 2 and 3, decode rows of eight more."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(2, vocab, pack + 1).astype(np.int32)
+    one, steps = np.ones(pack, np.float32), np.arange(pack, dtype=np.int32)
+    train = Pack(
+        tokens=ids[:-1], targets=ids[1:], positions=steps, segments=np.zeros(pack, np.int32), weights=one,
+        drop_keys=np.zeros(pack, np.uint32), num_targets=pack, num_tokens=pack, step=0, index=0, is_last=True,
+        sample_ids=(0,),
+    )  # fmt: skip
+    per, chunks = cfg.max_pages_per_seq, []
+    for c in range(2):
+        kv = tuple(range(1 + c * per, 1 + (c + 1) * per))
+        served = ServedItem(c, (2 + c,), kv, GREEDY, c, 0)
+        chunks.append(ChunkItem(served, rng.integers(2, vocab, prefill // 2).astype(np.int32), 0, True))
+    decode = decode_items(cfg, rows, 8, context, first_slot=2)
+    decode = [
+        DecodeItem(ServedItem(d.served.slot, (d.served.pages[0] + 3,), d.served.kv_pages, GREEDY, 0, 1), d.position)
+        for d in decode
+    ]
+    return StepItems(train=[TrainItem(train, (1,), (1,))], prefill=chunks, decode=decode)
+
+
+def bench_decode(bench: Bench, rows: int, context: int, steps: int, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds of a decode step: without LoRA, with no adapter in the batch, with 4 and with 32 adapters."""
+    bucket, case = Bucket(decode=rows), f"decode/B{rows}"
+    batches = {n: bench.flat(StepItems(decode=decode_items(bench.cfg, rows, n, context)), bucket) for n in (0, 4, 32)}
+    with without_lora():
+        plain = bench.forward_loop(bucket, steps)
+    base = timed(lambda: plain(batches[0]), steps, repeats)
+    records = [record(f"{case}/none", "device_ms_per_step", base, "ms")]
+    loop = bench.forward_loop(bucket, steps)
+    for n, flat in batches.items():
+        ms = timed(lambda flat=flat: loop(flat), steps, repeats)
+        bound = {"bound": BOUND_ADDS_MS[n], "peer": "vLLM 0.22.1", "peer_value": VLLM_ADDS_MS[n]} if n else {}
+        records.append(record(f"{case}/n{n}", "device_ms_per_step", ms, "ms"))
+        records.append(record(f"{case}/n{n}", "lora_adds_ms", ms - base, "ms", **(bound if rows == 32 else {})))
+    return records
+
+
+def bench_mixed(bench: Bench, pack: int, prefill: int, context: int, steps: int, repeats: int) -> list[dict[str, Any]]:
+    """The mixed step's forward, and the backward of its train rows, with and without LoRA."""
+    bucket = Bucket(packs=1, pack_tokens=pack, prefill=prefill, chunks=2, decode=32)
+    items, ms = mixed_items(bench.cfg, bench.spec.vocab_size, pack, prefill, 32, context), {}
+    flat = bench.flat(items, bucket)
+    for name, lora in (("none", without_lora), ("n11", contextlib.nullcontext)):
+        with lora():
+            ahead = bench.forward_loop(bucket, steps)
+        ms["fwd", name] = timed(lambda run=ahead: run(flat), steps, repeats)
+        out = ahead(flat)
+        with lora():
+            back = bench.backward_loop(bucket, items, out, steps)
+        ms["bwd", name] = timed(back, steps, repeats)
+        del ahead, back, out
+    records = [record(f"mixed/{name}", f"{way}_device_ms", value, "ms") for (way, name), value in ms.items()]
+    for way in ("fwd", "bwd"):
+        share = ms[way, "n11"] / ms[way, "none"] - 1
+        records.append(record("mixed/n11", f"{way}_lora_adds", share, "of the step without", bound=BOUND_SHARE))
+    return records
+
+
+def make_config(small: bool, rank: int) -> EngineConfig:
+    return EngineConfig(
+        dtype="float32" if small else "bfloat16", max_model_len=64 if small else 640, kv_page_size=16 if small else 64,
+        max_num_seqs=128, max_adapters=32, max_lora_rank=rank, train_pages=1,
+        buckets=(Bucket(decode=32), Bucket(prefill=64, chunks=1)),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a small model, for a CPU")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to explore")
+    parser.add_argument("--rank", type=int, default=16, help="largest rank that the engine takes; adapters have 16")
+    parser.add_argument("--cases", nargs="*", default=["B32", "B128", "mixed"])
+    parser.add_argument("--out", type=Path, help="folder for the result, instead of benchmarks/results")
+    args = parser.parse_args()
+    spec = tiny() if args.tiny else llama_8b()
+    layers = args.layers or spec.num_hidden_layers
+    spec = dataclasses.replace(spec, num_hidden_layers=layers, sliding_window=(None,) * layers)
+    cfg = make_config(args.tiny, args.rank)
+    bench = Bench(spec, cfg, init_random(spec, jax.random.key(0), jnp.dtype(cfg.dtype)))
+    context, steps, repeats = (40, 2, 1) if args.tiny else (580, 40, 5)
+    pack, prefill, few = (64, 32, 2) if args.tiny else (1024, 512, 10)
+    cases = {
+        "B32": lambda: bench_decode(bench, 32, context, steps, repeats),
+        "B128": lambda: bench_decode(bench, 128, context, steps, repeats),
+        "mixed": lambda: bench_mixed(bench, pack, prefill, context, few, repeats),
+    }
+    records = []
+    for name in args.cases:
+        found = cases[name]()
+        records += found
+        for r in found:
+            print(f"{r['case']:20} {r['metric']:20} {r['value']:9.4f} {r['unit']}", r.get("bound", ""), flush=True)
+    config = {
+        "shapes": "tiny" if args.tiny else "Llama-3.1-8B",
+        "layers": layers,
+        "max_lora_rank": args.rank,
+        "context": context,
+        "timing": f"loops of {steps} (mixed: {few}) steps on the device, median of {repeats}",
+    }
+    print(write("lora_overhead", config, records, folder=args.out))
+
+
+if __name__ == "__main__":
+    main()
