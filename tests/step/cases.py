@@ -37,14 +37,14 @@ def tiny_spec(**changes: object) -> DecoderSpec:
     fields: dict[str, object] = {
         "model_type": "llama",
         "hidden_size": 64,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
         "intermediate_size": 160,
         "vocab_size": 272,
         "max_position_embeddings": 512,
-        "sliding_window": (None,) * 4,
+        "sliding_window": (None,) * 3,
         "eos_token_ids": (1,),
     }
     return DecoderSpec(**(fields | changes))
