@@ -7,6 +7,7 @@ from loquetier_jax.errors import ConfigError
 
 RANK_PAGE = 16  # ranks in one adapter page
 BLOCK = 16  # rows of one prefill block and of one LoRA tile
+FEW_ROWS = 64  # up to which the LoRA kernels of a decode step pay beside the base GEMMs (measured: 32 yes, 128 no)
 PACK_ALIGN = 64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
 
 Sampling = Literal["greedy", "plain", "full"]
@@ -92,6 +93,11 @@ class Bucket:
     def samples(self) -> int:
         """Rows that a token is sampled for: one per decode row and one per chunk."""
         return self.decode + self.chunks
+
+    @property
+    def few_rows(self) -> bool:
+        """Only decode rows, and few: a step that is bound by the bytes of the weights and by launches."""
+        return self.rows == self.decode <= FEW_ROWS
 
     @property
     def name(self) -> str:

@@ -1,16 +1,29 @@
 """The kernels of loquetier_jax: one folder per op, knowing nothing of the runtime."""
 
 from pallas_kernels.paged_attention import AttentionPlan, attend_rows, paged_attention
-from pallas_kernels.smlm import SmlmPlan, build_plan, num_tiles_bound, pack_lora, plan_shapes, smlm
+from pallas_kernels.smlm import (
+    SmlmPlan,
+    add_delta,
+    build_plan,
+    delta_beside,
+    num_tiles_bound,
+    pack_lora,
+    plan_shapes,
+    smlm,
+    smlm_delta,
+)
 
 __all__ = [
     "AttentionPlan",
     "SmlmPlan",
+    "add_delta",
     "attend_rows",
     "build_plan",
+    "delta_beside",
     "num_tiles_bound",
     "pack_lora",
     "paged_attention",
     "plan_shapes",
     "smlm",
+    "smlm_delta",
 ]

@@ -33,6 +33,7 @@ from loquetier_jax.models.decoder import base_linear
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step import backward, forward
+from loquetier_jax.step.functions import compiler_options
 from loquetier_jax.step.ops import ForwardOps, ReplayOps
 from loquetier_jax.step.state import DeviceState, head_params, new_state
 
@@ -114,7 +115,8 @@ class Bench:
         flat = jax.ShapeDtypeStruct(self.flat(StepItems(), bucket).shape, jnp.int32)
         out = jax.eval_shape(step, state.params, state.pages, state.kv, state.slots, flat)[2]
         args = (state.params, state.pages, state.kv, state.slots, out, flat)
-        loop = jax.jit(run, donate_argnums=(2, 3, 4)).lower(*map(shapes_of, args[:4]), out, flat).compile()
+        lowered = jax.jit(run, donate_argnums=(2, 3, 4)).lower(*map(shapes_of, args[:4]), out, flat)
+        loop = lowered.compile(compiler_options(bucket))  # as an engine compiles it, with LoRA and without
         held = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)]
 
         def call(flat: jax.Array) -> Any:

@@ -19,7 +19,7 @@ from loquetier_jax.models.decoder import base_linear
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from loquetier_jax.step.pack_attention import pack_attention
-from pallas_kernels import pack_lora, paged_attention, smlm
+from pallas_kernels import add_delta, delta_beside, pack_lora, paged_attention, smlm, smlm_delta
 
 
 def attend_packs(
@@ -85,9 +85,12 @@ class ForwardOps:
             rates = jnp.repeat(train.drop_rates, self.bucket.pack_tokens)
             kept = dropout(h[: self.bucket.train_rows], train.drop_keys, rates, jnp.int32(self.layer), group)
             x = jnp.concatenate([kept, h[self.bucket.train_rows :]])
-        lora_A, lora_B = self.pages[group]
-        outs = self.spec.group_shapes[group][1]
-        y = smlm(x, lora_A, lora_B, self.batch.lora, out_features=outs, y=y, implementation=self.cfg.smlm)
+        (lora_A, lora_B), plan = self.pages[group], self.batch.lora
+        options = {"out_features": self.spec.group_shapes[group][1], "implementation": self.cfg.smlm}
+        if self.bucket.few_rows and delta_beside(self.cfg.smlm):
+            y = add_delta(y, smlm_delta(x, lora_A, lora_B, plan, **options), plan)
+        else:
+            y = smlm(x, lora_A, lora_B, plan, y=y, **options)
         return self.keep(group, y)
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

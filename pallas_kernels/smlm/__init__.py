@@ -1,6 +1,7 @@
 """Segmented multi-LoRA multiplication (SMLM): one op for train, score, prefill and decode rows."""
 
 from pallas_kernels.smlm.api import smlm
+from pallas_kernels.smlm.delta import add_delta, delta_beside, smlm_delta
 from pallas_kernels.smlm.pack import pack_lora
 from pallas_kernels.smlm.plan import RANK_PAGE, TILE, WIDE, SmlmPlan, build_plan, num_tiles_bound, plan_shapes
 from pallas_kernels.smlm.ref import smlm_ref
@@ -10,10 +11,13 @@ __all__ = [
     "TILE",
     "WIDE",
     "SmlmPlan",
+    "add_delta",
     "build_plan",
+    "delta_beside",
     "num_tiles_bound",
     "pack_lora",
     "plan_shapes",
     "smlm",
+    "smlm_delta",
     "smlm_ref",
 ]

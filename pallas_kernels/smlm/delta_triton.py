@@ -1,0 +1,258 @@
+"""The delta as two Pallas-Triton launches, neither of which touches y: shrink S = x A^T, expand S B.
+
+One program does one part of one tile; programs of unused tiles end at once. Sums have one order (spans, then a binary
+tree), that of the kernels that add in place.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
+
+from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
+from pallas_kernels.smlm.tuning import num_spans
+
+F32 = jnp.float32
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """How the two launches cut one call. No field moves a sum out of its order: results have the same bits.
+
+    Attributes:
+        parts: Programs that share the contraction of a shrink: a power of two, at most the number of spans.
+        block_k: Inputs per step of the shrink.
+        block_n: Outputs per program of the expand.
+        shrink_warps, shrink_stages, expand_warps, expand_stages: Triton's.
+    """
+
+    parts: int = 8
+    block_k: int = 128
+    block_n: int = 512
+    shrink_warps: int = 4
+    shrink_stages: int = 3
+    expand_warps: int = 4
+    expand_stages: int = 2
+
+
+def default_config(dtype: jnp.dtype) -> DeltaConfig:
+    """Tuned on an H200 in a decode step, where the launches share the SMs with the base GEMM."""
+    if jnp.dtype(dtype).itemsize > 2:  # float32: no tensor cores, twice the bytes
+        return DeltaConfig(block_k=32, block_n=64, shrink_stages=2, expand_stages=1)
+    return DeltaConfig()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Static sizes of one call: `parts` programs a tile share the `spans` stretches of `span` inputs."""
+
+    tiles: int
+    pages: int
+    size: int
+    spans: int
+    span: int
+    parts: int
+    block_k: int
+    block_n: int
+    out_features: tuple[int, ...]
+
+    @classmethod
+    def of(cls, size: int, tile_pages: Any, out_features: tuple[int, ...], config: DeltaConfig) -> "Cut":
+        spans = num_spans(size)
+        span = 16 * math.ceil(size / spans / 16)
+        block_k = min(config.block_k, pl.next_power_of_2(span))
+        block_n = min(config.block_n, pl.next_power_of_2(max(out_features)))
+        parts = min(config.parts, spans)
+        return cls(*tile_pages.shape, size, spans, span, parts, block_k, block_n, out_features)
+
+    @property
+    def targets(self) -> int:
+        return len(self.out_features)
+
+    @property
+    def whole_spans(self) -> bool:
+        """Whether no block of inputs needs a mask."""
+        return self.span % self.block_k == 0 and self.span * self.spans == self.size
+
+    @property
+    def whole_blocks(self) -> bool:
+        return all(size % self.block_n == 0 for size in self.out_features)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of outputs; none straddles two targets."""
+        return sum(pl.cdiv(size, self.block_n) for size in self.out_features)
+
+    def block(self, index: Array) -> tuple[Array, Array, Array]:
+        """(target, columns [1, block_n], which of them belong to the target) of a block of outputs."""
+        target, column, end = jnp.int32(0), index * self.block_n, jnp.int32(self.out_features[0])
+        blocks, start = 0, 0
+        for i, size in enumerate(self.out_features[:-1], start=1):
+            blocks, start = blocks + pl.cdiv(size, self.block_n), start + size
+            here = index >= blocks
+            target = jnp.where(here, jnp.int32(i), target)
+            column = jnp.where(here, start + (index - blocks) * self.block_n, column)
+            end = jnp.where(here, jnp.int32(start + self.out_features[i]), end)
+        columns = column + jnp.arange(self.block_n, dtype=jnp.int32)[None, :]
+        return target, columns, columns < end
+
+    def ranks(self, target: Array | int, page: Array) -> Array:
+        """Columns of a target's page in the partial sums, [1, RANK_PAGE]."""
+        first = (target * self.pages + page) * RANK_PAGE
+        return first + jnp.arange(RANK_PAGE, dtype=jnp.int32)[None, :]
+
+
+class Tile:
+    """Rows [TILE, 1] of a tile, which of them it holds, and its pages."""
+
+    def __init__(self, cut: Cut, number: Array, row_ref: Any, len_ref: Any, pages_ref: Any) -> None:
+        offset = jnp.arange(TILE, dtype=jnp.int32)[:, None]
+        self.rows, self.ok = row_ref[number] + offset, offset < len_ref[number]
+        self._cut, self._number, self._pages = cut, number, pages_ref
+
+    def fold(self, do: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
+        """Folds do(index, page, carry) over the tile's own pages."""
+        page = lambda m: self._pages[self._number, m]  # noqa: E731
+        if self._cut.pages == 1:
+            return do(jnp.int32(0), page(0), carry)
+        count = sum((page(m) > 0).astype(jnp.int32) for m in range(self._cut.pages))
+        return lax.fori_loop(0, count, lambda m, carry: do(m, page(m), carry), carry)
+
+
+def _product(a: Array, b: Array, contract_b: int) -> Array:
+    return lax.dot_general(a, b, (((1,), (contract_b,)), ((), ())), preferred_element_type=F32)
+
+
+def _tree_sum(parts: list[Array]) -> Array:
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _load(ref: Any, index: tuple[Array | int, ...], *masks: Array | None) -> Array:
+    """The elements at `index`; where a mask (None: no mask) is false, zero, and no memory is touched."""
+    masks = [mask for mask in masks if mask is not None]
+    if not masks:
+        return plt.load(ref.at[index])
+    shape = jnp.broadcast_shapes(*(jnp.shape(i) for i in index))
+    mask = functools.reduce(lambda a, b: a & b, [jnp.broadcast_to(mask, shape) for mask in masks])
+    return plt.load(ref.at[index], mask=mask, other=0.0)
+
+
+def shrink(cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, s_ref: Any) -> None:
+    """s[part, rows, (target, page, rank)] = sums of x A^T over the part's spans; targets share the loads of x."""
+    spans, rank = cut.spans // cut.parts, jnp.arange(RANK_PAGE, dtype=jnp.int32)[:, None]
+
+    def do(m: Array, page: Array, carry: None) -> None:
+        def step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            new = []
+            for s in range(spans):
+                start = (part * spans + s) * cut.span
+                k = start + number * cut.block_k + jnp.arange(cut.block_k, dtype=jnp.int32)[None, :]
+                inside = None if cut.whole_spans else k < jnp.minimum(start + cut.span, cut.size)
+                x = _load(x_ref, (tile.rows, k), tile.ok, inside)
+                for i in range(cut.targets):
+                    ranks = i * RANK_PAGE + rank
+                    a = _load(A_ref, (jnp.zeros_like(ranks) + page, ranks, k), inside)
+                    new.append(sums[s * cut.targets + i] + _product(x, a, 1))
+            return tuple(new)
+
+        zeros = (jnp.zeros((TILE, RANK_PAGE), F32),) * (spans * cut.targets)
+        sums = lax.fori_loop(0, pl.cdiv(cut.span, cut.block_k), step, zeros)
+        for i in range(cut.targets):
+            total, ranks = _tree_sum(list(sums[i :: cut.targets])), cut.ranks(i, m)
+            mask = jnp.broadcast_to(tile.ok, (TILE, RANK_PAGE))
+            plt.store(s_ref.at[part, tile.rows, ranks], total, mask=mask)
+
+    tile.fold(do, None)
+
+
+def expand(cut: Cut, tile: Tile, part: Array, s_ref: Any, B_ref: Any, o_ref: Any) -> None:
+    """o[rows, block] = S B, with S the ordered sum of the partial sums."""
+    target, columns, inside = cut.block(part)
+    rank = jnp.arange(RANK_PAGE, dtype=jnp.int32)[:, None]
+
+    def do(m: Array, page: Array, delta: Array) -> Array:
+        b = _load(B_ref, (jnp.zeros_like(rank) + page, rank, columns), None if cut.whole_blocks else inside)
+        S = _tree_sum([_load(s_ref, (p, tile.rows, cut.ranks(target, m)), tile.ok) for p in range(cut.parts)])
+        return delta + _product(S.astype(b.dtype), b, 0)
+
+    delta = tile.fold(do, jnp.zeros((TILE, cut.block_n), F32))
+    plt.store(o_ref.at[tile.rows, columns], delta.astype(o_ref.dtype), mask=tile.ok & inside)
+
+
+# Jitted so that the layers of a model trace and lower the kernels once a shape: 0.2 s each otherwise.
+@functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret"))
+def smlm_delta_triton(
+    x: Float[Array, "T in"],
+    A: Float[Array, "P nR in"],
+    B: Float[Array, "P R out"],
+    plan: SmlmPlan,
+    out_features: tuple[int, ...],
+    *,
+    config: DeltaConfig | None = None,
+    interpret: bool | None = None,
+) -> Float[Array, "T out"]:
+    """The delta of the rows that have an adapter; the others are whatever the memory held.
+
+    Args:
+        x: Inputs.
+        A: Pages of the n stacked targets.
+        B: Pages, columns of the targets side by side.
+        plan: Work list; its tiles of TILE rows are used.
+        out_features: Columns of each target.
+        config: Block sizes; by default those of `default_config`.
+        interpret: Run as plain XLA operations; by default on the CPU only.
+    """
+    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    config = config or default_config(x.dtype)
+    cut = Cut.of(x.shape[1], plan.tile_pages, out_features, config)
+    work = (plan.used, plan.tile_row, plan.tile_len, plan.tile_pages)
+    s = jax.ShapeDtypeStruct((cut.parts, x.shape[0], cut.targets * cut.pages * RANK_PAGE), F32)
+    params = plt.CompilerParams(num_warps=config.shrink_warps, num_stages=config.shrink_stages)
+    s = _launch(shrink, cut, cut.parts, (*work, x, A), s, params, interpret)
+    delta = jax.ShapeDtypeStruct((x.shape[0], sum(out_features)), x.dtype)
+    params = plt.CompilerParams(num_warps=config.expand_warps, num_stages=config.expand_stages)
+    return _launch(expand, cut, cut.blocks, (*work, s, B), delta, params, interpret)
+
+
+def _launch(
+    body: Callable[..., None],
+    cut: Cut,
+    parts: int,
+    args: tuple[Array, ...],
+    out: jax.ShapeDtypeStruct,
+    params: plt.CompilerParams,
+    interpret: bool,
+) -> Array:
+    """Runs `body` once per part of every used tile."""
+
+    def kernel(used_ref: Any, row_ref: Any, len_ref: Any, pages_ref: Any, *refs: Any) -> None:
+        number, part = (f(pl.program_id(0), jnp.int32(parts)) for f in (lax.div, lax.rem))
+
+        @pl.when(number < used_ref[0])
+        def _() -> None:
+            body(cut, Tile(cut, number, row_ref, len_ref, pages_ref), part, *refs)
+
+    def whole(a: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(a.shape, lambda *_: (0,) * len(a.shape))  # the kernel addresses the array itself
+
+    kernel.__name__ = f"smlm_delta_{body.__name__}"  # what a profile shows
+    return pl.pallas_call(
+        kernel,
+        grid=(cut.tiles * parts,),
+        in_specs=[whole(a) for a in args],
+        out_specs=whole(out),
+        out_shape=out,
+        compiler_params=params,
+        interpret=interpret,
+        name=kernel.__name__,
+    )(*args)
