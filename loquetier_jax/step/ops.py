@@ -185,7 +185,8 @@ class ReplayOps:
             if self.use_dropout:
                 rates = jnp.repeat(self.train.drop_rates, self.tokens)
                 x = dropout(h, self.train.drop_keys, rates, self.layer, group)
-            delta = pack_lora(x.reshape(-1, self.tokens, x.shape[1]), lora_A, lora_B, out_features=outs)
+            packs = x.reshape(-1, self.tokens, x.shape[1])
+            delta = pack_lora(packs, lora_A, lora_B, out_features=outs, implementation=self.cfg.smlm)
             y = base_linear(self.weights, group, h)
             return y + delta.reshape(y.shape).astype(y.dtype)
 

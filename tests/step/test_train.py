@@ -133,6 +133,19 @@ def test_any_subset_of_kept_activations_gives_the_gradient(spec, keep):
             np.testing.assert_allclose(got[name]["lora_A"] / scale, want[name]["lora_A"] / scale, atol=1e-5)
 
 
+def test_the_triton_kernels_give_the_same_gradients(spec):
+    spec = tiny_spec(num_hidden_layers=1, sliding_window=(None,))
+    items = StepItems(train=mixed_items(np.random.default_rng(4)).train)
+    triton, xla = (make_world(spec, tiny_config(smlm=name)) for name in ("triton", "xla"))
+    for world in (triton, xla):
+        run_pass(world, items, TRAIN)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-4),
+        triton.state.grads,
+        xla.state.grads,
+    )
+
+
 def test_dropout_gradient_is_that_of_the_masked_forward(spec):
     """Numerically: the loss moves along the gradient by its squared norm."""
     world = make_world(spec)

@@ -1,0 +1,169 @@
+"""The backward of `pack_lora` as two Pallas-Triton launches.
+
+The first reads dY: shares of dS = dY B^T, and dB = S^T dY. XLA adds the shares up in their one order. The second
+reads x and writes dX: dA = dS^T x, dX = dS A. Programs of both kinds of a launch run side by side, so the big operand
+comes out of memory once; gradients are whole sums over a pack's rows, which no two programs share.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
+
+from pallas_kernels.smlm.pack_kernels import Cut, Side, expand, gradient, shrink
+from pallas_kernels.smlm.pack_tuning import PackConfig, default_pack_config
+from pallas_kernels.smlm.plan import RANK_PAGE
+
+F32 = jnp.float32
+MAX_ELEMENTS = 2**31  # the kernels address with 32 bits
+
+
+# Jitted so that the layers of a model trace and lower the kernels once a shape.
+@functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret"))
+def pack_backward(
+    x: Float[Array, "G L in"],
+    A: Float[Array, "G MP nR in"],
+    B: Float[Array, "G MP R out"],
+    S: Float[Array, "G L MP nR"],
+    dy: Float[Array, "G L out"],
+    out_features: tuple[int, ...],
+    *,
+    config: PackConfig | None = None,
+    interpret: bool | None = None,
+) -> tuple[Array, Array, Array]:
+    """dX, dA and dB of `pack_lora`; sums in float32, operands in x's dtype.
+
+    Every sum has one order that does not depend on the other packs; nothing crosses packs.
+
+    Args:
+        x: Inputs of the forward.
+        A: Pages of the n stacked targets.
+        B: Pages with scaling folded in.
+        S: x A^T, rounded to x's dtype.
+        dy: Gradient of the delta.
+        out_features: Columns of each target.
+        config: How the launches are cut; by default chosen from the shapes.
+        interpret: Run as plain XLA operations; by default on the CPU only.
+
+    Returns:
+        Gradients of x, A and B in their own dtypes: those of float32 pages are never rounded.
+
+    Raises:
+        ValueError: an operand has 2^31 elements or more.
+    """
+    packs, rows, size = x.shape
+    pages, targets, dtype = A.shape[1], len(out_features), x.dtype
+    if max(x.size, dy.size) >= MAX_ELEMENTS:
+        raise ValueError(f"x, dy: got shapes {x.shape}, {dy.shape}, expected fewer than {MAX_ELEMENTS} elements each")
+    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    config = config or default_pack_config(size, out_features, pages, dtype)
+    flat = {"x": x, "A": A.astype(dtype), "B": B.astype(dtype), "dY": dy.astype(dtype)}
+    flat = {name: a.reshape(-1, a.shape[-1]) for name, a in flat.items()} | {"S": S.reshape(packs * rows, -1)}
+    ys = Side(packs, rows, out_features, pages * RANK_PAGE)
+    dB, flat["dS"] = _read_dy(ys, flat, config, interpret)
+    dA, dX = _read_x(Side(packs, rows, (size,), targets * pages * RANK_PAGE), flat, config, interpret)
+    return tuple(d.reshape(a.shape).astype(a.dtype) for d, a in ((dX, x), (dA, A), (dB, B)))
+
+
+def _read_dy(side: Side, flat: dict[str, Array], config: PackConfig, interpret: bool) -> tuple[Array, Array]:
+    """(dB, dS): the first launch and the sum of its shares."""
+    rows, dtype = flat["dY"].shape[0], flat["dY"].dtype
+    outs = {
+        "dB": jax.ShapeDtypeStruct(flat["B"].shape, F32),
+        "shares": jax.ShapeDtypeStruct((side.blocks(config.dS.span), rows, side.ranks), F32),
+    }
+    works = []
+    for ranks in side.windows:
+        dB, dS = Cut(side, config.dB, ranks), Cut(side, config.dS, ranks)
+        works.append(Work(gradient, dB, dB.strips, ("dY", "S", "dB")))
+        works.append(Work(shrink, dS, dS.tiles, ("dY", "B", "shares")))
+    params = plt.CompilerParams(num_warps=config.first_warps, num_stages=config.first_stages)
+    found = _launch("pack_backward_dy", works, flat, outs, params, interpret)
+    return found["dB"], _add_shares(found["shares"], side, config.dS.span).astype(dtype)
+
+
+def _read_x(side: Side, flat: dict[str, Array], config: PackConfig, interpret: bool) -> tuple[Array, Array]:
+    """(dA, dX): the second launch."""
+    x = flat["x"]
+    outs = {"dA": jax.ShapeDtypeStruct(flat["A"].shape, F32), "dX": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+    works = []
+    for ranks in side.windows:
+        dA = Cut(side, config.dA, ranks)
+        works.append(Work(gradient, dA, dA.strips, ("x", "dS", "dA")))
+    dX = Cut(side, config.dX, side.chunks)
+    works.append(Work(expand, dX, dX.tiles, ("dS", "A", "dX")))
+    params = plt.CompilerParams(num_warps=config.second_warps, num_stages=config.second_stages)
+    found = _launch("pack_backward_x", works, flat, outs, params, interpret)
+    return found["dA"], found["dX"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of work of a launch: its body, how it is cut, programs of a pack, names of what it reads and writes."""
+
+    body: Callable[..., None]
+    cut: Cut
+    programs: int
+    operands: tuple[str, ...]
+
+
+def _launch(
+    name: str,
+    works: list[Work],
+    arrays: dict[str, Array],
+    outs: dict[str, jax.ShapeDtypeStruct],
+    params: plt.CompilerParams,
+    interpret: bool,
+) -> dict[str, Array]:
+    """Runs all works in one grid: pack after pack, and in a pack one kind after the other."""
+    used = {operand for work in works for operand in work.operands}
+    arrays = {key: a for key, a in arrays.items() if key in used}
+    packs, a_pack = works[0].cut.side.packs, sum(work.programs for work in works)
+
+    def kernel(*refs: Any) -> None:
+        named = dict(zip([*arrays, *outs], refs, strict=True))
+        pack, index = lax.div(pl.program_id(0), jnp.int32(a_pack)), lax.rem(pl.program_id(0), jnp.int32(a_pack))
+        first = 0
+        for work in works:
+            run = functools.partial(work.body, work.cut, pack, index - first, *(named[key] for key in work.operands))
+            pl.when((index >= first) & (index < first + work.programs))(run)
+            first += work.programs
+
+    kernel.__name__ = name  # what a profile shows
+    found = pl.pallas_call(
+        kernel,
+        grid=(packs * a_pack,),
+        in_specs=[_whole(a) for a in arrays.values()],
+        out_specs=tuple(_whole(out) for out in outs.values()),
+        out_shape=tuple(outs.values()),
+        compiler_params=params,
+        interpret=interpret,
+        name=name,
+    )(*arrays.values())
+    return dict(zip(outs, found, strict=True))
+
+
+def _whole(a: Any) -> pl.BlockSpec:
+    """The kernel addresses the array itself."""
+    rank = len(a.shape)
+    return pl.BlockSpec(a.shape, lambda *_: (0,) * rank)
+
+
+def _add_shares(h: Float[Array, "parts T RT"], side: Side, span: int) -> Float[Array, "T nRT"]:
+    """dS from the shares of its column blocks: a tree of sums per target, then the targets' ranks page by page."""
+    totals, at = [], 0
+    for size in side.sizes:
+        parts = list(h[at : at + pl.cdiv(size, span)])
+        at += len(parts)
+        while len(parts) > 1:
+            odd = parts[len(parts) & ~1 :]
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + odd
+        totals.append(parts[0].reshape(h.shape[1], -1, RANK_PAGE))
+    return jnp.stack(totals, axis=2).reshape(h.shape[1], -1)

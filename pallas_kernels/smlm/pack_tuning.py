@@ -1,0 +1,84 @@
+"""How the Triton backward of packs is cut."""
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+
+from pallas_kernels.smlm.plan import RANK_PAGE
+
+MAX_SHARED_BYTES = 160 * 1024  # what a block may take on Ampere; Hopper has more
+MAX_RANKS = 128  # ranks that the sums of one program hold
+
+
+@dataclass(frozen=True)
+class Block:
+    """How one kind of work is cut.
+
+    Attributes:
+        rows: Rows of a tile.
+        columns: Columns that a program takes at a time.
+        span: Columns that a program takes in all, where it goes through several; 0: one block of columns.
+    """
+
+    rows: int
+    columns: int
+    span: int = 0
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """How the two launches are cut.
+
+    Attributes:
+        dB, dS: Work of the first launch; the span of dS decides the order of its sums.
+        dA, dX: Work of the second.
+        first_warps, first_stages, second_warps, second_stages: Triton's.
+    """
+
+    dB: Block = Block(64, 64)
+    dS: Block = Block(64, 64, 512)
+    dA: Block = Block(128, 64)
+    dX: Block = Block(64, 128, 128)
+    first_warps: int = 4
+    first_stages: int = 5
+    second_warps: int = 4
+    second_stages: int = 4
+
+
+def default_pack_config(size: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype) -> PackConfig:
+    """The configuration of a shape class, tuned on an H200.
+
+    Args:
+        size: Input features.
+        out_features: Columns of each target.
+        pages: MP.
+        dtype: Of x.
+    """
+    wide = sum(out_features) >= 8192  # fewer shares of dS, each of more columns
+    config = PackConfig(dS=Block(64, 64, 1024 if wide else 512))
+    if jnp.dtype(dtype).itemsize > 2:  # float32: no tensor cores, twice the bytes
+        config = PackConfig(Block(32, 32), Block(32, 32, 512), Block(32, 32), Block(32, 32, 32), 4, 2, 4, 2)
+    ranks = min(MAX_RANKS, pages * RANK_PAGE)
+    while config.first_stages > 1 and shared_bytes(config, ranks, ranks, dtype)[0] > MAX_SHARED_BYTES:
+        config = replace(config, first_stages=config.first_stages - 1)
+    stacked = len(out_features) * pages * RANK_PAGE
+    while config.second_stages > 1 and shared_bytes(config, ranks, stacked, dtype)[1] > MAX_SHARED_BYTES:
+        config = replace(config, second_stages=config.second_stages - 1)
+    return config
+
+
+def shared_bytes(config: PackConfig, ranks: int, stacked: int, dtype: jnp.dtype) -> tuple[int, int]:
+    """Shared memory of the two launches: what a turn of a loop loads, times the stages.
+
+    Args:
+        config: The configuration.
+        ranks: Ranks that a column of dY meets, at most MAX_RANKS.
+        stacked: Ranks of all targets.
+        dtype: Of x.
+    """
+    dB, dS, dA, dX = config.dB, config.dS, config.dA, config.dX
+    first = max(dB.rows * (dB.columns + ranks), dS.columns * (dS.rows + ranks)) * config.first_stages
+    second = dA.rows * (dA.columns + min(MAX_RANKS, stacked)) * config.second_stages
+    turns = config.second_stages if dX.span > dX.columns else 1  # one block of columns is no loop
+    second = max(second, stacked * (dX.rows + dX.columns * turns))
+    return jnp.dtype(dtype).itemsize * first, jnp.dtype(dtype).itemsize * second
