@@ -63,7 +63,7 @@ def pack_backward(
     if max(x.size, dy.size) >= MAX_ELEMENTS:
         raise ValueError(f"x, dy: got shapes {x.shape}, {dy.shape}, expected fewer than {MAX_ELEMENTS} elements each")
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
-    config = config or default_pack_config(size, out_features, pages, dtype)
+    config = config or default_pack_config(packs * rows, out_features, pages, dtype)
     flat = {"x": x, "A": A.astype(dtype), "B": B.astype(dtype), "dY": dy.astype(dtype)}
     flat = {name: a.reshape(-1, a.shape[-1]) for name, a in flat.items()} | {"S": S.reshape(packs * rows, -1)}
     ys = Side(packs, rows, out_features, pages * RANK_PAGE)

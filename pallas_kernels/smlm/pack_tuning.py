@@ -38,30 +38,36 @@ class PackConfig:
     dB: Block = Block(64, 64)
     dS: Block = Block(64, 64, 512)
     dA: Block = Block(128, 64)
-    dX: Block = Block(64, 128, 128)
+    dX: Block = Block(128, 64, 512)
     first_warps: int = 4
-    first_stages: int = 5
+    first_stages: int = 4
     second_warps: int = 4
     second_stages: int = 4
 
 
-def default_pack_config(size: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype) -> PackConfig:
-    """The configuration of a shape class, tuned on an H200.
+def default_pack_config(rows: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype) -> PackConfig:
+    """The configuration of a shape class, tuned on an H200, of moderate shared memory anywhere.
 
     Args:
-        size: Input features.
-        out_features: Columns of each target.
+        rows: Of all packs: G * L. Few rows are few programs, each of which must have more loads under way.
+        out_features: Columns of each target. Of many, dS has fewer shares, each of more columns.
         pages: MP.
         dtype: Of x.
     """
-    wide = sum(out_features) >= 8192  # fewer shares of dS, each of more columns
-    config = PackConfig(dS=Block(64, 64, 1024 if wide else 512))
-    if jnp.dtype(dtype).itemsize > 2:  # float32: no tensor cores, twice the bytes
+    few, wide = rows <= 1024, sum(out_features) > 8192
+    config = PackConfig() if few else replace(PackConfig(), dA=Block(64, 64), dX=Block(128, 64, 256))
+    if jnp.dtype(dtype).itemsize > 2:  # float32: twice the bytes, no wgmma
         config = PackConfig(Block(32, 32), Block(32, 32, 512), Block(32, 32), Block(32, 32, 32), 4, 2, 4, 2)
+    elif wide and few:
+        config = replace(config, dS=Block(64, 64, 1024), first_stages=3)
+    elif wide:
+        config = replace(config, dB=Block(32, 128), dS=Block(64, 64, 1024), first_stages=5)
     ranks = min(MAX_RANKS, pages * RANK_PAGE)
     while config.first_stages > 1 and shared_bytes(config, ranks, ranks, dtype)[0] > MAX_SHARED_BYTES:
         config = replace(config, first_stages=config.first_stages - 1)
     stacked = len(out_features) * pages * RANK_PAGE
+    if stacked > 2 * MAX_RANKS:  # dX holds all ranks of its rows: fewer rows, and no loop to load ahead for
+        config = replace(config, dX=Block(config.dX.rows // 2, config.dX.columns, config.dX.columns))
     while config.second_stages > 1 and shared_bytes(config, ranks, stacked, dtype)[1] > MAX_SHARED_BYTES:
         config = replace(config, second_stages=config.second_stages - 1)
     return config

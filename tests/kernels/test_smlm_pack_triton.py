@@ -180,7 +180,7 @@ def test_default_blocks_fit_the_device(name: str) -> None:
     case = SHAPES[name]
     ranks, stacked = case.pages * 16, len(case.outs) * case.pages * 16
     for dtype in (jnp.bfloat16, jnp.float32):
-        config = default_pack_config(case.size, case.outs, case.pages, dtype)
+        config = default_pack_config(case.packs * case.rows, case.outs, case.pages, dtype)
         assert max(shared_bytes(config, ranks, stacked, dtype)) <= MAX_SHARED_BYTES
 
 
