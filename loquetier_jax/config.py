@@ -10,11 +10,47 @@ BLOCK = 16  # rows of one prefill block and of one LoRA tile
 FEW_ROWS = 64  # up to which the LoRA kernels of a decode step pay beside the base GEMMs (measured: 32 yes, 128 no)
 PACK_ALIGN = 64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
 
+KEPT = ("qkv_proj", "attention", "o_proj", "gate_up_proj")  # names of train-row activations that may be kept
+
 Sampling = Literal["greedy", "plain", "full"]
 SAMPLING_LEVELS: tuple[str, ...] = ("greedy", "plain", "full")
 
 
-def require(ok: bool, name: str, got: Any, expected: str) -> None:
+_INTEGERS = {  # field of EngineConfig: (smallest value, what it is a multiple of)
+    "max_model_len": (1, 1),
+    "kv_page_size": (BLOCK, BLOCK),
+    "num_kv_pages": (2, 1),
+    "max_num_seqs": (1, 1),
+    "max_adapters": (1, 1),
+    "max_host_adapters": (0, 1),
+    "max_lora_rank": (RANK_PAGE, RANK_PAGE),
+    "train_pages": (1, 1),
+    "max_logprobs": (0, 1),
+    "max_logit_bias": (1, 1),
+    "logit_chunk": (1, 1),
+    "slice_layers": (0, 1),
+    "seed": (0, 1),
+}
+_NULLABLE = ("num_kv_pages", "max_host_adapters")
+_CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "smlm": ("xla", "triton", "mosaic", None),
+    "attention": ("xla", "triton", "mosaic", None),
+    "train_attention": ("xla", "cudnn", None),
+}
+
+
+def is_int(value: Any) -> bool:
+    """Whether `value` is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is an integer or a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def require(ok: Any, name: str, got: Any, expected: str) -> None:
     """Raises ConfigError naming the argument, what came and what was expected."""
     if not ok:
         raise ConfigError(f"{name}: got {got!r}, expected {expected}")
@@ -50,7 +86,7 @@ class Bucket:
     def __post_init__(self) -> None:
         for name in ("packs", "pack_tokens", "score_packs", "score_tokens", "prefill", "chunks", "decode"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 0, f"Bucket.{name}", value, "an integer >= 0")
+            require(is_int(value) and value >= 0, f"Bucket.{name}", value, "an integer >= 0")
         for name in ("pack_tokens", "score_tokens"):
             value = getattr(self, name)
             require(value % PACK_ALIGN == 0, f"Bucket.{name}", value, f"a multiple of {PACK_ALIGN}")
@@ -139,7 +175,8 @@ class SLOConfig:
     def __post_init__(self) -> None:
         for name in ("ttft_ms", "tpot_ms"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"SLOConfig.{name}", value, "a positive number or null")
+            ok = value is None or (is_number(value) and value > 0)
+            require(ok, f"SLOConfig.{name}", value, "a positive number or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +220,7 @@ class EngineConfig:
     max_logprobs: int = 16
     max_logit_bias: int = 64
     logit_chunk: int = 1024
-    keep: tuple[str, ...] = ("qkv_proj", "attention", "o_proj", "gate_up_proj")
+    keep: tuple[str, ...] = KEPT
     slice_layers: int = 0
     buckets: tuple[Bucket, ...] = ()
     slo: SLOConfig = field(default_factory=SLOConfig)
@@ -194,50 +231,28 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(
-            self.dtype in ("float32", "bfloat16", "float16"),
-            "dtype",
-            self.dtype,
-            "float32, bfloat16 or float16",
-        )
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_adapters",
-            "train_pages",
-            "logit_chunk",
-            "max_logit_bias",
-        ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
-        hosts = self.max_host_adapters
-        require(hosts is None or hosts >= 0, "max_host_adapters", hosts, "null or an integer >= 0")
-        require(
-            self.kv_page_size >= 1 and self.kv_page_size % BLOCK == 0,
-            "kv_page_size",
-            self.kv_page_size,
-            f"a multiple of {BLOCK}",
-        )
-        require(
-            self.max_lora_rank >= RANK_PAGE and self.max_lora_rank % RANK_PAGE == 0,
-            "max_lora_rank",
-            self.max_lora_rank,
-            f"a multiple of {RANK_PAGE}",
-        )
-        known = ("qkv_proj", "attention", "o_proj", "gate_up_proj")
-        require(set(self.keep) <= set(known), "keep", self.keep, f"a subset of {known}")
-        require(len(self.buckets) > 0, "buckets", self.buckets, "at least one Bucket (see configs/engine/)")
-        require(
-            any(b.prefill for b in self.buckets),
-            "buckets",
-            self.buckets,
-            "at least one bucket with prefill rows",
-        )
-        require(
-            any(b.decode for b in self.buckets),
-            "buckets",
-            self.buckets,
-            "at least one bucket with decode rows",
-        )
+        for name, (least, step) in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None or name not in _NULLABLE:
+                kind = "an integer" if step == 1 else f"a multiple of {step}"
+                ok = is_int(value) and value >= least and value % step == 0
+                require(ok, name, value, f"{kind} >= {least}{' or null' if name in _NULLABLE else ''}")
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            require(value in known, name, value, f"one of {known}")
+        folder = self.compilation_cache_dir
+        require(folder is None or isinstance(folder, str), "compilation_cache_dir", folder, "a path or null")
+        require(isinstance(self.slo, SLOConfig), "slo", self.slo, "an SLOConfig")
+        names = isinstance(self.keep, tuple) and set(self.keep) <= set(KEPT)
+        require(names, "keep", self.keep, f"a subset of {KEPT}")
+        self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        ok = isinstance(self.buckets, tuple) and all(isinstance(b, Bucket) for b in self.buckets) and self.buckets
+        require(ok, "buckets", self.buckets, "at least one Bucket (see configs/engine/)")
+        for rows in ("prefill", "decode"):
+            some = any(getattr(b, rows) for b in self.buckets)
+            require(some, "buckets", self.buckets, f"at least one bucket with {rows} rows")
 
     @property
     def max_pages_per_seq(self) -> int:

@@ -1,6 +1,7 @@
 """Plain data and YAML files to config dataclasses, strictly: what is not known is refused by name. Imports no jax."""
 
 import dataclasses
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,15 @@ from loquetier_jax.config import require
 from loquetier_jax.errors import ConfigError
 
 C = TypeVar("C")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and 1e-3 is a number: YAML 1.1, which this library reads, wants 1.0e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def from_dict(cls: type[C], data: dict[str, Any], where: str = "") -> C:
@@ -44,15 +54,44 @@ def load_yaml(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> 
     """Reads a YAML file into dataclass `cls`; overrides are "a.b=c" with c in YAML.
 
     Raises:
-        ConfigError: see `from_dict`; also an override that is not of that form.
+        ConfigError: see `from_dict` and `read_yaml`; also an override that is not of that form.
     """
-    data = yaml.safe_load(Path(path).read_text()) or {}
+    data = read_yaml(path)
     for override in overrides:
         key, equals, text = override.partition("=")
-        require(bool(equals), "override", override, "the form a.b=c")
+        require(bool(equals and key), "override", override, "the form a.b=c")
         *parents, leaf = key.split(".")
         node = data
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = yaml.safe_load(text)
+            require(isinstance(node, dict), "override", override, f"no key below {parent}, which is {node!r:.60}")
+        node[leaf] = parse_value(text, f"override {key}")
     return from_dict(cls, data)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping; an empty file is an empty one.
+
+    Raises:
+        ConfigError: no such file, no YAML, or no mapping.
+    """
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    require(data is None or isinstance(data, dict), str(path), data, "a mapping")
+    return data or {}
+
+
+def parse_value(text: str, where: str) -> Any:
+    """One YAML value.
+
+    Raises:
+        ConfigError: no YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: got {text!r}, expected a YAML value") from error

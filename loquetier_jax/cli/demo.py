@@ -43,8 +43,9 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    console = Console(stderr=args.json)
     out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)  # now: an --out that cannot be had is not worth the minutes
+    console = Console(stderr=args.json)
     console.print("[bold]loquetier demo[/]: one frozen base, two adapters in training, four requests streaming")
     scenario = play(console, args.steps, args.learning_rate, args.seed)
     scenario.save(out)

@@ -19,13 +19,12 @@ from loquetier_jax.cli.options import (
     build_engine,
     dataclass_from,
     new_parser,
-    read_yaml,
     resolve_config,
     settings,
     stderr_console,
 )
 from loquetier_jax.config import EngineConfig, require
-from loquetier_jax.config_file import from_dict
+from loquetier_jax.config_file import from_dict, read_yaml
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.metrics import read_metrics

@@ -105,13 +105,20 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return found | {"stop": stop} | settings(args.sampling, "--sampling")
 
 
-def _params(values: dict[str, Any], where: str) -> "SamplingParams":
+def sampling_params(values: dict[str, Any], where: str) -> "SamplingParams":
+    """SamplingParams of plain data; errors begin with `where`.
+
+    Raises:
+        RequestError: an unknown field, or a value that is refused.
+    """
     from loquetier_jax.serve.params import SamplingParams
 
     known = {f.name for f in fields(SamplingParams)}
     for key in values:
         if key not in known:
             raise RequestError(f"{where}{key}: unknown, expected one of {sorted(known)}")
+    if isinstance(bias := values.get("logit_bias"), dict):  # the keys of a JSON object are strings
+        values = values | {"logit_bias": {int(k) if str(k).isdecimal() else k: v for k, v in bias.items()}}
     return SamplingParams(**values)
 
 
@@ -126,7 +133,7 @@ def _prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise RequestError("prompt: got none, expected arguments, --file or text on stdin")
         return [{"prompt": sys.stdin.read().rstrip("\n")}]
     try:
-        lines = Path(args.file).read_text().splitlines()
+        lines = Path(args.file).read_text(encoding="utf-8").split("\n")  # splitlines() knows more ends than JSON does
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--file {args.file}: {error}") from error
     if not args.file.endswith(".jsonl"):
@@ -147,7 +154,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 def _ask(line: dict[str, Any], names: list[str], defaults: dict[str, Any], chat: bool) -> list[Asked]:
     """The completions that one line asks for."""
     where = line.pop("where", "")
-    params = _params(defaults | {k: v for k, v in line.items() if k not in LINE_KEYS}, where)
+    params = sampling_params(defaults | {k: v for k, v in line.items() if k not in LINE_KEYS}, where)
     prompt = line["messages"] if "messages" in line else line["prompt"]
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -162,6 +169,7 @@ def _show(engine: "Engine", one: Asked, console: Console | None) -> None:
     if one.params.n > 1:
         engine.wait(lambda: one.submitted.finished)
         print("\n---\n".join(output.text for output in one.submitted.output().outputs), flush=True)
+        _refuse_failed(one.submitted.output())
         return
     while one.pieces or not one.submitted.finished:
         engine.wait(lambda: bool(one.pieces) or one.submitted.finished)

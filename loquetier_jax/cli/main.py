@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except LoquetierError as error:
-        print(f"loquetier: error: {error}", file=sys.stderr)
-        return USAGE
     except KeyboardInterrupt:
         print("loquetier: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `loquetier ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (LoquetierError, OSError) as error:  # OSError: a file or folder that cannot be read or written
+        print(f"loquetier: error: {error}", file=sys.stderr)
+        return USAGE

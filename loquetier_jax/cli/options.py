@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.config_file import from_dict
+from loquetier_jax.config_file import from_dict, parse_value
 from loquetier_jax.errors import ConfigError
 from loquetier_jax.presets import engine_config, slo_config
 from loquetier_jax.tiny import BASE_NAME, base_path
@@ -85,39 +84,6 @@ def settings(pairs: Iterable[str], option: str) -> dict[str, Any]:
             raise ConfigError(f"{option}: got {pair!r}, expected KEY=VALUE")
         found[key] = parse_value(text, f"{option} {key}")
     return found
-
-
-def parse_value(text: str, where: str) -> Any:
-    """One YAML value.
-
-    Raises:
-        ConfigError: no YAML.
-    """
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: got {text!r}, expected a YAML value") from error
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping.
-
-    Raises:
-        ConfigError: no such file, no YAML, or no mapping.
-    """
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: got {type(data).__name__}, expected a mapping")
-    return data
 
 
 def model_path(model: str) -> Path:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.cli.finetune import add_job_options
+from loquetier_jax.cli.generate import sampling_params
 from loquetier_jax.cli.job_bar import JobBar
 from loquetier_jax.cli.options import (
     BASE,
@@ -20,13 +21,14 @@ from loquetier_jax.cli.options import (
     dataclass_from,
     load_adapters,
     new_parser,
-    read_yaml,
     settings,
     stderr_console,
 )
 from loquetier_jax.cli.replay import Served, replay
 from loquetier_jax.cli.report import LATENCIES, summarize
 from loquetier_jax.cli.workload import Workload, arrivals
+from loquetier_jax.config import require
+from loquetier_jax.config_file import read_yaml
 from loquetier_jax.errors import ConfigError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.presets import preset_path
@@ -81,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
     names = [name for name, _ in args.adapter] or [BASE]
     asked = arrivals(workload, names)
     sampling = {"temperature": 0.0} | settings(args.sampling, "--sampling")
+    sampling_params(sampling, "--sampling ")  # refused now, not once for every request
+    if args.out:  # likewise: not when all has been measured
+        require(not Path(args.out).is_dir(), "--out", args.out, "a file")
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     lora, train = settings(args.lora, "--lora"), settings(args.train, "--train")
     jobs = dict(_job(text) for text in args.job)
     engine = build_engine(args, console)

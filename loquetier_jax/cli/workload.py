@@ -1,6 +1,7 @@
 """What a serving loop replays: requests with their arrival times, from a file or from a generator. Imports no jax."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loquetier_jax.config import require
+from loquetier_jax.config import is_int, is_number, require
 from loquetier_jax.config_file import from_dict
 from loquetier_jax.errors import ConfigError, DataError
 
@@ -68,17 +69,19 @@ class Workload:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.rate >= 0, "rate", self.rate, "a number >= 0")
-        require(self.burstiness > 0, "burstiness", self.burstiness, "a number > 0")
+        for name in ("rate", "burstiness", "zipf", "time_scale"):
+            value = getattr(self, name)
+            ok = is_number(value) and 0 <= value < math.inf and (value > 0 or name != "burstiness")
+            require(ok, name, value, "a finite number > 0" if name == "burstiness" else "a finite number >= 0")
         count = self.num_requests
-        require(count is None or (isinstance(count, int) and count > 0), "num_requests", count, "an integer > 0")
+        require(count is None or (is_int(count) and count > 0), "num_requests", count, "an integer > 0")
+        require(is_int(self.seed) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
         for name in ("input_len", "output_len"):
             span = getattr(self, name)
-            ok = len(span) == 2 and all(isinstance(n, int) for n in span) and 1 <= span[0] <= span[1]
+            pair = isinstance(span, tuple) and len(span) == 2 and all(is_int(n) for n in span)
+            ok = pair and 1 <= span[0] <= span[1]
             require(ok, name, span, "[least, most], integers >= 1")
         require(self.assign in ASSIGN, "assign", self.assign, f"one of {ASSIGN}")
-        require(self.zipf >= 0, "zipf", self.zipf, "a number >= 0")
-        require(self.time_scale >= 0, "time_scale", self.time_scale, "a number >= 0")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Workload":
@@ -128,7 +131,7 @@ def _lengths(workload: Workload, rng: np.random.Generator) -> dict[str, int]:
 
 def _read(workload: Workload, path: Path, rng: np.random.Generator) -> Iterator[Arrival]:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from error
     read = _trace_line if path.suffix == ".jsonl" else _second
@@ -160,12 +163,15 @@ def _trace_line(line: str, where: str, lengths: dict[str, int]) -> Arrival:
         value = data.get(key, least)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < float("inf"):
             raise DataError(f"{where}: {key}: got {value!r}, expected a number >= {least}")
+    adapter = data.get("adapter")
+    if adapter is not None and not isinstance(adapter, str):
+        raise DataError(f"{where}: adapter: got {adapter!r:.60}, expected a name")
     return Arrival(
         at=data.get("timestamp", 0) / 1e3,
         input_length=int(data.get("input_length", lengths["input_length"])),
         output_length=int(data.get("output_length", lengths["output_length"])),
         prompt=data.get("messages", data.get("prompt")),
-        adapter=data.get("adapter"),
+        adapter=adapter,
     )
 
 

@@ -1,5 +1,6 @@
 """`loquetier generate` gives what the Python API gives, in every form it can be asked for."""
 
+import argparse
 import io
 import json
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loquetier_jax import Engine, SamplingParams
-from loquetier_jax.cli import main
+from loquetier_jax.cli import generate, main
 from loquetier_jax.presets import engine_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -94,3 +95,13 @@ def test_refused_by_the_engine(
     assert "max_model_len 128" in capsys.readouterr().err
     assert main(["generate", "x", "--adapter", f"a={tmp_path}", *options]) == 2
     assert "loquetier: error" in capsys.readouterr().err
+
+
+def test_lines_of_a_file_end_where_json_says(tmp_path: Path) -> None:
+    """U+2028 is no end of a line, and the keys of a JSON object are strings."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a\u2028b", "logit_bias": {"65": 2}}, ensure_ascii=False) + "\n", "utf-8")
+    args = argparse.Namespace(prompt=[], file=str(path))
+    [line] = generate._prompts(args)
+    [asked] = generate._ask(line, ["base"], {}, chat=False)
+    assert asked.prompt == "a\u2028b" and asked.params.logit_bias == {65: 2}

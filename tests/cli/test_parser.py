@@ -77,6 +77,12 @@ def test_wrong_options_end_with_usage(arguments: list[str], capsys: pytest.Captu
         (["serve-loop", "-w", "speed=3"], "workload speed"),
         (["serve-loop", "-w", "rate=-1"], "rate: got -1"),
         (["serve-loop", "--job", "math"], "--job: got 'math'"),
+        (["serve-loop", "-w", "seed=-1"], "seed: got -1"),
+        (["serve-loop", "-w", "input_len=5"], "input_len: got 5"),
+        (["serve-loop", "-w", "time_scale=.inf"], "time_scale: got inf"),
+        (["serve-loop", "-s", "top_q=1"], "top_q: unknown"),
+        (["serve-loop", "--out", "/"], "--out: got '/'"),
+        (["demo", "--out", "/dev/null/x"], "/dev/null/x"),
         (["bench", "none.such"], "bench: got 'none.such'"),
     ],
 )  # fmt: skip
