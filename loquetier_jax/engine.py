@@ -5,8 +5,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,18 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
+        self._driver: int | None = None  # the thread that is inside a step
         self._ids = itertools.count()
         self._rng = np.random.default_rng(cfg.seed)
+        self.loop = self._new_loop(policy or PolicyConfig())
+        score_rows = max((b.score_tokens for b in cfg.buckets), default=0)
+        self._scores = ScoreRequests(self.adapters, score_rows, lambda: self.loop.epoch)
+        compile_serving(self.functions, self.state, cfg, self.latency, progress)
+
+    def _new_loop(self, policy: PolicyConfig) -> Loop:
+        cfg, scoring = self.cfg, Scoring()
         serving = Serving(self.adapters, KVPages(cfg.kv_pages, cfg.kv_page_size), Slots(cfg.max_num_seqs))
-        scoring = Scoring()
         training = Training(
             cfg,
             self.state,
@@ -104,20 +111,7 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
             self._job_stepped,
             self._job_ended,
         )
-        self.loop = Loop(
-            cfg,
-            self.state,
-            self.functions,
-            serving,
-            scoring,
-            training,
-            self.latency,
-            policy or PolicyConfig(),
-            cfg.slo,
-        )
-        score_rows = max((b.score_tokens for b in cfg.buckets), default=0)
-        self._scores = ScoreRequests(self.adapters, score_rows, lambda: self.loop.epoch)
-        compile_serving(self.functions, self.state, cfg, self.latency, progress)
+        return Loop(cfg, self.state, self.functions, serving, scoring, training, self.latency, policy, cfg.slo)
 
     @classmethod
     def from_pretrained(
@@ -168,23 +162,40 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
 
         Raises:
             EngineError: a step has failed, now or before. Its requests and jobs have ended with that error.
+            RuntimeError: called from inside a step, i.e. by a listener: tokens of others would come out of order.
         """
-        with self._lock:
-            self._check_alive()
-            try:
-                with uninterrupted():
-                    worked = self.loop.iterate()
-            except Exception as error:  # in the middle of a step: buffers may be gone, and rows half counted
-                self._lose(error)
-                self._check_alive()
+        with self._lock, self._boundary():
+            worked = self.loop.iterate()
             self._changed.notify_all()
         return worked
+
+    @contextmanager
+    def _boundary(self) -> Iterator[None]:
+        """What reads or dispatches steps: as a whole, and whatever ends it in the middle is the engine's end."""
+        self._check_alive()
+        self._refuse_inside_step()
+        self._driver = threading.get_ident()
+        try:
+            with uninterrupted():
+                try:
+                    yield
+                except BaseException as error:  # buffers may be gone, and rows half counted
+                    self._lose(error)
+                    if not isinstance(error, Exception):
+                        raise
+                    self._check_alive()
+        finally:
+            self._driver = None
+
+    def _refuse_inside_step(self) -> None:
+        if self._driver == threading.get_ident():
+            raise RuntimeError("engine: called from a listener, which may submit and cancel, but not wait for steps")
 
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineError(f"engine: a step has failed: {self._failure!r}") from self._failure
 
-    def _lose(self, error: Exception) -> None:
+    def _lose(self, error: BaseException) -> None:
         log.error("a step has failed", exc_info=error)
         self._failure = error
         self.loop.serving.fail_all(f"a step of the engine has failed: {error!r}", self.loop.clock())
@@ -198,9 +209,10 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
 
         Raises:
             EngineError: a step has failed, whoever drove it.
-            RuntimeError: nothing is left to do and `done()` is still false.
+            RuntimeError: nothing is left to do and `done()` is still false, or called from inside a step.
         """
         while not done():
+            self._refuse_inside_step()
             if self._thread is not None:
                 with self._changed:
                     if not done():
@@ -232,6 +244,7 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
 
     def stop(self) -> None:
         """Ends the thread of `start`; what is queued stays queued."""
+        self._refuse_inside_step()
         if self._thread is not None:
             self._stopping = True
             self._thread.join()
@@ -239,8 +252,8 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
             atexit.unregister(self.stop)
 
     def drain(self) -> None:
-        """Reads everything dispatched: afterwards the device is idle."""
-        with self._lock:
+        """Reads everything dispatched: afterwards the device is idle. Raises what `step` raises."""
+        with self._lock, self._boundary():
             self.loop.drain()
 
     def check_integrity(self) -> None:

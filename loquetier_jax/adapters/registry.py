@@ -37,7 +37,7 @@ class Registry:
         Raises:
             AdapterError: unknown name.
         """
-        if name not in self._names:
+        if not isinstance(name, str) or name not in self._names:
             raise AdapterError(f"adapter: got {name!r}, expected one of {self.names()}")
         return self._names[name]
 

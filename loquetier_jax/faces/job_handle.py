@@ -153,13 +153,14 @@ class JobHandle:
             held = job.status in ("queued", "running")
             if held:
                 job.pause()
-        engine.wait(lambda: not engine.loop.training.busy(job.name))
-        with engine._lock:
-            try:
+        try:
+            engine.wait(lambda: not engine.loop.training.busy(job.name))
+            with engine._lock:
                 state = take_job_state(engine, self._trainee)
                 if held and job.status == "paused":  # for this moment only: whoever takes it up goes on
                     state.host["job"]["status"] = job.paused_from
                 return act(state)
-            finally:
+        finally:  # also after a Ctrl-C while waiting
+            with engine._lock:
                 if held and job.status == "paused":
                     job.resume()

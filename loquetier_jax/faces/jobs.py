@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class JobCalls:
     loop: Loop
     wait: Callable[[Callable[[], bool]], None]
     _check_alive: Callable[[], None]
+    _boundary: Callable[[], AbstractContextManager[None]]
     _lock: Any
     _changed: threading.Condition
 
@@ -74,16 +76,20 @@ class JobCalls:
         Raises:
             DataError: a malformed line, with its number.
             AdapterError: the name is taken, nothing to adapt, or a rank too large.
-            ConfigError: settings of another type, or `lora` beside `init_from`.
+            ConfigError: settings of another type, `lora` beside `init_from`, evaluation settings without eval_data.
             JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the
-                output_dir is that of another job.
+                output_dir is that of another job, or cannot be written.
         """
         require(lora is None or init_from is None, "lora", lora, f"None: init_from {init_from!r} has its own")
         cfg, lora = train or TrainConfig(), lora or LoraConfig()
         for argument, value, kind in (("train", cfg, TrainConfig), ("lora", lora, LoraConfig)):
             require(isinstance(value, kind), argument, value, f"a {kind.__name__}")
+        for field in ("eval_steps", "early_stopping_patience"):
+            ok = eval_data is not None or not getattr(cfg, field)
+            require(ok, field, getattr(cfg, field), "0 without eval_data")
         if cfg.pack_tokens is None:
-            cfg = dataclasses.replace(cfg, pack_tokens=self.cfg.longest_pack(scored=eval_data is not None))
+            longest = self.cfg.longest_pack(scored=eval_data is not None) or cfg.pack_rows
+            cfg = dataclasses.replace(cfg, pack_tokens=longest)
         with self._lock:
             self._check_job(name)
         dataset, held_out = self._read(data, eval_data, cfg)
@@ -161,8 +167,9 @@ class JobCalls:
     def _check_job(self, name: str) -> None:
         self._check_alive()
         if name in self.jobs and self.jobs[name].status in FINISHED:
-            self.loop.drain()  # what it had in flight is read, and it gives everything back
-            self.loop.training.tick(self.loop.epoch)
+            with self._boundary():
+                self.loop.drain()  # what it had in flight is read, and it gives everything back
+                self.loop.training.tick(self.loop.epoch)
         if name in self.jobs and name in self.loop.training.trainees:
             raise JobError(f"job {name!r} has not ended: it is {self.jobs[name].status}")
 
@@ -211,4 +218,9 @@ class JobCalls:
 
 
 def _metrics(cfg: TrainConfig) -> MetricsWriter | None:
-    return None if cfg.output_dir is None else MetricsWriter(Path(cfg.output_dir) / "metrics.jsonl")
+    if cfg.output_dir is None:
+        return None
+    try:
+        return MetricsWriter(Path(cfg.output_dir) / "metrics.jsonl")
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise JobError(f"output_dir: got {str(cfg.output_dir)!r}, expected a folder to write to: {error}") from error

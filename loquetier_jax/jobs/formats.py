@@ -158,7 +158,7 @@ def _sharegpt(turns: Any, where: str) -> Chat:
         raise DataError(f"{where}: conversations: got {_short(turns)}, expected a list of turns")
     messages = []
     for i, turn in enumerate(turns):
-        role = SHAREGPT_ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+        role = SHAREGPT_ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             expected = f"from (one of {tuple(SHAREGPT_ROLES)}) and value (a string)"
             raise DataError(f"{where}: conversations[{i}]: got {_short(turn)}, expected {expected}")

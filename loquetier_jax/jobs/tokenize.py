@@ -27,14 +27,18 @@ def tokenize(
 
     Raises:
         DataError: the chat template is missing, refuses the messages, or does not render a conversation as a
-            continuation of its own beginning, so that the assistant's tokens cannot be told apart.
+            continuation of its own beginning, so that the assistant's tokens cannot be told apart; text with
+            half a surrogate pair.
     """
-    if isinstance(record, Text):
-        ids = _ended(_encode(tokenizer, record.text), tokenizer)
-        return ids, [True] * len(ids)
-    ids, learn = (
-        _completion(record, tokenizer) if isinstance(record, Completion) else _chat(record, tokenizer, where)
-    )
+    try:
+        if isinstance(record, Text):
+            ids = _ended(_encode(tokenizer, record.text), tokenizer)
+            return ids, [True] * len(ids)
+        ids, learn = (
+            _completion(record, tokenizer) if isinstance(record, Completion) else _chat(record, tokenizer, where)
+        )
+    except (TypeError, UnicodeError) as error:  # half a surrogate pair: JSON's "\ud800" alone
+        raise DataError(f"{where}: the tokenizer refuses the text: {error}") from error
     return ids, learn if completion_only else [True] * len(ids)
 
 

@@ -129,7 +129,7 @@ class Training:
         """Whether a started job's functions are compiled; a job whose functions cannot be is failed."""
         try:
             keys = (("optimizer", trainee.number), *self.keys(trainee))
-            return bool(trainee.pages) and all(self.compiler.ready(key) for key in keys)
+            return all(self.compiler.ready(key) for key in keys) and bool(trainee.pages)
         except Exception as error:  # whatever the compiler raised in its thread
             if not trainee.job.finished:
                 trainee.job.fail(f"compiling failed: {error}")
@@ -189,9 +189,7 @@ class Training:
             taken.append(pack)
             items.append(TrainItem(pack, trainee.pages, trainee.grad_pages, trainee.lora.lora_dropout))
         self._unread.update({t.job.name for t in owners})
-        self.current = RunningPass(
-            TrainPass(owners[0].key(packs), items, self.cfg.slice_layers), owners, taken
-        )
+        self.current = RunningPass(TrainPass(owners[0].key(packs), items, self.cfg.slice_layers), owners, taken)
         return self.current
 
     def close_pass(self) -> RunningPass | None:
@@ -234,6 +232,7 @@ class Training:
         All that can happen happens in one call: whoever drives the loop may stop when nothing was left to decide.
         """
         for trainee in list(self.trainees.values()):
+            self._ready(trainee)  # what cannot be compiled fails, and is retired now
             if trainee.job.finished and not self.busy(trainee.name):
                 self._retire(trainee, epoch)
         for trainee in self.trainees.values():

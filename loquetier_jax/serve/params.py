@@ -8,6 +8,7 @@ from loquetier_jax.config import Sampling
 from loquetier_jax.errors import RequestError
 
 MAX_NUMBER = 1e38
+MAX_N = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
 MIN_TEMPERATURE = 1e-5  # vLLM's _SAMPLING_EPS: logits divided by less would be infinite
 
 
@@ -85,7 +86,8 @@ class SamplingParams:
         refuse(greedy_n, "n", self.n, "1 when temperature is 0 (all completions would be the same)")
 
     def _check_integers(self) -> None:
-        for name, low in (("n", 1), ("top_k", -1), ("max_tokens", 1), ("min_tokens", 0)):
+        refuse(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", self.n, f"an integer in [1, {MAX_N}]")
+        for name, low in (("top_k", -1), ("max_tokens", 1), ("min_tokens", 0)):
             value = getattr(self, name)
             refuse(_is_int(value) and low <= value < 2**31, name, value, f"an integer in [{low}, {2**31})")
         low = self.min_tokens <= self.max_tokens

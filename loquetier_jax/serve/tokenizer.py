@@ -47,10 +47,13 @@ def encode_prompt(
     if isinstance(prompt, str):
         if tokenizer is None:
             raise RequestError("prompt: got text, expected token ids: this engine has no tokenizer")
-        ids = tokenizer.encode(prompt)
-    elif isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
+        try:
+            ids = tokenizer.encode(prompt)
+        except (TypeError, UnicodeError) as error:  # half a surrogate pair, as JSON's "\ud800" may bring
+            raise RequestError(f"prompt: got {prompt!r:.200}, expected text of whole characters") from error
+    elif _is_list(prompt) and prompt and all(isinstance(m, Mapping) for m in prompt):
         ids = encode_chat(tokenizer, prompt)
-    elif isinstance(prompt, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+    elif _is_list(prompt) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
         ids = prompt
     else:
         raise RequestError(f"prompt: got {prompt!r:.200}, expected text, token ids or chat messages")
@@ -60,6 +63,10 @@ def encode_prompt(
     if bad is not None:
         raise RequestError(f"prompt: got token id {bad}, expected ids in [0, {vocab_size or 'vocab_size'})")
     return tuple(ids)
+
+
+def _is_list(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))  # bytes are no token ids
 
 
 def encode_chat(
