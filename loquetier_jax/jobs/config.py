@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loquetier_jax.config import PACK_ALIGN, require
+from loquetier_jax.config import PACK_ALIGN, is_int, is_number, require
 from loquetier_jax.errors import ConfigError
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
@@ -108,11 +108,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
-            require(_is_int(value) and value >= least, name, value, f"an integer >= {least}")
+            require(is_int(value) and value >= least, name, value, f"an integer >= {least}")
         for name, (least, most, closed) in _NUMBERS.items():
             value = getattr(self, name)
-            ok = _is_number(value) and least <= value and (value < most or (closed and value == most))
+            ok = is_number(value) and least <= value and (value < most or (closed and value == most))
             require(ok, name, value, f"a number in [{least}, {most}{']' if closed else ')'}")
+        self._check_choices()
+        self._check_steps()
+        self._check_lengths()
+
+    def _check_choices(self) -> None:
         for name in ("completion_only_loss", "shuffle"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a boolean")
         require(self.optim in OPTIMIZERS, "optim", self.optim, f"one of {OPTIMIZERS}")
@@ -122,26 +127,22 @@ class TrainConfig:
             self.lr_scheduler_type,
             f"one of {SCHEDULES}",
         )
+        require(
+            self.loss == "cross_entropy" or callable(self.loss),
+            "loss",
+            self.loss,
+            "'cross_entropy' or a function",
+        )
+
+    def _check_steps(self) -> None:
         steps = self.max_steps
-        require(_is_int(steps) and (steps == -1 or steps >= 1), "max_steps", steps, "-1 or an integer >= 1")
+        require(is_int(steps) and (steps == -1 or steps >= 1), "max_steps", steps, "-1 or an integer >= 1")
         require(self.seed < 2**32, "seed", self.seed, "an integer below 2**32")
         require(
             self.max_steps > 0 or self.num_train_epochs > 0,
             "num_train_epochs",
             self.num_train_epochs,
             "a number > 0 when max_steps is -1",
-        )
-        rows = self.pack_tokens
-        aligned = rows is None or (_is_int(rows) and rows >= PACK_ALIGN and rows % PACK_ALIGN == 0)
-        require(aligned, "pack_tokens", rows, f"null or a multiple of {PACK_ALIGN}")
-        most = math.inf if rows is None else rows + 1
-        ok = self.max_length is None or (_is_int(self.max_length) and 2 <= self.max_length <= most)
-        require(ok, "max_length", self.max_length, f"null or an integer in [2, pack_tokens + 1 = {most}]")
-        require(
-            self.loss == "cross_entropy" or callable(self.loss),
-            "loss",
-            self.loss,
-            "'cross_entropy' or a function",
         )
         require(
             self.output_dir is None or isinstance(self.output_dir, (str, Path)),
@@ -151,6 +152,14 @@ class TrainConfig:
         )
         homeless = self.save_steps > 0 and self.output_dir is None
         require(not homeless, "save_steps", self.save_steps, "0 without output_dir")
+
+    def _check_lengths(self) -> None:
+        rows = self.pack_tokens
+        aligned = rows is None or (is_int(rows) and rows >= PACK_ALIGN and rows % PACK_ALIGN == 0)
+        require(aligned, "pack_tokens", rows, f"null or a multiple of {PACK_ALIGN}")
+        most = math.inf if rows is None else rows + 1
+        ok = self.max_length is None or (is_int(self.max_length) and 2 <= self.max_length <= most)
+        require(ok, "max_length", self.max_length, f"null or an integer in [2, pack_tokens + 1 = {most}]")
 
     @property
     def samples_per_step(self) -> int:
@@ -231,11 +240,3 @@ def learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:
         progress = (step - warmup) / max(1, total_steps - warmup)
         scale = max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
     return float(np.float32(cfg.learning_rate * scale))
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -103,7 +103,8 @@ class Loop:
         if self._pending and (not sent or len(self._pending) > 1):
             self.read()
             return True
-        return sent or bool(decision.admit)
+        # One that could not be admitted after all is no progress: who waits for it would wait for ever.
+        return sent or any(r not in self.serving.waiting for r in decision.admit)
 
     def drain(self) -> None:
         """Reads everything dispatched."""

@@ -8,7 +8,7 @@ from loquetier_jax.config import Bucket, SLOConfig
 from loquetier_jax.errors import AdapterError, ConfigError, DataError, EngineError, JobError, RequestError
 from loquetier_jax.presets import engine_config
 from loquetier_jax.serve.params import SamplingParams
-from tests.engine.engines import SERVE, greedy, random_data
+from tests.engine.engines import SERVE, add_random_adapter, greedy, random_data
 from tests.engine.evidence import LORA
 from tests.engine.test_regressions import quick
 
@@ -155,3 +155,17 @@ def test_ctrl_c_during_a_checkpoint_leaves_the_job_running(tiny_engine, tmp_path
     finally:
         signal.signal(signal.SIGINT, before)
     assert job.status == "running"
+
+
+def test_an_adapter_that_cannot_get_a_page_does_not_spin(tiny_engine, monkeypatch):
+    """Pages whose weights are nowhere else count as room and are none: the loop went round without doing anything."""
+    names = [f"a{i}" for i in range(tiny_engine.cfg.max_adapters + 1)]
+    for i, name in enumerate(names):
+        add_random_adapter(tiny_engine, name, i)
+    tiny_engine.generate([[5, 6, 7]] * (len(names) - 1), names[:-1], greedy(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_engine.adapters._residency, "_is_elsewhere", lambda version: False)
+        with pytest.raises(RuntimeError, match="nothing is left to do"):
+            tiny_engine.generate([[5, 6, 7]], names[-1], greedy(1))
+        assert tiny_engine.generate([[5, 6, 7]], names[0], greedy(1))[0].outputs[0].finish_reason == "length"
+    assert tiny_engine.generate([[5, 6, 7]], names[-1], greedy(1))[0].outputs[0].finish_reason == "length"
