@@ -2,6 +2,7 @@
 
 from pallas_kernels.paged_attention import AttentionPlan, attend_rows, paged_attention
 from pallas_kernels.smlm import (
+    WIDE,
     SmlmPlan,
     add_delta,
     build_plan,
@@ -14,6 +15,7 @@ from pallas_kernels.smlm import (
 )
 
 __all__ = [
+    "WIDE",
     "AttentionPlan",
     "SmlmPlan",
     "add_delta",

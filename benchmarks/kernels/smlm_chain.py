@@ -1,7 +1,8 @@
 """Cases of the SMLM benchmarks, and the device time of a call: chains of calls over rotated adapters.
 
-Every call of a chain reads its own adapter pages, picked from a pool larger than the L2 cache, and adds into one y,
-so calls neither overlap nor find their weights cached.
+Every call of a chain reads its own adapter pages, in all more than the L2 cache holds, and adds into the y of the
+call before, so calls neither overlap nor find their weights cached. The chain is repeated by a loop on the device:
+a timing is one dispatch of some milliseconds, and what launching it costs is nothing.
 """
 
 import math
@@ -14,11 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.smlm import RANK_PAGE, TILE, WIDE, SmlmPlan, build_plan
 
 BF16 = jnp.bfloat16
-POOL_BYTES = 1 << 27  # more than twice the L2 of an H200: what one pass over the pages touches
+POOL_BYTES = 1 << 27  # more than twice the L2 of an H200: what a chain touches before it touches it again
+CHAIN_MS = 6.0  # what one dispatch should take
 READ_WRITE = 3.2e12  # bytes/s of a copy on an H200, as measured
 
 # Best peer's graph time in microseconds on an H200 (SGLang triton_v2, vLLM Triton or torch _grouped_mm).
@@ -39,25 +42,24 @@ PEERS = {
 }
 BATCHES = {
     "dec32": lambda n: [32 // n] * n,
+    "dec40": lambda n: [40 // n] * n,
     "dec256": lambda n: [256 // n] * n,
     "pre2048": lambda n: [2048 // n] * n,
+    "pre2560": lambda n: [2560 // n] * n,
     "mixed": lambda n: [1024, 256, 256] + [4] * (n - 3),
 }
 # Projection groups of an 8B model, which no peer was measured on: one launch pair for stacked targets.
 GROUPS = {"qkv": (4096, (4096, 1024, 1024)), "gate_up": (4096, (14336, 14336)), "down": (14336, (4096,))}
 
 
-Plans = tuple[list[SmlmPlan], list[tuple[Any, Any]]]
-
-
 @dataclass(frozen=True)
 class Case:
-    """One shape, rank and batch; rows of adapter i are the i-th run."""
+    """One shape and batch; rows of adapter i are the i-th run, ranks[i] its rank."""
 
     name: str
     size: int
     out_features: tuple[int, ...]
-    rank: int
+    ranks: tuple[int, ...]
     runs: tuple[int, ...]
 
     @property
@@ -65,105 +67,122 @@ class Case:
         return sum(self.runs)
 
     @property
-    def pages(self) -> int:
-        return math.ceil(self.rank / RANK_PAGE)
+    def pages(self) -> tuple[int, ...]:
+        return tuple(math.ceil(rank / RANK_PAGE) for rank in self.ranks)
 
     @property
     def adapter_bytes(self) -> int:
         """A and B of all adapters of the case, bf16."""
-        ranks = len(self.runs) * self.pages * RANK_PAGE
-        return 2 * ranks * (self.size * len(self.out_features) + sum(self.out_features))
+        return 2 * sum(self.pages) * RANK_PAGE * (self.size * len(self.out_features) + sum(self.out_features))
+
+    @property
+    def row_bytes(self) -> int:
+        """x and y, bf16."""
+        return 2 * self.rows * (self.size + sum(self.out_features))
 
     @property
     def floor_us(self) -> float:
-        """Bytes of x, y in and out, A and B over the measured bandwidth."""
-        data = 2 * self.rows * (self.size + 2 * sum(self.out_features)) + self.adapter_bytes
+        """Bytes of x, y in and out, A and B over the measured bandwidth: what cold memory allows."""
+        data = self.row_bytes + 2 * self.rows * sum(self.out_features) + self.adapter_bytes
         return data / READ_WRITE * 1e6
+
+    def part(self, i: int) -> "Case":
+        """The i-th adapter's rows alone."""
+        return Case(f"{self.name}/{i}", self.size, self.out_features, (self.ranks[i],), (self.runs[i],))
 
 
 def make_case(name: str) -> Case:
-    """A case from its path: `4096x4096/r16/dec32/n4` or `gate_up/r16/dec32/n4`."""
+    """A case from its path: `4096x4096/r16/dec32/n4`, `gate_up/r16/dec32/n4`, `4096x4096/r8-128/dec40/n5`."""
     shape, rank, batch, adapters = name.split("/")
     size, out = GROUPS[shape] if shape in GROUPS else (int(shape.split("x")[0]), (int(shape.split("x")[1]),))
     runs = BATCHES[batch](int(adapters[1:]))
-    return Case(name, size, out, int(rank[1:]), tuple(runs))
-
-
-def noise(stream: int, *shape: int, scale: float = 1.0) -> jax.Array:
-    """Normal bfloat16 numbers; one pool serves all shapes, each stream from a place of its own."""
-    start = 12345 * stream
-    return (_pool()[start : start + math.prod(shape)] * BF16(scale)).reshape(shape)
+    low, _, high = rank[1:].partition("-")
+    ranks = [int(low) << i for i in range(len(runs))] if high else [int(low)] * len(runs)
+    return Case(name, size, out, tuple(ranks), tuple(runs))
 
 
 @cache
-def _pool() -> jax.Array:
-    return jax.random.normal(jax.random.key(0), ((1 << 29) + (1 << 16),), BF16)
+def _pool(size: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), (size,), BF16)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _cut(pool: jax.Array, stream: int, count: int, shape: tuple[int, ...], scale: float) -> list[jax.Array]:
+    size = math.prod(shape)
+    flat = jnp.tile(jnp.roll(pool, 12345 * stream), -(-count * size // pool.size))[: count * size]
+    return list((flat * BF16(scale)).reshape(count, *shape))
+
+
+def noise(stream: int, count: int, *shape: int, scale: float = 1.0) -> list[jax.Array]:
+    """`count` arrays of normal bfloat16 numbers, each stream from a place of its own in one pool."""
+    return _cut(_pool(min(1 << 26, max(1 << 16, count * math.prod(shape)))), stream, count, shape, scale)
 
 
 class Bench:
-    """Arrays and plans of one case: `calls` calls, each with pages (and, for many rows, rows) of its own."""
+    """Arrays and the plan of one case.
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        few = case.rows <= 256
-        self.copies = 1 if few else 4  # of x and y, so that many rows leave the cache too
-        self.calls = max(32, min(128, POOL_BYTES // case.adapter_bytes)) if few else 16
-        self.num_pages = 1 + self.calls * len(case.runs) * case.pages
-        out, targets = sum(case.out_features), len(case.out_features)
-        rows = self.copies * case.rows
-        self.x = noise(0, rows, case.size)
-        self.A = noise(1, self.num_pages, targets * RANK_PAGE, case.size)
-        self.B = noise(2, self.num_pages, RANK_PAGE, out, scale=case.size**-0.5)
-        self.y = noise(3, rows, out)
-        pages = 1 + np.random.default_rng(0).permutation(self.num_pages - 1)
-        self._pages = pages.reshape(self.calls, len(case.runs), case.pages)
-        self._plans: dict[int, Plans] = {}
-        self._single: dict[Callable[..., Any], Any] = {}
+    `calls` calls have A and B of their own and share the plan, as the layers of a model do. With `cold`, x and y
+    rotate too; without, they are the same arrays in every call, which is how the peers were measured.
+    """
 
-    def plans(self, wide: int = WIDE) -> "Plans":
-        """(plan of each copy, (tile_pages, wide_pages) of each call), with wide tiles of that many rows."""
+    def __init__(self, case: Case, *, cold: bool = False, max_calls: int = 120, max_pages: int | None = None) -> None:
+        self.case, self.max_pages = case, max_pages or max(case.pages)
+        out, targets, pages = sum(case.out_features), len(case.out_features), 1 + sum(case.pages)
+        self.calls = max(8, min(max_calls, -(-POOL_BYTES // case.adapter_bytes)))
+        copies = max(2, min(self.calls, -(-POOL_BYTES // case.row_bytes))) if cold else 1
+        self.x, self.y = noise(0, copies, case.rows, case.size), noise(1, copies, case.rows, out)
+        self.A = noise(2, self.calls, pages, targets * RANK_PAGE, case.size)
+        self.B = noise(3, self.calls, pages, RANK_PAGE, out, scale=case.size**-0.5)
+        self._plans: dict[int, SmlmPlan] = {}
+
+    def plan(self, wide: int = WIDE) -> SmlmPlan:
+        """The plan, with wide tiles of that many rows and no tile to spare."""
         if wide not in self._plans:
-            built = [self._plan(call, wide) for call in range(self.calls)]
-            to_device = partial(jax.tree.map, jnp.asarray)
-            pages = [(plan.tile_pages, plan.wide_pages) for plan in built]
-            self._plans[wide] = (to_device(built[: self.copies]), to_device(pages))
+            segments, first, page = [], 0, 1
+            order = 1 + np.random.default_rng(0).permutation(sum(self.case.pages))
+            for rows, count in zip(self.case.runs, self.case.pages, strict=True):
+                segments.append((first, rows, tuple(order[page - 1 : page - 1 + count].tolist())))
+                first, page = first + rows, page + count
+            tiles, num_wide = (sum(-(-rows // height) for rows in self.case.runs) for height in (TILE, wide))
+            plan = build_plan(segments, self.case.rows, tiles, self.max_pages, num_wide, wide)
+            self._plans[wide] = jax.tree.map(jnp.asarray, plan)
         return self._plans[wide]
 
-    def _plan(self, call: int, wide: int) -> SmlmPlan:
-        case, first, segments = self.case, (call % self.copies) * self.case.rows, []
-        for rows, pages in zip(case.runs, self._pages[call], strict=True):
-            segments.append((first, rows, tuple(pages.tolist())))
-            first += rows
-        tiles = sum(-(-rows // TILE) for rows in case.runs)
-        return build_plan(segments, self.copies * case.rows, tiles, case.pages, wide=wide)
+    def compile(self, function: Callable[..., Any], plan: SmlmPlan, loops: int = 1) -> Any:
+        """`loops` turns of the whole chain as one executable, y donated."""
+        out = self.case.out_features
 
-    def compile(self, function: Callable[..., Any], plans: "Plans") -> Any:
-        """The whole chain as one executable, y donated."""
-
-        def chain(x: Any, A: Any, B: Any, y: Any, plans: Plans) -> Any:
-            for call, (tile_pages, wide_pages) in enumerate(plans[1]):
-                plan = plans[0][call % self.copies]._replace(tile_pages=tile_pages, wide_pages=wide_pages)
-                y = function(x, A, B, plan, self.case.out_features, y)
+        def turn(_: Any, y: list[Any], x: Any, A: Any, B: Any, plan: SmlmPlan) -> list[Any]:
+            for i, (a, b) in enumerate(zip(A, B, strict=True)):
+                copy = i % len(y)
+                # Without the barrier XLA hoists what needs no y: it would run all shrinks first.
+                one, y = lax.optimization_barrier((x[copy], y))
+                y[copy] = function(one, a, b, plan, out, y[copy])
             return y
 
-        return jax.jit(chain, donate_argnums=3).lower(self.x, self.A, self.B, self.y, plans).compile()
+        def chain(y: Any, *args: Any) -> Any:
+            return lax.fori_loop(0, loops, lambda i, y: turn(i, list(y), *args), y)
 
-    def time_us(self, executable: Any, plans: "Plans", *, repeats: int = 7) -> float:
+        return jax.jit(chain, donate_argnums=0).lower(self.y, self.x, self.A, self.B, plan).compile()
+
+    def loops(self, guess_us: float) -> int:
+        """Turns of the chain that make a dispatch of about CHAIN_MS."""
+        return max(1, round(CHAIN_MS * 1e3 / (self.calls * guess_us)))
+
+    def time_us(self, executable: Any, plan: SmlmPlan, loops: int = 1, *, repeats: int = 7) -> float:
         """Median microseconds of one call."""
-        y = executable(self.x, self.A, self.B, self.y.copy(), plans)
-        y = executable(self.x, self.A, self.B, y, plans).block_until_ready()
+        y = executable([one.copy() for one in self.y], self.x, self.A, self.B, plan)
         times = []
         for _ in range(repeats):
+            jax.block_until_ready(y)
             start = time.perf_counter()
-            for _ in range(4):
-                y = executable(self.x, self.A, self.B, y, plans)
-            y.block_until_ready()
-            times.append((time.perf_counter() - start) / (4 * self.calls))
+            for _ in range(2):
+                y = executable(y, self.x, self.A, self.B, plan)
+            jax.block_until_ready(y)
+            times.append((time.perf_counter() - start) / (2 * loops * self.calls))
         return sorted(times)[repeats // 2] * 1e6
 
-    def result(self, function: Callable[..., Any], plans: "Plans") -> jax.Array:
+    def result(self, function: Callable[..., Any], plan: SmlmPlan) -> jax.Array:
         """y of the first call, to compare implementations."""
-        plan = plans[0][0]
-        if function not in self._single:
-            self._single[function] = jax.jit(lambda *a: function(*a[:4], self.case.out_features, a[4]))
-        return self._single[function](self.x, self.A, self.B, plan, self.y)
+        call = jax.jit(lambda *args: function(*args[:4], self.case.out_features, args[4]))
+        return call(self.x[0], self.A[0], self.B[0], plan, self.y[0])

@@ -2,65 +2,50 @@
 
     python -m benchmarks.kernels.tune_smlm --seconds 120 --out tune.json
 
-Per case the configurations are compiled in parallel and timed one by one.
-Prints one line a configuration: microseconds, error against plain XLA, whether the result equals the first one's bits.
+Per case the configurations are compiled in parallel and timed one by one. Prints one line a configuration:
+microseconds, whether y after a chain of calls equals the first one's bits. What wins goes into tuning.TUNED by hand.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.kernels.smlm import default_of, triton_call, worst_error
-from benchmarks.kernels.smlm_chain import Bench, make_case
-from pallas_kernels.smlm import TILE
+from benchmarks.kernels.smlm import GROUP_CASES, triton_call
+from benchmarks.kernels.smlm_chain import PEERS, Bench, make_case
+from pallas_kernels.smlm import TILE, WIDE
 from pallas_kernels.smlm.tuning import SmlmConfig
-from pallas_kernels.smlm.xla import smlm_xla
-
-CASES = [
-    "4096x4096/r16/dec32/n4",
-    "4096x4096/r16/mixed/n11",
-    "4096x14336/r16/dec32/n32",
-    "4096x14336/r64/mixed/n11",
-    "4096x4096/r16/dec32/n32",
-    "4096x14336/r16/pre2048/n4",
-    "4096x4096/r64/dec32/n32",
-    "4096x4096/r64/mixed/n11",
-    "4096x14336/r16/mixed/n11",
-    "4096x4096/r16/pre2048/n4",
-    "4096x14336/r16/dec32/n4",
-    "4096x14336/r16/dec256/n32",
-    "4096x4096/r16/dec256/n32",
-]
 
 
 def decode_configs() -> list[SmlmConfig]:
+    """Programs of the contraction, block_k, stages and warps of the shrink; block_n and warps of the expand."""
     sizes = [
-        (8, 256, 4, 3, 256, 4), (4, 128, 4, 4, 256, 4), (8, 128, 2, 4, 256, 4), (8, 128, 1, 5, 256, 4),
-        (4, 256, 4, 3, 128, 4), (4, 128, 4, 4, 512, 4), (2, 128, 4, 4, 256, 4),
+        (16, 256, 3, 2, 256, 8), (16, 128, 4, 2, 256, 8), (16, 128, 3, 4, 256, 4), (16, 256, 3, 4, 256, 4),
+        (4, 256, 3, 2, 256, 8), (16, 256, 3, 2, 128, 4), (16, 256, 3, 2, 512, 8), (16, 256, 3, 2, 64, 1),
     ]  # fmt: skip
-    return [make(TILE, reduce, *size) for size in sizes for reduce in (False, True)]
+    return [make(TILE, False, *size) for size in sizes] + [make(TILE, True, *sizes[0])]
 
 
 def wide_configs() -> list[SmlmConfig]:
     sizes = [
-        (64, 4, 128, 4, 3, 128, 4), (64, 4, 64, 4, 4, 128, 4), (64, 2, 64, 4, 3, 128, 4), (64, 8, 128, 4, 3, 128, 4),
-        (64, 4, 128, 4, 3, 128, 8), (64, 4, 128, 4, 3, 64, 4), (32, 4, 64, 4, 3, 256, 4), (32, 2, 64, 4, 4, 128, 4),
-        (128, 4, 64, 8, 3, 128, 8),
+        (4, 128, 3, 4, 128, 4), (4, 128, 3, 8, 128, 4), (4, 64, 4, 4, 128, 4), (4, 64, 5, 4, 128, 4),
+        (4, 128, 3, 4, 64, 4), (4, 128, 3, 4, 256, 8), (8, 128, 2, 4, 128, 4), (2, 64, 3, 4, 128, 4),
     ]  # fmt: skip
-    return [make(tile, True, *size) for tile, *size in sizes]
+    return [make(WIDE, True, *size) for size in sizes] + [make(WIDE, False, *sizes[0])]
 
 
-def make(tile: int, reduce: bool, k: int, block_k: int, w: int, stages: int, n: int, expand_w: int) -> SmlmConfig:
+def make(
+    tile: int, reduce: bool, parts: int, block_k: int, stages: int, warps: int, block_n: int, expand_warps: int
+) -> SmlmConfig:
     return SmlmConfig(
-        tile_rows=tile, reduce=reduce, programs_k=k, block_k=block_k, shrink_warps=w, shrink_stages=stages,
-        block_n=n, expand_warps=expand_w,
+        tile, reduce, early=True, programs_k=parts, block_k=block_k, shrink_stages=stages, shrink_warps=warps,
+        block_n=block_n, expand_warps=expand_warps,
     )  # fmt: skip
 
 
@@ -74,56 +59,49 @@ class Tuner:
 
     def __init__(self, name: str, pool: ThreadPoolExecutor) -> None:
         self.bench, self.pool, self.records = Bench(make_case(name)), pool, []
-        self.want = self.bench.result(smlm_xla, self.bench.plans())
+        self.loops = self.bench.loops(PEERS.get(name, (None, 20.0))[1])
         self.first: jax.Array | None = None
 
-    def run(self, configs: Iterable[SmlmConfig], repeats: int = 10) -> None:
-        """Compiles all, then checks and times one after the other: nothing else runs on the device meanwhile."""
-        jobs = []
-        for config in configs:
-            plans = self.bench.plans(max(config.tile_rows, 32))
-            jobs.append((config, plans, self.pool.submit(self.bench.compile, triton_call(config), plans)))
-        wait([job for *_, job in jobs])
-        for config, plans, job in jobs:
-            try:
-                executable = job.result()
-                function = triton_call(config)
-                result = self.bench.result(function, plans)
-                again = [same_bits(self.bench.result(function, plans), result) for _ in range(repeats)]
-                if not all(map(bool, again)):
-                    print("    NOT REPEATABLE", self._name(config), flush=True)
-                us = self.bench.time_us(executable, plans)
-            except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-                print("    fail", self._name(config), str(error)[:120], flush=True)
-                continue
-            self.first = result if self.first is None else self.first
-            error, same = float(worst_error(result, self.want)), bool(same_bits(result, self.first))
-            print(f"    {us:8.2f} us  error {error:.4f}  same bits {same}  {self._name(config)}", flush=True)
-            self.records.append({"us": us, "error": error, "same": same, "config": asdict(config)})
+    def run(self, configs: Iterable[SmlmConfig]) -> None:
+        """Compiles all, then times one after the other: nothing else runs on the device meanwhile."""
+        plan = self.bench.plan()
+        jobs = [
+            (config, self.pool.submit(self.bench.compile, triton_call(config), plan, self.loops)) for config in configs
+        ]
+        wait([job for _, job in jobs])
+        for config, job in jobs:
+            self._time(config, job)
 
-    @staticmethod
-    def _name(config: SmlmConfig) -> str:
-        c = config
-        shrink = f"tile {c.tile_rows} parts {c.programs_k} k{c.block_k} w{c.shrink_warps} s{c.shrink_stages}"
-        return f"{'reduce' if c.reduce else 'split'} {shrink} | n{c.block_n} w{c.expand_warps}"
+    def _time(self, config: SmlmConfig, job: Future) -> None:
+        bench, plan = self.bench, self.bench.plan()
+        name = " ".join(f"{field}={value}" for field, value in asdict(config).items())
+        try:
+            executable = job.result()
+        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+            print("    fail", name, str(error)[:120], flush=True)
+            return
+        y = executable([one.copy() for one in bench.y], bench.x, bench.A, bench.B, plan)[0]
+        self.first = y if self.first is None else self.first
+        us, same = bench.time_us(executable, plan, self.loops), bool(same_bits(y, self.first))
+        print(f"    {us:8.2f} us  same bits {same}  {name}", flush=True)
+        self.records.append({"us": us, "same": same, "config": asdict(config)})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0, help="no case is begun after that")
     parser.add_argument("--out", type=Path, default=Path("tune.json"))
-    parser.add_argument("--cases", nargs="*", default=CASES)
+    parser.add_argument("--cases", nargs="*", default=[*PEERS, *GROUP_CASES])
     options = parser.parse_args()
     start, found = time.perf_counter(), {}
-    print(jax.devices(), jnp.ones(3).sum(), flush=True)
+    print(jax.devices(), flush=True)
     with ThreadPoolExecutor(16) as pool:
         for name in options.cases:
             if time.perf_counter() - start > options.seconds:
                 break
             print(f"{name}  [{time.perf_counter() - start:.0f} s]", flush=True)
             tuner = Tuner(name, pool)
-            few = tuner.bench.case.rows <= 256
-            tuner.run([default_of(tuner.bench), *(decode_configs() if few else wide_configs())])
+            tuner.run(decode_configs() if tuner.bench.case.rows <= 256 else wide_configs())
             found[name] = sorted(tuner.records, key=lambda r: r["us"])
             options.out.write_text(json.dumps(found, indent=1) + "\n")
             del tuner

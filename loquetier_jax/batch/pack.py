@@ -6,7 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
-from loquetier_jax.batch.segments import MAX_BANNED, SampleRows, SegmentBatch, empty_batch, num_tiles
+from loquetier_jax.batch.segments import MAX_BANNED, SampleRows, SegmentBatch, empty_batch, num_tiles, num_wide
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
 from loquetier_jax.jobs.data import Pack
 from loquetier_jax.serve.params import SamplingParams
@@ -106,7 +106,8 @@ def pack_step(items: StepItems, bucket: Bucket, cfg: EngineConfig) -> SegmentBat
     first = _fill_score(items.score, bucket, batch, segments, first)
     first = _fill_prefill(items.prefill, bucket, cfg, batch, segments, first)
     _fill_decode(items.decode, bucket, cfg, batch, segments, first)
-    plan = build_plan([s for s in segments if s[2]], bucket.rows, num_tiles(bucket), cfg.max_lora_pages)
+    used = [s for s in segments if s[2]]
+    plan = build_plan(used, bucket.rows, num_tiles(bucket), cfg.max_lora_pages, num_wide(bucket))
     return batch.replace(lora=plan)
 
 

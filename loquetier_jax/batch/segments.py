@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
-from pallas_kernels import AttentionPlan, SmlmPlan, plan_shapes
+from pallas_kernels import WIDE, AttentionPlan, SmlmPlan, num_tiles_bound, plan_shapes
 
 
 @flax.struct.dataclass
@@ -134,6 +134,12 @@ def num_tiles(bucket: Bucket) -> int:
     return (bucket.train_rows + bucket.score_rows + bucket.prefill) // BLOCK + bucket.decode
 
 
+def num_wide(bucket: Bucket) -> int:
+    """Wide LoRA tiles that are enough: every program beyond the step's own is launched for nothing."""
+    rows = (bucket.train_rows, bucket.score_rows, bucket.prefill, bucket.decode)
+    return num_tiles_bound(rows, (bucket.packs, bucket.score_packs, bucket.chunks, bucket.decode), WIDE)
+
+
 def _i32(*shape: int, fill: int = 0) -> np.ndarray:
     return np.full(shape, fill, np.int32)
 
@@ -144,7 +150,7 @@ def _f32(*shape: int, fill: float = 0.0) -> np.ndarray:
 
 def empty_batch(bucket: Bucket, cfg: EngineConfig) -> SegmentBatch:
     """A batch of nothing but padding, numpy, in the shapes of `bucket`; the packer fills it in."""
-    plan = plan_shapes(bucket.rows, num_tiles(bucket), cfg.max_lora_pages)
+    plan = plan_shapes(bucket.rows, num_tiles(bucket), cfg.max_lora_pages, num_wide(bucket))
     return SegmentBatch(
         lora=jax.tree.map(lambda s: np.zeros(s.shape, np.int32), plan),
         train=_empty_train(bucket, cfg) if bucket.packs else None,

@@ -6,6 +6,7 @@ Work is a list of (tile, part) that a bounded grid walks. Sums have one order: n
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,11 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
-from pallas_kernels.smlm.triton_kernels import Cut, Tile, expand, expand_reduced, shrink, shrink_and_reduce
+from pallas_kernels.smlm.plan import TILE, SmlmPlan
+from pallas_kernels.smlm.triton_kernels import expand, expand_reduced, shrink, shrink_and_reduce
+from pallas_kernels.smlm.triton_tiles import Cut, Tile
 from pallas_kernels.smlm.tuning import SmlmConfig, default_config
 
-MAX_PROGRAMS = 8192  # beyond it a program takes several pieces of work
+MAX_PROGRAMS = 16384  # beyond it a program takes several pieces of work
 
 
 # Jitted so that the layers of a model trace and lower the kernels once a shape: 0.2 s each otherwise.
@@ -54,72 +56,102 @@ def smlm_triton(
     if y is None:
         y = jnp.zeros((x.shape[0], sum(out_features)), x.dtype)
     if config.tile_rows == TILE:
-        work = (plan.used[:1], plan.tile_row, plan.tile_len, plan.tile_pages)
+        work = (plan.used, plan.tile_row, plan.tile_len, plan.tile_pages)
     else:
-        work = (plan.used[1:], plan.wide_row, plan.wide_len, plan.wide_pages)
-    cut = Cut.of(x, work[-1], out_features, config, interpret)
-    ranks = cut.targets * cut.max_pages * RANK_PAGE
-    y_out = jax.ShapeDtypeStruct(y.shape, y.dtype)
-    h_out = jax.ShapeDtypeStruct((cut.parts, x.shape[0], ranks), jnp.float32)
-    S_out = jax.ShapeDtypeStruct((x.shape[0], ranks), x.dtype)
-    call = functools.partial(_call, cut=cut, interpret=interpret)
-    params = plt.CompilerParams(num_warps=config.shrink_warps, num_stages=config.shrink_stages)
-    if config.reduce:
-        args = (*work, x, A, plan.counters)
-        _, S = call(shrink_and_reduce, cut.parts, args, (h_out, S_out), alias={}, params=params)
-        second, args = expand_reduced, (*work, S, B, y)
-    else:
-        args = (*work, x, A)
-        (h,) = call(shrink, cut.parts, args, (h_out,), alias={}, params=params)
-        second, args = expand, (*work, h, B, y)
-    params = plt.CompilerParams(num_warps=config.expand_warps, num_stages=config.expand_stages)
-    return call(second, cut.blocks, args, (y_out,), alias={6: 0}, params=params)[0]
+        work = (plan.used, plan.wide_row, plan.wide_len, plan.wide_pages)
+    launch = _Launch(Cut.of(x, work[-1], out_features, config, interpret), config, work)
+    return launch.expand(launch.shrink(x, A, plan.counters), B, y)
 
 
-def _call(
-    body: Callable[..., None],
-    parts: int,
-    args: tuple[Array, ...],
-    outs: tuple[jax.ShapeDtypeStruct, ...],
-    *,
-    alias: dict[int, int],
-    cut: Cut,
-    params: plt.CompilerParams,
-    interpret: bool,
-) -> tuple[Array, ...]:
-    """Runs `body` once per part of every used tile; `alias` says which arguments are written in place."""
-    programs = min(cut.max_tiles * parts, MAX_PROGRAMS)
+@dataclass(frozen=True)
+class _Launch:
+    """The two launches of one call."""
 
-    def kernel(used_ref: Any, row_ref: Any, len_ref: Any, pages_ref: Any, *refs: Any) -> None:
-        def piece(work: Array) -> None:
-            number, part = lax.div(work, jnp.int32(parts)), lax.rem(work, jnp.int32(parts))
-            tile = Tile.load(cut, number, row_ref, len_ref, pages_ref)
-            pl.when(tile.length > 0)(lambda: body(cut, tile, part, *refs))
+    cut: Cut
+    config: SmlmConfig
+    work: tuple[Array, ...]  # used, and row, length and pages of the tiles
 
-        first = pl.program_id(0)
-        if programs == cut.max_tiles * parts:
-            # An unused tile has length 0; asking `used` first would put one more memory latency before the work.
-            piece(first)
-            return
-        turns = lax.div(used_ref[0] * parts - first + (programs - 1), jnp.int32(programs))
+    def shrink(self, x: Array, A: Array, counters: Array) -> Array:
+        """S, or the partial sums h that it is the sum of."""
+        cut, config = self.cut, self.config
+        params = plt.CompilerParams(num_warps=config.shrink_warps, num_stages=config.shrink_stages)
+        h = jax.ShapeDtypeStruct((cut.parts, x.shape[0], cut.ranks), jnp.float32)
+        if not config.reduce:
+            return self._call(shrink, cut.parts, (x, A), (h,), {}, params)[0]
+        S = jax.ShapeDtypeStruct((x.shape[0], cut.ranks), x.dtype)
+        return self._call(shrink_and_reduce, cut.parts, (x, A, counters), (h, S), {}, params)[1]
 
-        def turn(number: Array, carry: None) -> None:
-            piece(first + number * programs)
+    def expand(self, S: Array, B: Array, y: Array) -> Array:
+        """y + S B in place, S as `shrink` gives it."""
+        config, body = self.config, expand_reduced if self.config.reduce else expand
+        params = plt.CompilerParams(num_warps=config.expand_warps, num_stages=config.expand_stages)
+        out = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        return self._call(body, self.cut.blocks, (S, B, y), (out,), {len(self.work) + 2: 0}, params)[0]
 
-        lax.fori_loop(0, turns, turn, None)
+    def _call(
+        self,
+        body: Callable[..., None],
+        parts: int,
+        args: tuple[Array, ...],
+        outs: tuple[jax.ShapeDtypeStruct, ...],
+        alias: dict[int, int],
+        params: plt.CompilerParams,
+    ) -> tuple[Array, ...]:
+        """Runs `body` once per part of every used tile; `alias` says which arguments are written in place."""
+        programs = min(self.cut.max_tiles * parts, MAX_PROGRAMS)
+        args = (*self.work, *args)
+        name = f"smlm_{body.__name__}"
+        return pl.pallas_call(
+            self._kernel(body, parts, programs),
+            grid=(programs,),
+            in_specs=[_whole(a) for a in args],
+            out_specs=tuple(_whole(out) for out in outs),
+            out_shape=outs,
+            input_output_aliases=alias,
+            compiler_params=params,
+            interpret=self.cut.interpret,
+            name=name,  # what a profile shows
+        )(*args)
 
-    kernel.__name__ = f"smlm_{body.__name__}"  # what a profile shows
-    return pl.pallas_call(
-        kernel,
-        grid=(programs,),
-        in_specs=[_whole(a) for a in args],
-        out_specs=tuple(_whole(out) for out in outs),
-        out_shape=outs,
-        input_output_aliases=alias,
-        compiler_params=params,
-        interpret=interpret,
-        name=kernel.__name__,
-    )(*args)
+    def _kernel(self, body: Callable[..., None], parts: int, programs: int) -> Callable[..., None]:
+        cut, early = self.cut, self.config.early and not self.cut.interpret
+
+        def kernel(used_ref: Any, row_ref: Any, len_ref: Any, pages_ref: Any, *refs: Any) -> None:
+            def piece(work: Array) -> None:
+                number, part = lax.div(work, jnp.int32(parts)), lax.rem(work, jnp.int32(parts))
+                tile = Tile.load(cut, number, row_ref, len_ref, pages_ref)
+                pl.when(tile.length > 0)(lambda: body(cut, tile, part, *refs))
+
+            first = _release_next(pl.program_id(0)) if early else pl.program_id(0)
+            if programs == cut.max_tiles * parts:
+                # An unused tile has length 0; asking `used` first would put one more memory latency before the work.
+                piece(first)
+                return
+            used = used_ref[0 if cut.rows == TILE else 1]
+            turns = lax.div(used * parts - first + (programs - 1), jnp.int32(programs))
+
+            def turn(number: Array, carry: None) -> None:
+                piece(first + number * programs)
+
+            lax.fori_loop(0, turns, turn, None)
+
+        return kernel
+
+
+def _release_next(value: Array) -> Array:
+    """`value`, after letting the next kernel's blocks be placed while this one runs; sm_90 and later.
+
+    XLA launches Triton kernels as programmatic dependents and begins each with a wait for the kernel before it, so
+    what comes early is the launch alone. Where XLA does not, the instruction does nothing.
+    """
+    (same,) = plt.elementwise_inline_asm(
+        "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
+        args=[lax.broadcast(value, (1,))],  # scalars are not taken
+        constraints="=r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
+    )
+    return jnp.max(same)
 
 
 def _whole(a: Any) -> pl.BlockSpec:

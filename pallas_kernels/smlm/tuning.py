@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.smlm.plan import TILE, WIDE
@@ -19,6 +20,9 @@ class SmlmConfig:
         tile_rows: Rows of a program's tile: TILE (the plan's tiles) or WIDE (its wide tiles).
         reduce: The last program of a tile to shrink adds the partial sums up, once; otherwise every program of
             the expand does, which saves a memory round trip where those are few.
+        early: Each kernel lets the next be placed on the GPU while it runs itself: needs sm_90.
+        group: Pages that one product takes side by side, a power of two.
+        branch: A tile of one page has code of its own, of 16 ranks, beside that for `group` pages.
         programs_k: Programs that share the contraction of a shrink: a power of two, at most the number of spans.
         block_k: Inputs per step of the shrink, of each span.
         block_n: Outputs per program of the expand.
@@ -27,6 +31,9 @@ class SmlmConfig:
 
     tile_rows: int = TILE
     reduce: bool = False
+    early: bool = False
+    group: int = 4
+    branch: bool = True
     programs_k: int = 8
     block_k: int = 128
     block_n: int = 256
@@ -47,10 +54,33 @@ def num_spans(in_features: int) -> int:
     return spans
 
 
+# Best of the tuner's configurations by shape class: "few" rows are decode, "pages" are ranks above 16.
+_HOPPER = {
+    "few": SmlmConfig(early=True, programs_k=MAX_SPANS, block_k=256, shrink_warps=2, expand_warps=8),
+    "few, pages": SmlmConfig(early=True, programs_k=MAX_SPANS, block_k=128),
+    "many": SmlmConfig(WIDE, reduce=True, early=True, programs_k=4, block_n=128),
+    "many, pages": SmlmConfig(WIDE, reduce=True, early=True, branch=False, programs_k=4, block_n=128),
+}
+TUNED = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}
+# For devices that nobody tuned on: Ampere and later, moderate shared memory.
+UNTUNED = {name: replace(config, early=False, shrink_stages=2) for name, config in _HOPPER.items()}
+FLOAT32 = SmlmConfig(programs_k=MAX_SPANS, block_k=32, block_n=64, shrink_stages=2, expand_stages=1)
+
+
+def device_kind() -> str:
+    """What TUNED is keyed by: the kind of the first device."""
+    return jax.devices()[0].device_kind
+
+
 def default_config(
-    rows: int, in_features: int, out_features: tuple[int, ...], max_pages: int, dtype: jnp.dtype
+    rows: int,
+    in_features: int,
+    out_features: tuple[int, ...],
+    max_pages: int,
+    dtype: jnp.dtype,
+    kind: str | None = None,
 ) -> SmlmConfig:
-    """The configuration of a shape class: tuned on an H200, of moderate shared memory anywhere.
+    """The configuration of a shape class on a device.
 
     Args:
         rows: T, rows of the step; few rows are decode.
@@ -58,17 +88,15 @@ def default_config(
         out_features: Columns of each target.
         max_pages: MP of the plan.
         dtype: Of x, A and B.
+        kind: Of the device; by default that of the first one.
     """
     spans, targets = num_spans(in_features), len(out_features)
     if jnp.dtype(dtype).itemsize > 2:  # float32: no tensor cores, twice the bytes
-        return SmlmConfig(programs_k=spans, block_k=32, block_n=64, shrink_stages=2, expand_stages=1)
-    if rows > MAX_DECODE_ROWS:
-        config = SmlmConfig(tile_rows=WIDE, reduce=True, programs_k=max(1, spans // 2), block_n=128)
-    elif sum(out_features) > 8192:
-        config = SmlmConfig(programs_k=max(1, spans // 2), shrink_stages=4)
-    else:
-        config = SmlmConfig(programs_k=spans, block_k=256 if max_pages == 1 else 128)
-    ranks = targets * min(max_pages, 4) * 16
+        return replace(FLOAT32, programs_k=spans)
+    table = TUNED.get(device_kind() if kind is None else kind, UNTUNED)
+    config = table[("few" if rows <= MAX_DECODE_ROWS else "many") + (", pages" if max_pages > 1 else "")]
+    config = replace(config, programs_k=min(spans, config.programs_k))
+    ranks = targets * min(max_pages, config.group) * 16
     while _shared_bytes(config, ranks, spans) > MAX_SHARED_BYTES and config.block_k > 16:
         config = replace(config, block_k=config.block_k // 2)
     return config

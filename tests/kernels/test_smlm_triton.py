@@ -13,6 +13,7 @@ from pallas_kernels.smlm import TILE, WIDE, SmlmPlan, plan_shapes
 from pallas_kernels.smlm import triton as launches
 from pallas_kernels.smlm.triton import smlm_triton
 from pallas_kernels.smlm.tuning import SmlmConfig, num_spans
+from tests.kernels.gpu_smlm import CHECKS
 from tests.kernels.smlm_cases import MIXED, MIXED_ROWS, Case, brute_force, make_case
 from tests.tolerances import assert_close
 
@@ -20,7 +21,7 @@ CONFIGS = [
     SmlmConfig(tile_rows=TILE, programs_k=16, block_k=64, block_n=64),
     SmlmConfig(tile_rows=TILE, programs_k=1, block_k=256, block_n=16),
     SmlmConfig(tile_rows=WIDE, programs_k=2, block_k=128, block_n=128),
-    SmlmConfig(tile_rows=WIDE, reduce=True, programs_k=2, block_k=64, block_n=256),
+    SmlmConfig(tile_rows=WIDE, reduce=True, programs_k=2, block_k=64, block_n=256, early=True),
     SmlmConfig(tile_rows=TILE, reduce=True, programs_k=1, block_k=32, block_n=32),
 ]
 
@@ -88,9 +89,22 @@ def test_lowers_for_cuda(
     assert "output_operand_aliases" in text
 
 
+def test_early_release_is_in_the_kernels_that_ask_for_it() -> None:
+    x, A, B = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((32, 64), (9, 16, 64), (9, 16, 48)))
+
+    def text(early: bool) -> str:
+        def f(x: jax.Array, A: jax.Array, B: jax.Array, plan: object) -> jax.Array:
+            return smlm_triton(x, A, B, plan, (48,), None, interpret=False, config=SmlmConfig(early=early))
+
+        with pretend_gpu():
+            traced = jax.jit(f).trace(x, A, B, plan_shapes(32, 32, 1))
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert text(True).count("griddepcontrol.launch_dependents") == 2
+    assert "griddepcontrol" not in text(False)
+
+
 @pytest.mark.gpu
-def test_configurations_and_repeats_give_one_bit_pattern() -> None:
-    case = make_case(MIXED, MIXED_ROWS, 4096, (512, 256), dtype=jnp.bfloat16)
-    want = run(case, CONFIGS[0])
-    for config in [*CONFIGS[1:], *[CONFIGS[3]] * 50]:
-        np.testing.assert_array_equal(run(case, config), want)
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_the_device(name: str) -> None:
+    CHECKS[name]()

@@ -1,0 +1,166 @@
+"""What one program of a Triton kernel works on: static sizes, a tile of rows, a group of pages."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from pallas_kernels.smlm.plan import RANK_PAGE
+from pallas_kernels.smlm.tuning import SmlmConfig, num_spans
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Static sizes of one call."""
+
+    rows: int  # of a tile
+    max_tiles: int
+    max_pages: int
+    group: int  # pages that one product takes side by side
+    branch: bool
+    in_features: int
+    span: int  # inputs of a span, a multiple of 16
+    spans: int
+    parts: int  # programs that share the spans of a tile
+    block_k: int
+    out_features: tuple[int, ...]
+    block_n: int
+    interpret: bool
+
+    @classmethod
+    def of(
+        cls, x: Any, tile_pages: Any, out_features: tuple[int, ...], config: SmlmConfig, interpret: bool
+    ) -> "Cut":
+        size, (tiles, pages) = x.shape[1], tile_pages.shape
+        spans = num_spans(size)
+        span = 16 * math.ceil(size / spans / 16)
+        return cls(
+            rows=config.tile_rows,
+            max_tiles=tiles,
+            max_pages=pages,
+            group=min(pl.next_power_of_2(pages), config.group),
+            branch=config.branch,
+            in_features=size,
+            span=span,
+            spans=spans,
+            parts=min(config.programs_k, spans),
+            block_k=min(config.block_k, pl.next_power_of_2(span)),
+            out_features=out_features,
+            block_n=min(config.block_n, pl.next_power_of_2(max(out_features))),
+            interpret=interpret,
+        )
+
+    @property
+    def targets(self) -> int:
+        return len(self.out_features)
+
+    @property
+    def ranks(self) -> int:
+        """Columns of h and S: the ranks of all targets."""
+        return self.targets * self.max_pages * RANK_PAGE
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of outputs; none straddles two targets."""
+        return sum(pl.cdiv(size, self.block_n) for size in self.out_features)
+
+    @property
+    def whole_blocks(self) -> bool:
+        return all(size % self.block_n == 0 for size in self.out_features)
+
+    def block(self, index: Array) -> tuple[Array, Array, Array]:
+        """(target, columns [1, block_n], which of them belong to the target) of a block of outputs."""
+        target, column, end = jnp.int32(0), index * self.block_n, jnp.int32(self.out_features[0])
+        blocks, start = 0, 0
+        for i, size in enumerate(self.out_features[:-1], start=1):
+            blocks, start = blocks + pl.cdiv(size, self.block_n), start + size
+            here = index >= blocks
+            target = jnp.where(here, jnp.int32(i), target)
+            column = jnp.where(here, start + (index - blocks) * self.block_n, column)
+            end = jnp.where(here, jnp.int32(start + self.out_features[i]), end)
+        columns = column + jnp.arange(self.block_n, dtype=jnp.int32)[None, :]
+        return target, columns, columns < end
+
+
+@dataclass
+class Group:
+    """Pages side by side: vectors over their ranks."""
+
+    page: Array
+    rank: Array  # in its page
+    slot: Array  # rank among all max_pages * 16 ranks of the tile
+    used: Array
+
+    @classmethod
+    def of(cls, first: Array | int, pages: list[Array | int]) -> "Group":
+        j = jnp.arange(len(pages) * RANK_PAGE, dtype=jnp.int32)
+        page = jnp.zeros_like(j)
+        for q, one in enumerate(pages):
+            page = jnp.where(lax.div(j, jnp.int32(RANK_PAGE)) == q, one, page)
+        return cls(page, lax.rem(j, jnp.int32(RANK_PAGE)), first * RANK_PAGE + j, page > 0)
+
+    @property
+    def ranks(self) -> int:
+        return self.page.shape[0]
+
+
+@dataclass
+class Tile:
+    """Rows and pages of a tile."""
+
+    cut: Cut
+    number: Array  # scalar
+    length: Array  # scalar
+    rows: Array  # [rows, 1]
+    ok: Array  # [rows, 1]
+    pages: list[Array]  # scalars
+    page: Callable[[Array], Array]
+
+    @classmethod
+    def load(cls, cut: Cut, tile: Array, row_ref: Any, len_ref: Any, pages_ref: Any) -> "Tile":
+        offset = jnp.arange(cut.rows, dtype=jnp.int32)[:, None]
+        length = len_ref[tile]
+        # Rows beyond the tile keep their own index: a masked lane of a store must not collide with another.
+        rows = row_ref[tile] + offset
+
+        def page(m: Array) -> Array:
+            return jnp.where(m < cut.max_pages, pages_ref[tile, jnp.minimum(m, cut.max_pages - 1)], 0)
+
+        return cls(cut, tile, length, rows, offset < length, [pages_ref[tile, m] for m in range(cut.max_pages)], page)
+
+    def for_page_groups(
+        self, do: Callable[[Group, Any], Any], carry: Any, finish: Callable[[Any], None] = lambda _: None
+    ) -> None:
+        """Folds `do` over groups of the tile's own pages and hands the result to `finish`.
+
+        A tile of one page takes products of 16 ranks whatever max_pages is; others loop to their last used page.
+        """
+        cut, pages = self.cut, self.pages
+
+        def one() -> None:
+            finish(do(Group.of(0, pages[:1]), carry))
+
+        def several() -> None:
+            if cut.max_pages <= cut.group:
+                finish(do(Group.of(0, pages + [0] * (cut.group - cut.max_pages)), carry))
+                return
+            count = sum((page > 0).astype(jnp.int32) for page in pages)
+
+            def body(number: Array, carry: Any) -> Any:
+                group = [self.page(number * cut.group + q) for q in range(cut.group)]
+                return do(Group.of(number * cut.group, group), carry)
+
+            finish(lax.fori_loop(0, lax.div(count + (cut.group - 1), jnp.int32(cut.group)), body, carry))
+
+        if cut.max_pages == 1:
+            one()
+        elif not cut.branch:
+            several()
+        else:
+            pl.when(pages[1] == 0)(one)
+            pl.when(pages[1] > 0)(several)
