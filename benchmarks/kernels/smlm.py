@@ -4,11 +4,13 @@
     python -m benchmarks.kernels.plot_smlm       # draws it
 
 `fwd_us` is measured as the peers were (pages cold, x and y the same arrays in every call), `fwd_cold_us` with x and y
-rotated too. Before a case is timed its result is compared with plain XLA's.
+rotated too. Before anything is timed every case's result is compared with plain XLA's.
 """
 
 import argparse
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,6 @@ def worst_error(got: jax.Array, want: jax.Array) -> jax.Array:
     return jnp.abs(got - want).max() / jnp.abs(want).max()
 
 
-def time_forward(bench: Bench, function: Callable[..., Any], guess_us: float, repeats: int = 7) -> float:
-    plan, loops = bench.plan(), bench.loops(guess_us)
-    return bench.time_us(bench.compile(function, plan, loops), plan, loops, repeats=repeats)
-
-
 def check(bench: Bench) -> None:
     """Ends the program where the kernels and plain XLA disagree."""
     error = float(worst_error(*(bench.result(f, bench.plan()) for f in (triton_call(), smlm_xla))))
@@ -58,33 +55,61 @@ def check(bench: Bench) -> None:
         raise SystemExit(f"{bench.case.name}: error {error}, expected less than {2**-7}")
 
 
-def bench_case(case: Case) -> list[dict[str, Any]]:
-    """Checks, then times, the default configuration, plain XLA and torch."""
-    bench, name = Bench(case), f"smlm/{case.name}"
-    check(bench)
+@dataclass
+class Timing:
+    """One figure to come: a function on a bench. Compiled first, many at once; timed later, alone."""
+
+    name: str
+    metric: str
+    bench: Bench
+    function: Callable[..., Any]
+    guess_us: float
+    extra: dict[str, Any] = field(default_factory=dict)
+    repeats: int = 7
+
+    def compile(self) -> None:
+        self.loops = self.bench.loops(self.guess_us)
+        self.executable = self.bench.compile(self.function, self.bench.plan(), self.loops)
+
+    def record(self) -> dict[str, Any]:
+        us = self.bench.time_us(self.executable, self.bench.plan(), self.loops, repeats=self.repeats)
+        return record(f"smlm/{self.name}", self.metric, us, "us", **self.extra)
+
+
+def timings(case: Case, bench: Bench) -> list[Timing]:
+    """The default configuration as the peers were timed and all cold, and plain XLA; for a rank mix its parts too."""
+    floor, call = {"bound": case.floor_us}, triton_call()
     guess = PEERS.get(case.name, (None, 2 * case.floor_us + 5))[1]
     peer = dict(zip(("peer", "peer_value"), PEERS.get(case.name, ()), strict=False))
-    us = time_forward(bench, triton_call(), guess)
-    records = [record(name, "fwd_us", us, "us", bound=case.floor_us, **peer)]
-    cold_us = time_forward(Bench(case, cold=True), triton_call(), guess)
-    records.append(record(name, "fwd_cold_us", cold_us, "us", bound=case.floor_us))
-    few = Bench(case, max_calls=32)
-    records.append(record(name, "xla_us", time_forward(few, smlm_xla, 2 * guess, repeats=3), "us"))
-    for metric, value in time_torch(case).items():
-        records.append(record(name, metric, value, "us"))
-    return records
+    found = [Timing(case.name, "fwd_us", bench, call, guess, floor | peer)]
+    if len(set(case.ranks)) > 1:
+        for i, rank in enumerate(case.ranks):
+            found.append(Timing(f"{case.name}/rank{rank}", "fwd_us", Bench(case.part(i)), call, 10.0))
+        return found
+    found.append(Timing(case.name, "fwd_cold_us", Bench(case, cold=True), call, guess, floor))
+    found.append(Timing(case.name, "xla_us", Bench(case, max_calls=32), smlm_xla, 2 * guess, repeats=3))
+    return found
 
 
-def bench_ranks(case: Case) -> list[dict[str, Any]]:
-    """A batch of several ranks, and its adapters one at a time: a rank must not pay for a larger one beside it."""
-    bench, name = Bench(case), f"smlm/{case.name}"
-    check(bench)
-    us = time_forward(bench, triton_call(), 20.0)
-    parts = [time_forward(Bench(case.part(i)), triton_call(), 10.0) for i in range(len(case.runs))]
-    records = [record(name, "fwd_us", us, "us", bound=case.floor_us)]
-    records.append(record(name, "parts_sum_us", sum(parts), "us"))
-    for rank, part in zip(case.ranks, parts, strict=True):
-        records.append(record(f"{name}/rank{rank}", "fwd_us", part, "us"))
+def forward_records(names: list[str]) -> list[dict[str, Any]]:
+    """Checks and compiles all cases side by side, then times them one after the other."""
+    cases = [make_case(name) for name in names]
+    benches = [Bench(case) for case in cases]
+    todo = [timings(case, bench) for case, bench in zip(cases, benches, strict=True)]
+    with ThreadPoolExecutor(16) as pool:
+        jobs = [pool.submit(check, bench) for bench in benches]
+        jobs += [pool.submit(timing.compile) for some in todo for timing in some]
+        for job in jobs:
+            job.result()
+    records: list[dict[str, Any]] = []
+    for case, some in zip(cases, todo, strict=True):
+        new = [timing.record() for timing in some]
+        if len(set(case.ranks)) > 1:
+            total = sum(r["value"] for r in new[1:])
+            new.append(record(f"smlm/{case.name}", "parts_sum_us", total, "us"))
+        new += [record(f"smlm/{case.name}", metric, value, "us") for metric, value in time_torch(case).items()]
+        print(case.name, [(r["metric"], round(r["value"], 2)) for r in new], "peer", PEERS.get(case.name), flush=True)
+        records += new
     return records
 
 
@@ -94,12 +119,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="case paths; by default the peers', the 8B groups, the rank mixes")
     parser.add_argument("--forward", action="store_true", help="leave the backward out")
     options = parser.parse_args()
-    records: list[dict[str, Any]] = []
-    for name in options.cases or [*PEERS, *GROUP_CASES, *RANK_MIXES]:
-        case = make_case(name)
-        new = (bench_ranks if len(set(case.ranks)) > 1 else bench_case)(case)
-        print(name, {r["metric"]: round(r["value"], 2) for r in new}, "peer", PEERS.get(name), flush=True)
-        records += new
+    records = forward_records(options.cases or [*PEERS, *GROUP_CASES, *RANK_MIXES])
     if not options.forward:
         from benchmarks.kernels.smlm_backward import backward_records
 

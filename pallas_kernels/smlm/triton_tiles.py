@@ -133,34 +133,28 @@ class Tile:
 
         return cls(cut, tile, length, rows, offset < length, [pages_ref[tile, m] for m in range(cut.max_pages)], page)
 
-    def for_page_groups(
-        self, do: Callable[[Group, Any], Any], carry: Any, finish: Callable[[Any], None] = lambda _: None
-    ) -> None:
-        """Folds `do` over groups of the tile's own pages and hands the result to `finish`.
+    def for_page_groups(self, do: Callable[[Group, Any], Any], carry: Any) -> Any:
+        """Folds `do` over groups of the tile's own pages.
 
-        A tile of one page takes products of 16 ranks whatever max_pages is; others loop to their last used page.
+        With `branch`, a tile of one page takes products of 16 ranks whatever max_pages is; others loop to their last
+        used page.
         """
         cut, pages = self.cut, self.pages
 
-        def one() -> None:
-            finish(do(Group.of(0, pages[:1]), carry))
+        def one(carry: Any) -> Any:
+            return do(Group.of(0, pages[:1]), carry)
 
-        def several() -> None:
+        def several(carry: Any) -> Any:
             if cut.max_pages <= cut.group:
-                finish(do(Group.of(0, pages + [0] * (cut.group - cut.max_pages)), carry))
-                return
+                return do(Group.of(0, pages + [0] * (cut.group - cut.max_pages)), carry)
             count = sum((page > 0).astype(jnp.int32) for page in pages)
 
             def body(number: Array, carry: Any) -> Any:
                 group = [self.page(number * cut.group + q) for q in range(cut.group)]
                 return do(Group.of(number * cut.group, group), carry)
 
-            finish(lax.fori_loop(0, lax.div(count + (cut.group - 1), jnp.int32(cut.group)), body, carry))
+            return lax.fori_loop(0, lax.div(count + (cut.group - 1), jnp.int32(cut.group)), body, carry)
 
         if cut.max_pages == 1:
-            one()
-        elif not cut.branch:
-            several()
-        else:
-            pl.when(pages[1] == 0)(one)
-            pl.when(pages[1] > 0)(several)
+            return one(carry)
+        return lax.cond(pages[1] > 0, several, one, carry) if cut.branch else several(carry)

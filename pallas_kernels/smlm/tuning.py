@@ -9,7 +9,9 @@ from pallas_kernels.smlm.plan import TILE, WIDE
 
 MAX_SPANS = 16
 MAX_DECODE_ROWS = 512
+MAX_NARROW = 8192  # outputs up to which adding the parts up in every block costs less than a round trip for it
 MAX_SHARED_BYTES = 200 * 1024  # of the 227 KB that a block may take on Hopper
+UNTUNED_SHARED_BYTES = 90 * 1024  # of the 99 KB that a block may take on any GPU since Ampere
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,16 @@ def num_spans(in_features: int) -> int:
     return spans
 
 
-# Best of the tuner's configurations by shape class: "few" rows are decode, "pages" are ranks above 16.
+# The tuner's best by shape class: few rows (decode) or many, narrow outputs or wide ones, one page or several.
 _HOPPER = {
     "few": SmlmConfig(early=True, programs_k=MAX_SPANS, block_k=256, shrink_warps=2, expand_warps=8),
-    "few, pages": SmlmConfig(early=True, programs_k=MAX_SPANS, block_k=128),
+    "few, pages": SmlmConfig(early=True, programs_k=MAX_SPANS, expand_warps=8),
     "many": SmlmConfig(WIDE, reduce=True, early=True, programs_k=4, block_n=128),
+    "many, narrow": SmlmConfig(WIDE, early=True, programs_k=4, block_n=128),
     "many, pages": SmlmConfig(WIDE, reduce=True, early=True, branch=False, programs_k=4, block_n=128),
 }
-TUNED = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}
-# For devices that nobody tuned on: Ampere and later, moderate shared memory.
+TUNED = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}  # one processor; the H200 was measured
+# For devices that nobody tuned on.
 UNTUNED = {name: replace(config, early=False, shrink_stages=2) for name, config in _HOPPER.items()}
 FLOAT32 = SmlmConfig(programs_k=MAX_SPANS, block_k=32, block_n=64, shrink_stages=2, expand_stages=1)
 
@@ -70,6 +73,15 @@ FLOAT32 = SmlmConfig(programs_k=MAX_SPANS, block_k=32, block_n=64, shrink_stages
 def device_kind() -> str:
     """What TUNED is keyed by: the kind of the first device."""
     return jax.devices()[0].device_kind
+
+
+def shape_class(rows: int, out_features: tuple[int, ...], max_pages: int) -> str:
+    """The row of a device's table."""
+    if max_pages > 1:
+        return "few, pages" if rows <= MAX_DECODE_ROWS else "many, pages"
+    if rows <= MAX_DECODE_ROWS:
+        return "few"
+    return "many, narrow" if sum(out_features) <= MAX_NARROW else "many"
 
 
 def default_config(
@@ -93,11 +105,12 @@ def default_config(
     spans, targets = num_spans(in_features), len(out_features)
     if jnp.dtype(dtype).itemsize > 2:  # float32: no tensor cores, twice the bytes
         return replace(FLOAT32, programs_k=spans)
-    table = TUNED.get(device_kind() if kind is None else kind, UNTUNED)
-    config = table[("few" if rows <= MAX_DECODE_ROWS else "many") + (", pages" if max_pages > 1 else "")]
+    tuned = TUNED.get(device_kind() if kind is None else kind)
+    limit = MAX_SHARED_BYTES if tuned else UNTUNED_SHARED_BYTES
+    config = (tuned or UNTUNED)[shape_class(rows, out_features, max_pages)]
     config = replace(config, programs_k=min(spans, config.programs_k))
     ranks = targets * min(max_pages, config.group) * 16
-    while _shared_bytes(config, ranks, spans) > MAX_SHARED_BYTES and config.block_k > 16:
+    while _shared_bytes(config, ranks, spans) > limit and config.block_k > 16:
         config = replace(config, block_k=config.block_k // 2)
     return config
 

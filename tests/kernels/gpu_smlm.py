@@ -123,9 +123,9 @@ def other_configs(config: SmlmConfig) -> list[SmlmConfig]:
     """The same problem cut in other ways."""
     return [
         SmlmConfig(tile_rows=16, programs_k=4, block_k=64, block_n=64),
-        SmlmConfig(tile_rows=16, programs_k=1, block_k=32, block_n=128, shrink_stages=2),
-        SmlmConfig(tile_rows=WIDE, programs_k=2, block_k=64, block_n=64, shrink_stages=2),
-        replace(config, reduce=not config.reduce, early=not config.early),
+        SmlmConfig(tile_rows=16, programs_k=2, block_k=32, block_n=128, shrink_stages=2, group=2),
+        SmlmConfig(tile_rows=WIDE, programs_k=2, block_k=32, block_n=64, shrink_stages=2),
+        replace(config, reduce=not config.reduce, early=not config.early, branch=not config.branch),
     ]
 
 
@@ -146,10 +146,13 @@ def expected(problem: Problem) -> np.ndarray:
 def check_numerics(
     layout: Layout, size: int, out_features: tuple[int, ...], dtype: jnp.dtype = jnp.bfloat16
 ) -> None:
-    """Against the definition in float32: worst error over the largest value."""
+    """Against the definition in float32: worst error over the largest value.
+
+    A float32 product is TF32 on a GPU, as jax's default is.
+    """
     problem = make_problem(layout, size, out_features, dtype)
     got, want = problem.run(problem.plan()).astype(np.float32), expected(problem)
-    error, limit = float(np.abs(got - want).max() / np.abs(want).max()), 2**-7 if dtype == jnp.bfloat16 else 1e-4
+    error, limit = float(np.abs(got - want).max() / np.abs(want).max()), 2**-7 if dtype == jnp.bfloat16 else 2**-10
     if not error < limit:
         raise AssertionError(f"got an error of {error}, expected less than {limit}")
 

@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pallas_kernels.smlm import TILE, WIDE, SmlmPlan, plan_shapes
 from pallas_kernels.smlm import triton as launches
 from pallas_kernels.smlm.triton import smlm_triton
-from pallas_kernels.smlm.tuning import SmlmConfig, num_spans
+from pallas_kernels.smlm.tuning import TUNED, SmlmConfig, default_config, num_spans
 from tests.kernels.gpu_smlm import CHECKS
 from tests.kernels.smlm_cases import MIXED, MIXED_ROWS, Case, brute_force, make_case
 from tests.tolerances import assert_close
@@ -22,7 +22,8 @@ CONFIGS = [
     SmlmConfig(tile_rows=TILE, programs_k=1, block_k=256, block_n=16),
     SmlmConfig(tile_rows=WIDE, programs_k=2, block_k=128, block_n=128),
     SmlmConfig(tile_rows=WIDE, reduce=True, programs_k=2, block_k=64, block_n=256, early=True),
-    SmlmConfig(tile_rows=TILE, reduce=True, programs_k=1, block_k=32, block_n=32),
+    SmlmConfig(tile_rows=TILE, reduce=True, programs_k=1, block_k=32, block_n=32, branch=False),
+    SmlmConfig(tile_rows=TILE, programs_k=4, block_k=64, block_n=64, group=2),
 ]
 
 
@@ -63,6 +64,19 @@ def test_a_bounded_grid_walks_all_the_work(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_spans_grow_with_the_input_only() -> None:
     assert [num_spans(n) for n in (16, 1023, 1024, 4096, 14336, 65536)] == [1, 1, 2, 8, 16, 16]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA A100-SXM4-40GB"])
+def test_every_shape_class_has_a_configuration_that_fits(kind: str) -> None:
+    limit = 227 * 1024 if kind in TUNED else 99 * 1024
+    for rows in (1, 512, 513, 8192):
+        for size, out in ((4096, (4096,)), (4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (14336, (4096,))):
+            for pages in (1, 4, 8):
+                config = default_config(rows, size, out, pages, jnp.bfloat16, kind)
+                ranks, spans = len(out) * min(pages, config.group) * 16, num_spans(size) // config.programs_k
+                used = 2 * (config.tile_rows + ranks) * config.block_k * spans * config.shrink_stages
+                assert used <= limit
+                assert config.early == (kind in TUNED)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
