@@ -50,7 +50,7 @@ def worst_error(got: jax.Array, want: jax.Array) -> jax.Array:
 
 def check(bench: Bench) -> None:
     """Ends the program where the kernels and plain XLA disagree."""
-    error = float(worst_error(*(bench.result(f, bench.plan()) for f in (triton_call(), smlm_xla))))
+    error = float(worst_error(*(bench.result(f) for f in (triton_call(), smlm_xla))))
     if not error < 2**-7:
         raise SystemExit(f"{bench.case.name}: error {error}, expected less than {2**-7}")
 
@@ -69,10 +69,10 @@ class Timing:
 
     def compile(self) -> None:
         self.loops = self.bench.loops(self.guess_us)
-        self.executable = self.bench.compile(self.function, self.bench.plan(), self.loops)
+        self.executable = self.bench.compile(self.function, self.loops)
 
     def record(self) -> dict[str, Any]:
-        us = self.bench.time_us(self.executable, self.bench.plan(), self.loops, repeats=self.repeats)
+        us = self.bench.time_us(self.executable, self.loops, repeats=self.repeats)
         return record(f"smlm/{self.name}", self.metric, us, "us", **self.extra)
 
 

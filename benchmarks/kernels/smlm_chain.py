@@ -125,30 +125,27 @@ class Bench:
     rotate too; without, they are the same arrays in every call, which is how the peers were measured.
     """
 
-    def __init__(self, case: Case, *, cold: bool = False, max_calls: int = 120, max_pages: int | None = None) -> None:
-        self.case, self.max_pages = case, max_pages or max(case.pages)
+    def __init__(self, case: Case, *, cold: bool = False, max_calls: int = 120) -> None:
+        self.case = case
         out, targets, pages = sum(case.out_features), len(case.out_features), 1 + sum(case.pages)
         self.calls = max(8, min(max_calls, -(-POOL_BYTES // case.adapter_bytes)))
         copies = max(2, min(self.calls, -(-POOL_BYTES // case.row_bytes))) if cold else 1
         self.x, self.y = noise(0, copies, case.rows, case.size), noise(1, copies, case.rows, out)
         self.A = noise(2, self.calls, pages, targets * RANK_PAGE, case.size)
         self.B = noise(3, self.calls, pages, RANK_PAGE, out, scale=case.size**-0.5)
-        self._plans: dict[int, SmlmPlan] = {}
+        self.plan = jax.tree.map(jnp.asarray, self._build_plan())
 
-    def plan(self, wide: int = WIDE) -> SmlmPlan:
-        """The plan, with wide tiles of that many rows and no tile to spare."""
-        if wide not in self._plans:
-            segments, first, page = [], 0, 1
-            order = 1 + np.random.default_rng(0).permutation(sum(self.case.pages))
-            for rows, count in zip(self.case.runs, self.case.pages, strict=True):
-                segments.append((first, rows, tuple(order[page - 1 : page - 1 + count].tolist())))
-                first, page = first + rows, page + count
-            tiles, num_wide = (sum(-(-rows // height) for rows in self.case.runs) for height in (TILE, wide))
-            plan = build_plan(segments, self.case.rows, tiles, self.max_pages, num_wide, wide)
-            self._plans[wide] = jax.tree.map(jnp.asarray, plan)
-        return self._plans[wide]
+    def _build_plan(self) -> SmlmPlan:
+        """With no tile to spare."""
+        case, segments, first, page = self.case, [], 0, 1
+        order = 1 + np.random.default_rng(0).permutation(sum(case.pages))
+        for rows, count in zip(case.runs, case.pages, strict=True):
+            segments.append((first, rows, tuple(order[page - 1 : page - 1 + count].tolist())))
+            first, page = first + rows, page + count
+        tiles, num_wide = (sum(-(-rows // height) for rows in case.runs) for height in (TILE, WIDE))
+        return build_plan(segments, case.rows, tiles, max(case.pages), num_wide)
 
-    def compile(self, function: Callable[..., Any], plan: SmlmPlan, loops: int = 1) -> Any:
+    def compile(self, function: Callable[..., Any], loops: int = 1) -> Any:
         """`loops` turns of the whole chain as one executable, y donated."""
         out = self.case.out_features
 
@@ -163,26 +160,26 @@ class Bench:
         def chain(y: Any, *args: Any) -> Any:
             return lax.fori_loop(0, loops, lambda i, y: turn(i, list(y), *args), y)
 
-        return jax.jit(chain, donate_argnums=0).lower(self.y, self.x, self.A, self.B, plan).compile()
+        return jax.jit(chain, donate_argnums=0).lower(self.y, self.x, self.A, self.B, self.plan).compile()
 
     def loops(self, guess_us: float) -> int:
         """Turns of the chain that make a dispatch of about CHAIN_MS."""
         return max(1, round(CHAIN_MS * 1e3 / (self.calls * guess_us)))
 
-    def time_us(self, executable: Any, plan: SmlmPlan, loops: int = 1, *, repeats: int = 7) -> float:
+    def time_us(self, executable: Any, loops: int = 1, *, repeats: int = 7) -> float:
         """Median microseconds of one call."""
-        y = executable([one.copy() for one in self.y], self.x, self.A, self.B, plan)
+        y = executable([one.copy() for one in self.y], self.x, self.A, self.B, self.plan)
         times = []
         for _ in range(repeats):
             jax.block_until_ready(y)
             start = time.perf_counter()
             for _ in range(2):
-                y = executable(y, self.x, self.A, self.B, plan)
+                y = executable(y, self.x, self.A, self.B, self.plan)
             jax.block_until_ready(y)
             times.append((time.perf_counter() - start) / (2 * loops * self.calls))
         return sorted(times)[repeats // 2] * 1e6
 
-    def result(self, function: Callable[..., Any], plan: SmlmPlan) -> jax.Array:
+    def result(self, function: Callable[..., Any]) -> jax.Array:
         """y of the first call, to compare implementations."""
         call = jax.jit(lambda *args: function(*args[:4], self.case.out_features, args[4]))
-        return call(self.x[0], self.A[0], self.B[0], plan, self.y[0])
+        return call(self.x[0], self.A[0], self.B[0], self.plan, self.y[0])

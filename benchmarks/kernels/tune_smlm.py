@@ -64,25 +64,22 @@ class Tuner:
 
     def run(self, configs: Iterable[SmlmConfig]) -> None:
         """Compiles all, then times one after the other: nothing else runs on the device meanwhile."""
-        plan = self.bench.plan()
-        jobs = [
-            (config, self.pool.submit(self.bench.compile, triton_call(config), plan, self.loops)) for config in configs
-        ]
+        jobs = [(config, self.pool.submit(self.bench.compile, triton_call(config), self.loops)) for config in configs]
         wait([job for _, job in jobs])
         for config, job in jobs:
             self._time(config, job)
 
     def _time(self, config: SmlmConfig, job: Future) -> None:
-        bench, plan = self.bench, self.bench.plan()
+        bench = self.bench
         name = " ".join(f"{field}={value}" for field, value in asdict(config).items())
         try:
             executable = job.result()
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             print("    fail", name, str(error)[:120], flush=True)
             return
-        y = executable([one.copy() for one in bench.y], bench.x, bench.A, bench.B, plan)[0]
+        y = executable([one.copy() for one in bench.y], bench.x, bench.A, bench.B, bench.plan)[0]
         self.first = y if self.first is None else self.first
-        us, same = bench.time_us(executable, plan, self.loops), bool(same_bits(y, self.first))
+        us, same = bench.time_us(executable, self.loops), bool(same_bits(y, self.first))
         print(f"    {us:8.2f} us  same bits {same}  {name}", flush=True)
         self.records.append({"us": us, "same": same, "config": asdict(config)})
 

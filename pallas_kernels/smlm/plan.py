@@ -94,7 +94,6 @@ def build_plan(
     num_tiles: int,
     max_pages: int,
     num_wide: int | None = None,
-    wide: int = WIDE,
 ) -> SmlmPlan:
     """Cuts segments into tiles, on the host.
 
@@ -106,7 +105,6 @@ def build_plan(
         num_tiles: NT, capacity in tiles; `num_tiles_bound` gives a number that always suffices.
         max_pages: MP, most pages of one adapter.
         num_wide: NW, capacity in wide tiles; by default num_tiles. A smaller one saves idle programs.
-        wide: Rows of a wide tile, a multiple of TILE; the kernels expect WIDE unless configured otherwise.
 
     Returns:
         The plan, in numpy.
@@ -123,13 +121,13 @@ def build_plan(
     runs = _runs(segments, num_rows, max_pages)
     for name, height, capacity in (
         ("num_tiles", TILE, num_tiles),
-        ("num_wide", wide, plan.wide_row.shape[0]),
+        ("num_wide", WIDE, plan.wide_row.shape[0]),
     ):
         needed = sum(-(-rows // height) for _, rows, _ in runs)
         if needed > capacity:
             raise ValueError(f"{name}: got {capacity}, expected at least {needed} for these segments")
     plan.used[0] = _fill(runs, TILE, plan.tile_row, plan.tile_len, plan.tile_pages, plan.row_slot)
-    plan.used[1] = _fill(runs, wide, plan.wide_row, plan.wide_len, plan.wide_pages, None)
+    plan.used[1] = _fill(runs, WIDE, plan.wide_row, plan.wide_len, plan.wide_pages, None)
     return plan
 
 
