@@ -128,7 +128,8 @@ class Tile:
 
 
 def _product(a: Array, b: Array, contract_b: int) -> Array:
-    return lax.dot_general(a, b, (((1,), (contract_b,)), ((), ())), preferred_element_type=F32)
+    precision = lax.Precision.HIGHEST if a.dtype == F32 else None  # else Triton takes TF32
+    return lax.dot_general(a, b, (((1,), (contract_b,)), ((), ())), precision, preferred_element_type=F32)
 
 
 def _tree_sum(parts: list[Array]) -> Array:
