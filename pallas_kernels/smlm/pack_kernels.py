@@ -146,7 +146,8 @@ def _load(ref: Any, rows: Array, columns: Array, mask: Array | None) -> Array:
 
 
 def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
-    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=F32)
+    precision = lax.Precision.HIGHEST if a.dtype == F32 else None  # else Triton takes TF32
+    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision, preferred_element_type=F32)
 
 
 def shrink(cut: Cut, pack: Array, index: Array, y_ref: Any, w_ref: Any, h_ref: Any) -> None:
