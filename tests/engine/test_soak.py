@@ -117,13 +117,18 @@ class Soak:
     def start_job(self, kind: int, steps: int) -> JobHandle:
         lora, optim = KINDS[kind]
         self.serial += 1
+        evaluates = self.serial % 2 == 1
         handle = self.engine.finetune(
             f"job-{self.serial % 6}-{self.serial}",
             random_data(self.serial, count=8),
-            eval_data=random_data(1000 + self.serial, count=3) if self.serial % 2 else None,
+            eval_data=random_data(1000 + self.serial, count=3) if evaluates else None,
             lora=LoraConfig(**lora),
             train=TrainConfig(
-                max_steps=steps, optim=optim, pack_tokens=64, per_device_train_batch_size=4, eval_steps=2
+                max_steps=steps,
+                optim=optim,
+                pack_tokens=64,
+                per_device_train_batch_size=4,
+                eval_steps=2 if evaluates else 0,
             ),
         )
         self.jobs.append(handle)
