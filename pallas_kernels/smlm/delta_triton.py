@@ -18,6 +18,8 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
+from pallas_kernels.smlm.triton_kernels import product
+from pallas_kernels.smlm.triton_tiles import column_block, whole
 from pallas_kernels.smlm.tuning import num_spans
 
 F32 = jnp.float32
@@ -93,16 +95,7 @@ class Cut:
 
     def block(self, index: Array) -> tuple[Array, Array, Array]:
         """(target, columns [1, block_n], which of them belong to the target) of a block of outputs."""
-        target, column, end = jnp.int32(0), index * self.block_n, jnp.int32(self.out_features[0])
-        blocks, start = 0, 0
-        for i, size in enumerate(self.out_features[:-1], start=1):
-            blocks, start = blocks + pl.cdiv(size, self.block_n), start + size
-            here = index >= blocks
-            target = jnp.where(here, jnp.int32(i), target)
-            column = jnp.where(here, start + (index - blocks) * self.block_n, column)
-            end = jnp.where(here, jnp.int32(start + self.out_features[i]), end)
-        columns = column + jnp.arange(self.block_n, dtype=jnp.int32)[None, :]
-        return target, columns, columns < end
+        return column_block(index, self.out_features, self.block_n)
 
     def ranks(self, target: Array | int, page: Array) -> Array:
         """Columns of a target's page in the partial sums, [1, RANK_PAGE]."""
@@ -125,11 +118,6 @@ class Tile:
             return do(jnp.int32(0), page(0), carry)
         count = sum((page(m) > 0).astype(jnp.int32) for m in range(self._cut.pages))
         return lax.fori_loop(0, count, lambda m, carry: do(m, page(m), carry), carry)
-
-
-def _product(a: Array, b: Array, contract_b: int) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == F32 else None  # else Triton takes TF32
-    return lax.dot_general(a, b, (((1,), (contract_b,)), ((), ())), precision, preferred_element_type=F32)
 
 
 def _tree_sum(parts: list[Array]) -> Array:
@@ -163,7 +151,7 @@ def shrink(cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, s_ref: Any
                 for i in range(cut.targets):
                     ranks = i * RANK_PAGE + rank
                     a = _load(A_ref, (jnp.zeros_like(ranks) + page, ranks, k), inside)
-                    new.append(sums[s * cut.targets + i] + _product(x, a, 1))
+                    new.append(sums[s * cut.targets + i] + product(x, a, 1))
             return tuple(new)
 
         zeros = (jnp.zeros((TILE, RANK_PAGE), F32),) * (spans * cut.targets)
@@ -184,7 +172,7 @@ def expand(cut: Cut, tile: Tile, part: Array, s_ref: Any, B_ref: Any, o_ref: Any
     def do(m: Array, page: Array, delta: Array) -> Array:
         b = _load(B_ref, (jnp.zeros_like(rank) + page, rank, columns), None if cut.whole_blocks else inside)
         S = _tree_sum([_load(s_ref, (p, tile.rows, cut.ranks(target, m)), tile.ok) for p in range(cut.parts)])
-        return delta + _product(S.astype(b.dtype), b, 0)
+        return delta + product(S.astype(b.dtype), b, 0)
 
     delta = tile.fold(do, jnp.zeros((TILE, cut.block_n), F32))
     plt.store(o_ref.at[tile.rows, columns], delta.astype(o_ref.dtype), mask=tile.ok & inside)
@@ -242,9 +230,6 @@ def _launch(
         @pl.when(number < used_ref[0])
         def _() -> None:
             body(cut, Tile(cut, number, row_ref, len_ref, pages_ref), part, *refs)
-
-    def whole(a: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(a.shape, lambda *_: (0,) * len(a.shape))  # the kernel addresses the array itself
 
     kernel.__name__ = f"smlm_delta_{body.__name__}"  # what a profile shows
     return pl.pallas_call(

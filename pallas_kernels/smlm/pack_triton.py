@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.smlm.pack_kernels import Cut, Side, expand, gradient, shrink
 from pallas_kernels.smlm.pack_tuning import PackConfig, default_pack_config
 from pallas_kernels.smlm.plan import RANK_PAGE
+from pallas_kernels.smlm.triton_tiles import whole
 
 F32 = jnp.float32
 MAX_ELEMENTS = 2**31  # the kernels address with 32 bits
@@ -140,20 +141,14 @@ def _launch(
     found = pl.pallas_call(
         kernel,
         grid=(packs * a_pack,),
-        in_specs=[_whole(a) for a in arrays.values()],
-        out_specs=tuple(_whole(out) for out in outs.values()),
+        in_specs=[whole(a) for a in arrays.values()],
+        out_specs=tuple(whole(out) for out in outs.values()),
         out_shape=tuple(outs.values()),
         compiler_params=params,
         interpret=interpret,
         name=name,
     )(*arrays.values())
     return dict(zip(outs, found, strict=True))
-
-
-def _whole(a: Any) -> pl.BlockSpec:
-    """The kernel addresses the array itself."""
-    rank = len(a.shape)
-    return pl.BlockSpec(a.shape, lambda *_: (0,) * rank)
 
 
 def _add_shares(h: Float[Array, "parts T RT"], side: Side, span: int) -> Float[Array, "T nRT"]:

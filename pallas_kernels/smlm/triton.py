@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.smlm.plan import TILE, SmlmPlan
 from pallas_kernels.smlm.triton_kernels import expand, expand_reduced, shrink, shrink_and_reduce
-from pallas_kernels.smlm.triton_tiles import Cut, Tile
+from pallas_kernels.smlm.triton_tiles import Cut, Tile, whole
 from pallas_kernels.smlm.tuning import SmlmConfig, default_config
 
 MAX_PROGRAMS = 16384  # beyond it a program takes several pieces of work
@@ -104,8 +104,8 @@ class _Launch:
         return pl.pallas_call(
             self._kernel(body, parts, programs),
             grid=(programs,),
-            in_specs=[_whole(a) for a in args],
-            out_specs=tuple(_whole(out) for out in outs),
+            in_specs=[whole(a) for a in args],
+            out_specs=tuple(whole(out) for out in outs),
             out_shape=outs,
             input_output_aliases=alias,
             compiler_params=params,
@@ -152,9 +152,3 @@ def _release_next(value: Array) -> Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
     )
     return jnp.max(same)
-
-
-def _whole(a: Any) -> pl.BlockSpec:
-    """The kernel addresses the array itself."""
-    rank = len(a.shape)
-    return pl.BlockSpec(a.shape, lambda *_: (0,) * rank)

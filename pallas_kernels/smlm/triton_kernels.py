@@ -34,7 +34,8 @@ def tree_sum(parts: list[Array]) -> Array:
     return parts[0]
 
 
-def _product(a: Array, b: Array, contract_b: int) -> Array:
+def product(a: Array, b: Array, contract_b: int) -> Array:
+    """The matrix product over a's second dimension and b's dimension `contract_b`, float32."""
     precision = lax.Precision.HIGHEST if a.dtype == F32 else None  # else Triton takes TF32
     return lax.dot_general(a, b, (((1,), (contract_b,)), ((), ())), precision, preferred_element_type=F32)
 
@@ -67,7 +68,7 @@ def _partial_sums(
             for i, target in enumerate(targets):
                 ranks = (target * RANK_PAGE + group.rank)[:, None]
                 a = plt.load(A_ref.at[group.page[:, None], ranks, k], mask=A_mask, other=0.0)
-                new.append(sums[s * len(targets) + i] + _product(x, a, 1))
+                new.append(sums[s * len(targets) + i] + product(x, a, 1))
         return tuple(new)
 
     zero = jnp.zeros((cut.rows, group.ranks), F32)
@@ -161,7 +162,7 @@ def expand(cut: Cut, tile: Tile, part: Array, h_ref: Any, B_ref: Any, y_ref: Any
     def do(group: Group, delta: Array) -> Array:
         b = block.load_B(group, B_ref)
         S = _sum_partials(cut, tile, group, block.target, h_ref)
-        return delta + _product(S.astype(b.dtype), b, 0)
+        return delta + product(S.astype(b.dtype), b, 0)
 
     block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)
 
@@ -174,6 +175,6 @@ def expand_reduced(cut: Cut, tile: Tile, part: Array, S_ref: Any, B_ref: Any, y_
         b = block.load_B(group, B_ref)
         mask = tile.ok & group.used[None, :]
         S = plt.load(S_ref.at[tile.rows, _ranks(cut, group, block.target)], mask=mask, other=0.0)
-        return delta + _product(S, b, 0)
+        return delta + product(S, b, 0)
 
     block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)

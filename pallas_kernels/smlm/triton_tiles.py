@@ -14,6 +14,26 @@ from pallas_kernels.smlm.plan import RANK_PAGE
 from pallas_kernels.smlm.tuning import SmlmConfig, num_spans
 
 
+def whole(a: Any) -> pl.BlockSpec:
+    """The kernel addresses the array itself."""
+    rank = len(a.shape)
+    return pl.BlockSpec(a.shape, lambda *_: (0,) * rank)
+
+
+def column_block(index: Array, out_features: tuple[int, ...], block_n: int) -> tuple[Array, Array, Array]:
+    """(target, columns [1, block_n], which of them belong to the target) of a block of outputs."""
+    target, column, end = jnp.int32(0), index * block_n, jnp.int32(out_features[0])
+    blocks, start = 0, 0
+    for i, size in enumerate(out_features[:-1], start=1):
+        blocks, start = blocks + pl.cdiv(size, block_n), start + size
+        here = index >= blocks
+        target = jnp.where(here, jnp.int32(i), target)
+        column = jnp.where(here, start + (index - blocks) * block_n, column)
+        end = jnp.where(here, jnp.int32(start + out_features[i]), end)
+    columns = column + jnp.arange(block_n, dtype=jnp.int32)[None, :]
+    return target, columns, columns < end
+
+
 @dataclass(frozen=True)
 class Cut:
     """Static sizes of one call."""
@@ -75,16 +95,7 @@ class Cut:
 
     def block(self, index: Array) -> tuple[Array, Array, Array]:
         """(target, columns [1, block_n], which of them belong to the target) of a block of outputs."""
-        target, column, end = jnp.int32(0), index * self.block_n, jnp.int32(self.out_features[0])
-        blocks, start = 0, 0
-        for i, size in enumerate(self.out_features[:-1], start=1):
-            blocks, start = blocks + pl.cdiv(size, self.block_n), start + size
-            here = index >= blocks
-            target = jnp.where(here, jnp.int32(i), target)
-            column = jnp.where(here, start + (index - blocks) * self.block_n, column)
-            end = jnp.where(here, jnp.int32(start + self.out_features[i]), end)
-        columns = column + jnp.arange(self.block_n, dtype=jnp.int32)[None, :]
-        return target, columns, columns < end
+        return column_block(index, self.out_features, self.block_n)
 
 
 @dataclass
