@@ -34,7 +34,8 @@ from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step import backward, forward
 from loquetier_jax.step.functions import compiler_options
-from loquetier_jax.step.ops import ForwardOps, ReplayOps
+from loquetier_jax.step.ops import ForwardOps
+from loquetier_jax.step.replay import ReplayOps
 from loquetier_jax.step.state import DeviceState, head_params, new_state
 
 VLLM_ADDS_MS = {4: 2.54, 32: 13.12}  # vLLM 0.22.1, decode B=32, measured 2026-11 on an H200

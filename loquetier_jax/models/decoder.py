@@ -38,6 +38,9 @@ class LayerOps(Protocol):
     ) -> Float[Array, "T NH"]:
         """Attention with scale H^-0.5 over this layer's keys, window included; q and k come rotated."""
 
+    def mlp(self, h: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The gated MLP of the normed rows: `down_proj` of `gated` of `gate_up_proj`."""
+
 
 def embed(spec: DecoderSpec, params: Params, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
     """Embeddings of tokens in [0, V), in the dtype of the table."""
@@ -99,11 +102,14 @@ def layer(
     if spec.qk_norm:
         q, k = rms_norm(spec, q, w["q_norm"]), rms_norm(spec, k, w["k_norm"])
     x = x + ops.linear("o_proj", ops.attend(rotate(q, rope), rotate(k, rope), v))
-    h = rms_norm(spec, x, w["post_attention_layernorm"])
-    gate, up = jnp.split(ops.linear("gate_up_proj", h), 2, axis=-1)
+    return x + ops.mlp(rms_norm(spec, x, w["post_attention_layernorm"]))
+
+
+def gated(spec: DecoderSpec, gate_up: Float[Array, "T FF"]) -> Float[Array, "T F"]:
+    """act(gate) * up, the two side by side in `gate_up`; in its dtype."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
     # f32 inside the activation only: a torch kernel rounds once, jnp would after every step of the formula.
-    gate = ACTIVATIONS[spec.hidden_act](gate.astype(jnp.float32)).astype(gate.dtype)
-    return x + ops.linear("down_proj", gate * up)
+    return ACTIVATIONS[spec.hidden_act](gate.astype(jnp.float32)).astype(gate.dtype) * up
 
 
 def base_linear(w: LayerWeights, group: str, h: Float[Array, "T in"]) -> Float[Array, "T out"]:

@@ -51,6 +51,10 @@ class DenseOps:
         parts = [self._delta(t, h, width) for t, width in zip(GROUPS[group], widths, strict=True)]
         return y + jnp.concatenate(parts, axis=-1)
 
+    def mlp(self, h: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The gated MLP, one projection after the other."""
+        return self.linear("down_proj", decoder.gated(self.spec, self.linear("gate_up_proj", h)))
+
     def _delta(self, target: str, h: Float[Array, "T in"], width: int) -> Float[Array, "T width"]:
         if (self.index, target) not in self.lora:
             return jnp.zeros((h.shape[0], width), h.dtype)

@@ -9,7 +9,7 @@ from loquetier_jax.models.decoder import layer, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.forward import Kept, Pages, Params
 from loquetier_jax.step.loss import Loss, backward_head, loss_cotangent
-from loquetier_jax.step.ops import ReplayOps
+from loquetier_jax.step.replay import ReplayOps
 
 
 def backward_start(

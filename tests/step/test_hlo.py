@@ -9,7 +9,7 @@ import pytest
 
 from loquetier_jax.config import Bucket
 from loquetier_jax.models.decoder import base_linear
-from loquetier_jax.step import ops
+from loquetier_jax.step import replay
 from loquetier_jax.step.functions import StepFunctions, TrainKey
 from tests.step.cases import PACK, make_world, mixed_items
 
@@ -93,7 +93,7 @@ def test_weight_gradient_would_be_seen(world):
 
 def test_a_forward_that_is_recomputed_would_be_seen(monkeypatch):
     """The count of GEMMs bites: without the kept values, projections are computed again."""
-    monkeypatch.setattr(ops, "known", lambda f, y, *args: f(*args))
+    monkeypatch.setattr(replay, "known", lambda f, y, *args: f(*args))
     world = make_world()
     world.functions = StepFunctions(world.spec, world.cfg, world.state)  # compiled afresh
     assert base_gemms(world, backward_text(world)) > 2 * 4
