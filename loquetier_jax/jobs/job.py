@@ -151,7 +151,7 @@ class Job(Lifecycle):
         self._in_flight.pop(0)
         self.record.tally.add(self.cfg.loss, pack, logp, correct)
 
-    def finish_step(self, grad_norm: float, learning_rate: float, finite: bool = True) -> None:
+    def finish_step(self, grad_norm: float, learning_rate: float, weight_norm: float) -> None:
         """Closes an optimizer step: metrics, evaluation if one is due, the end of the job.
 
         Ignored when the job has ended meanwhile.
@@ -159,7 +159,8 @@ class Job(Lifecycle):
         Args:
             grad_norm: Before clipping.
             learning_rate: That the step used.
-            finite: Whether the gradient was; if it or the loss was not, the job fails.
+            weight_norm: Of the weights that it came to, whose loss nobody may ever compute. Unless it, the gradient
+                norm and the loss are finite, the job fails.
 
         Raises:
             JobError: no step is due.
@@ -169,8 +170,9 @@ class Job(Lifecycle):
         if not self._accumulated:
             raise JobError(f"job {self.name!r}: no optimizer step is due at {self.cursor}")
         loss = self.record.tally.loss
-        if not (finite and math.isfinite(loss)):
-            self.fail(f"step {self.step}: loss {loss}, gradient norm {grad_norm}: not finite")
+        if not all(map(math.isfinite, (loss, grad_norm, weight_norm))):
+            numbers = f"loss {loss}, gradient norm {grad_norm}, norm of the new weights {weight_norm}"
+            self.fail(f"step {self.step}: {numbers}: not finite")
             return
         self.record.close_step()
         self.step += 1

@@ -96,9 +96,9 @@ def build_optimizer_step(spec: DecoderSpec, shape: LoraShape, kind: str) -> Opti
         hyper: `hyperparams(cfg, step, total_steps)`.
 
     It returns (master, opt_state, grads, pages, metrics): the job's pool pages are zeros, its pages hold the
-    cast of the new master. metrics is {"grad_norm": f32 before clipping, "finite": bool}; where the gradient
-    is not finite, weights and optimizer state come back unchanged. Page ids are traced: other pages, same
-    compile.
+    cast of the new master. metrics is {"grad_norm": f32 before clipping, "weight_norm": f32 of what the new
+    weights would serve with, "finite": bool of both}; where one is not finite, weights and optimizer state come
+    back unchanged. Page ids are traced: other pages, same compile.
     """
     return jax.jit(partial(_optimizer_step, spec, shape, make_optimizer(kind)), donate_argnums=(0, 1, 2, 3))
 
@@ -121,20 +121,29 @@ def _optimizer_step(
     denom = jnp.asarray(denom, jnp.float32)
     gradient = jax.tree.map(lambda g: g / denom, gradients_of(own, shape, spec))
     norm = optax.tree.norm(gradient)
-    finite = jnp.isfinite(norm)
     gradient = clip(gradient, norm, jnp.asarray(max_grad_norm, jnp.float32))
     hyper = {name: jnp.asarray(value, jnp.float32) for name, value in hyper.items()}
     with _loose_promotion():
         given = opt_state._replace(hyperparams=hyper)
         updates, new_state = optimizer.update(gradient, given, master)
         new_master = optax.apply_updates(master, updates)
+    dtype = jax.tree.leaves(pages)[0].dtype
+    weight_norm = served_norm(pages_of(new_master, shape, spec, jnp.float32), dtype)
+    finite = jnp.isfinite(norm) & jnp.isfinite(weight_norm)
     new_master, new_state = jax.tree.map(
         partial(jnp.where, finite), (new_master, new_state), (master, opt_state)
     )
-    dtype = jax.tree.leaves(pages)[0].dtype
     pages = put_pages(pages, page_ids, pages_of(new_master, shape, spec, dtype))
     grads = put_pages(grads, train_page_ids, jax.tree.map(jnp.zeros_like, own))
-    return new_master, new_state, grads, pages, {"grad_norm": norm, "finite": finite}
+    metrics = {"grad_norm": norm, "weight_norm": weight_norm, "finite": finite}
+    return new_master, new_state, grads, pages, metrics
+
+
+def served_norm(pages: Pages, dtype: Any) -> Float[Array, ""]:
+    """f32 norm of f32 pages rounded to `dtype`: infinite where the cast or a square overflows, as in a forward."""
+    kind = jnp.finfo(dtype)
+    # Not a cast there and back: XLA leaves such pairs out.
+    return optax.tree.norm(jax.tree.map(lambda a: jax.lax.reduce_precision(a, kind.nexp, kind.nmant), pages))
 
 
 def clip(gradient: LoraWeights, norm: Float[Array, ""], max_norm: Float[Array, ""]) -> LoraWeights:

@@ -117,7 +117,7 @@ class Trainee:
         """Dispatches the optimizer step that is due: masters, optimizer state, pages and pool move on.
 
         Returns:
-            {"grad_norm", "finite"} on the device.
+            {"grad_norm", "weight_norm", "finite"} on the device.
         """
         if self.published is not None:
             store.weights(self.published)  # its own copy, before the masters it was published from change

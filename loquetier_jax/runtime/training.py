@@ -218,12 +218,12 @@ class Training:
         return results
 
     def accept_optimizer(self, result: OptimizerResult) -> None:
-        """Reads an optimizer step's norm; the job goes on, evaluates, ends or fails."""
+        """Reads an optimizer step's norms; the job goes on, evaluates, ends or fails."""
         job = result.trainee.job
         self._optimizing.discard(job.name)
-        grad_norm, finite = float(result.metrics["grad_norm"]), bool(result.metrics["finite"])
+        grad_norm, weight_norm = (float(result.metrics[key]) for key in ("grad_norm", "weight_norm"))
         with job.blamed():
-            job.finish_step(grad_norm, result.learning_rate, finite)
+            job.finish_step(grad_norm, result.learning_rate, weight_norm)
             self.on_step(result.trainee)
 
     def tick(self, epoch: int) -> None:

@@ -105,7 +105,8 @@ def test_a_job_that_fails_fails_alone(engine: Engine):
     want = losses(engine.finetune("alone", random_data(8), train=train()).wait())
     tokens = engine.generate([[5, 6, 7]], "a", greedy(40))[0].outputs[0].token_ids
 
-    bad = engine.finetune("bad", random_data(9), train=train(learning_rate=3e38, max_grad_norm=0.0, max_steps=50))
+    settings = {"learning_rate": 3e38, "max_grad_norm": 0.0, "warmup_steps": 49}  # the first one's rate is 0
+    bad = engine.finetune("bad", random_data(9), train=train(**settings, max_steps=50))
     good = engine.finetune("good", random_data(8), train=train())
     request = engine.submit([5, 6, 7], "a", greedy(40))
     good.wait()
@@ -118,6 +119,19 @@ def test_a_job_that_fails_fails_alone(engine: Engine):
     assert engine.loop.training.grad_pool.num_free == engine.cfg.train_pages
     again = engine.finetune("bad", random_data(8), train=train(), replace=True).wait()
     assert losses(again) == want, "its pages are clean for whoever comes next"
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_job_whose_last_step_diverges_publishes_nothing(engine: Engine, steps: int):
+    """Its losses are those before the last update: it succeeded, and served what no forward could take."""
+    settings = {"learning_rate": 1e30, "warmup_steps": steps - 1, "max_steps": steps}
+    job = engine.finetune("job", random_data(9), train=train(**settings))
+    untrained = engine.adapters.get("job").id
+    with pytest.raises(JobError, match=f"step {steps - 1}: loss .* norm of the new weights inf: not finite"):
+        job.wait()
+    assert job.status == "failed" and engine.adapters.get("job").id == untrained
+    assert len(losses(job)) == steps - 1
+    assert np.isfinite(engine.log_probs([[5, 6, 7]], "job")[0]).all()
 
 
 def test_jobs_wait_for_pages_of_the_gradient_pool(engine: Engine):

@@ -30,7 +30,7 @@ def drive(job, actions, eval_score=score):
     """Up to `actions` single moves of the engine; returns how many were made."""
     for count in range(actions):
         if job.step_due:
-            job.finish_step(grad_norm=1.0 + job.step, learning_rate=1e-3)
+            job.finish_step(grad_norm=1.0 + job.step, learning_rate=1e-3, weight_norm=1.0)
         elif (pack := job.next_eval_pack()) is not None:
             job.eval_pack_dispatched(pack)
             job.eval_pack_finished(pack, *eval_score(pack, job.step))
@@ -126,7 +126,7 @@ def test_several_packs_in_flight(make_data):
     with pytest.raises(JobError, match="not the oldest"):
         job.pack_finished(packs[1], *score(packs[1]))
     with pytest.raises(JobError, match="no optimizer step is due"):
-        job.finish_step(1.0, 1e-3)
+        job.finish_step(1.0, 1e-3, 1.0)
     for pack in packs:
         job.pack_finished(pack, *score(pack))
     assert job.step_due and job.num_targets == sum(p.num_targets for p in packs)
@@ -161,13 +161,13 @@ def test_pause_resume_cancel(make_data):
             move()
 
 
-@pytest.mark.parametrize(("finite", "bad"), [(False, 0.0), (True, np.nan), (True, np.inf)])
-def test_what_is_not_finite_fails_the_job(make_data, finite, bad):
+@pytest.mark.parametrize("grad_norm, weight_norm, bad", [*np.where(np.eye(3), np.nan, 1.0), (1.0, 1.0, np.inf)])
+def test_what_is_not_finite_fails_the_job(make_data, grad_norm, weight_norm, bad):
     job = started(make_data([10]))
     pack = job.next_pack()
     job.pack_dispatched(pack)
     job.pack_finished(pack, score(pack)[0] + np.float32(bad))
-    job.finish_step(1.0, 1e-3, finite)
+    job.finish_step(grad_norm, 1e-3, weight_norm)
     assert job.status == "failed" and "not finite" in job.error
     assert job.step == 0 and job.record.lines == []
 

@@ -13,7 +13,7 @@ from loquetier_jax.adapters.pages import empty_pages, pages_of
 from loquetier_jax.errors import ConfigError
 from loquetier_jax.jobs.checkpoint import CheckpointStore, read_arrays, read_state
 from loquetier_jax.jobs.config import OPTIMIZERS, TrainConfig
-from loquetier_jax.jobs.optimizer import build_optimizer_step, hyperparams, init_state, make_optimizer
+from loquetier_jax.jobs.optimizer import build_optimizer_step, hyperparams, init_state, make_optimizer, served_norm
 from loquetier_jax.models.spec import DecoderSpec
 
 SPEC = DecoderSpec.from_hf(
@@ -178,6 +178,29 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
     assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(after)))
     assert not any(np.any(np.asarray(pool)[TRAIN_IDS]) for pool in jax.tree.leaves(run.grads))
     assert run.update(run.page_gradients())["finite"]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_weights_that_are_not_finite_are_not_taken(kind):
+    run = Run(kind)
+    run.update(run.page_gradients())
+    before = jax.tree.map(np.array, (run.master, run.opt_state.inner_state))
+    run.cfg = replace(run.cfg, learning_rate=1e38)
+    metrics = run.update(run.page_gradients(scale=100.0))
+    assert not metrics["finite"] and np.isfinite(metrics["grad_norm"]) and not np.isfinite(metrics["weight_norm"])
+    after = (run.master, run.opt_state.inner_state)
+    assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(after)))
+
+
+@pytest.mark.parametrize(
+    ("value", "served"),
+    [(3e4, (True, True, True)), (1e5, (True, True, False)), (1e25, (False,) * 3), (np.nan, (False,) * 3)],
+)
+def test_the_norm_of_weights_is_that_of_their_cast(value, served):
+    pages = [{"qkv_proj": (np.full(3, value, np.float32), np.ones(3, np.float32))}]
+    norms = [jax.jit(served_norm, static_argnums=1)(pages, d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)]
+    assert tuple(bool(np.isfinite(norm)) for norm in norms) == served
+    assert not served[0] or norms[0] == pytest.approx(np.sqrt(3 * value**2 + 3))
 
 
 @pytest.mark.parametrize(("limit", "clips"), [(0.0, False), (np.inf, False), (1e9, False), (0.25, True)])
