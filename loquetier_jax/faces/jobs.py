@@ -76,7 +76,7 @@ class JobCalls:
         Raises:
             DataError: a malformed line, with its number.
             AdapterError: the name is taken, nothing to adapt, or a rank too large.
-            ConfigError: settings of another type, `lora` beside `init_from`, evaluation settings without eval_data.
+            ConfigError: settings of another type, `lora` beside `init_from`, eval_steps without eval_data.
             JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the
                 output_dir is that of another job, or cannot be written.
         """
@@ -84,9 +84,7 @@ class JobCalls:
         cfg, lora = train or TrainConfig(), lora or LoraConfig()
         for argument, value, kind in (("train", cfg, TrainConfig), ("lora", lora, LoraConfig)):
             require(isinstance(value, kind), argument, value, f"a {kind.__name__}")
-        for field in ("eval_steps", "early_stopping_patience"):
-            ok = eval_data is not None or not getattr(cfg, field)
-            require(ok, field, getattr(cfg, field), "0 without eval_data")
+        require(eval_data is not None or not cfg.eval_steps, "eval_steps", cfg.eval_steps, "0 without eval_data")
         if cfg.pack_tokens is None:
             longest = self.cfg.longest_pack(scored=eval_data is not None) or cfg.pack_rows
             cfg = dataclasses.replace(cfg, pack_tokens=longest)

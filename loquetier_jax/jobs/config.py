@@ -17,7 +17,8 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 DEFAULT_PACK_TOKENS = 512
 CALLABLE_LOSS = "callable"  # stands for a loss function in a saved config; restoring is given it again
 
-_INTEGERS = {  # field: smallest value
+_MOST = float(np.finfo(np.float32).max)  # beyond it a number is infinite on the device
+_INTEGERS = {  # field: smallest value; all are below 2**32
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "seed": 0,
@@ -27,17 +28,17 @@ _INTEGERS = {  # field: smallest value
     "eval_steps": 0,
     "early_stopping_patience": 0,
 }
-_NUMBERS = {  # field: (smallest, largest, whether the largest itself is allowed)
-    "learning_rate": (0.0, math.inf, False),
-    "warmup_steps": (0.0, math.inf, False),
-    "num_train_epochs": (0.0, math.inf, False),
-    "max_grad_norm": (0.0, math.inf, True),
-    "weight_decay": (0.0, math.inf, False),
-    "adam_beta1": (0.0, 1.0, False),
-    "adam_beta2": (0.0, 1.0, False),
-    "adam_epsilon": (0.0, math.inf, False),
-    "momentum": (0.0, 1.0, False),
-    "early_stopping_threshold": (0.0, math.inf, False),
+_NUMBERS = {  # field: what it is below; all are >= 0
+    "learning_rate": _MOST,
+    "warmup_steps": _MOST,
+    "num_train_epochs": 2.0**32,
+    "max_grad_norm": _MOST,
+    "weight_decay": _MOST,
+    "adam_beta1": 1.0,
+    "adam_beta2": 1.0,
+    "adam_epsilon": _MOST,
+    "momentum": 1.0,
+    "early_stopping_threshold": _MOST,
 }
 
 
@@ -69,7 +70,8 @@ class TrainConfig:
         loss: "cross_entropy", or a function of one pack's (logp [L], weights [L]): the sum of its token
             losses.
         eval_steps: Evaluate every so many steps; 0 only at the end. Needs eval data.
-        early_stopping_patience: Stop after so many evaluations without improvement; 0 never stops early.
+        early_stopping_patience: Stop after so many evaluations without improvement; 0 never stops early. Needs
+            eval_steps.
         early_stopping_threshold: By how much the evaluation loss must fall to count as an improvement.
         logging_steps: Write a line to metrics.jsonl every so many steps (mean loss over them).
         save_steps: Checkpoint every so many steps; 0 never. Needs output_dir.
@@ -108,11 +110,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
-            require(is_int(value) and value >= least, name, value, f"an integer >= {least}")
-        for name, (least, most, closed) in _NUMBERS.items():
-            value = getattr(self, name)
-            ok = is_number(value) and least <= value and (value < most or (closed and value == most))
-            require(ok, name, value, f"a number in [{least}, {most}{']' if closed else ')'}")
+            require(is_int(value) and least <= value < 2**32, name, value, f"an integer in [{least}, 2**32)")
+        for name, bound in _NUMBERS.items():
+            value, never = getattr(self, name), name == "max_grad_norm"
+            ok = is_number(value) and (0 <= value < bound or (never and value == math.inf))
+            require(ok, name, value, f"a number in [0, {bound}){' or inf' if never else ''}")
         self._check_choices()
         self._check_steps()
         self._check_lengths()
@@ -136,8 +138,8 @@ class TrainConfig:
 
     def _check_steps(self) -> None:
         steps = self.max_steps
-        require(is_int(steps) and (steps == -1 or steps >= 1), "max_steps", steps, "-1 or an integer >= 1")
-        require(self.seed < 2**32, "seed", self.seed, "an integer below 2**32")
+        ok = is_int(steps) and (steps == -1 or 1 <= steps < 2**32)
+        require(ok, "max_steps", steps, "-1 or an integer in [1, 2**32)")
         require(
             self.max_steps > 0 or self.num_train_epochs > 0,
             "num_train_epochs",
@@ -149,6 +151,13 @@ class TrainConfig:
             "output_dir",
             self.output_dir,
             "a path or null",
+        )
+        patience = self.early_stopping_patience
+        require(
+            not patience or self.eval_steps,
+            "early_stopping_patience",
+            patience,
+            f"0 with eval_steps {self.eval_steps}: only evaluations before the end can stop a job",
         )
         homeless = self.save_steps > 0 and self.output_dir is None
         require(not homeless, "save_steps", self.save_steps, "0 without output_dir")

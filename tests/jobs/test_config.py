@@ -15,13 +15,19 @@ from loquetier_jax.jobs.config import SCHEDULES, TrainConfig, learning_rate
         ("learning_rate", -1.0),
         ("learning_rate", math.nan),
         ("learning_rate", "1e-4"),
+        ("learning_rate", 1e39),
+        ("warmup_steps", 1e39),
+        ("weight_decay", math.inf),
         ("optim", "adam"),
         ("lr_scheduler_type", "polynomial"),
         ("max_steps", 0),
         ("max_steps", 1.5),
+        ("max_steps", 2**32),
         ("num_train_epochs", 0),
+        ("num_train_epochs", 1e308),
         ("per_device_train_batch_size", 0),
         ("gradient_accumulation_steps", True),
+        ("gradient_accumulation_steps", 2**32),
         ("pack_tokens", 100),
         ("max_length", 1),
         ("adam_beta2", 1.0),
@@ -31,11 +37,19 @@ from loquetier_jax.jobs.config import SCHEDULES, TrainConfig, learning_rate
         ("loss", "dpo"),
         ("save_steps", 5),
         ("shuffle", 1),
+        ("early_stopping_patience", 2),
     ],
 )
 def test_bad_values_are_named(name, value):
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(ConfigError, match=f"^{name}: got"):
         TrainConfig(**{name: value})
+
+
+def test_values_that_do_not_go_together_are_named():
+    """A job that never evaluates before its end could never stop early: it trained to its end instead."""
+    with pytest.raises(ConfigError, match=r"^early_stopping_patience: got 2, expected 0 with eval_steps 0"):
+        TrainConfig(early_stopping_patience=2)
+    assert TrainConfig(early_stopping_patience=2, eval_steps=1).eval_steps == 1
     with pytest.raises(ConfigError, match=r"max_length: got 66, expected null or an integer in \[2, .* = 65\]"):
         TrainConfig(pack_tokens=64, max_length=66)
 
@@ -67,6 +81,7 @@ def test_steps():
     assert cfg.steps_per_epoch(17) == 3
     assert cfg.total_steps(17) == 8
     assert TrainConfig(max_steps=5).total_steps(17) == 5
+    assert TrainConfig(num_train_epochs=2**32 - 1, per_device_train_batch_size=1).total_steps(17) == 17 * (2**32 - 1)
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
