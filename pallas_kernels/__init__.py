@@ -2,30 +2,34 @@
 
 from pallas_kernels.paged_attention import AttentionPlan, attend_rows, paged_attention
 from pallas_kernels.smlm import (
-    WIDE,
     SmlmPlan,
     add_delta,
     build_plan,
     delta_beside,
+    gate_fused,
     num_tiles_bound,
+    num_wide_bound,
     pack_lora,
     plan_shapes,
     smlm,
     smlm_delta,
+    smlm_gated,
 )
 
 __all__ = [
-    "WIDE",
     "AttentionPlan",
     "SmlmPlan",
     "add_delta",
     "attend_rows",
     "build_plan",
     "delta_beside",
+    "gate_fused",
     "num_tiles_bound",
+    "num_wide_bound",
     "pack_lora",
     "paged_attention",
     "plan_shapes",
     "smlm",
     "smlm_delta",
+    "smlm_gated",
 ]

@@ -29,7 +29,7 @@ from loquetier_jax import Bucket, EngineConfig, SamplingParams
 from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
 from loquetier_jax.batch.segments import empty_batch, ravel, shapes_of
 from loquetier_jax.jobs.data import Pack
-from loquetier_jax.models.decoder import base_linear
+from loquetier_jax.models.decoder import base_linear, gated
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step import backward, forward
@@ -49,6 +49,9 @@ class PlainForwardOps(ForwardOps):
 
     def linear(self, group: str, h: jax.Array) -> jax.Array:
         return self.keep(group, base_linear(self.weights, group, h))
+
+    def mlp(self, h: jax.Array) -> jax.Array:
+        return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))
 
 
 class PlainReplayOps(ReplayOps):

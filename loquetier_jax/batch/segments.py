@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
-from pallas_kernels import WIDE, AttentionPlan, SmlmPlan, num_tiles_bound, plan_shapes
+from pallas_kernels import AttentionPlan, SmlmPlan, num_wide_bound, plan_shapes
 
 
 @flax.struct.dataclass
@@ -137,7 +137,7 @@ def num_tiles(bucket: Bucket) -> int:
 def num_wide(bucket: Bucket) -> int:
     """Wide LoRA tiles that are enough: every program beyond the step's own is launched for nothing."""
     rows = (bucket.train_rows, bucket.score_rows, bucket.prefill, bucket.decode)
-    return num_tiles_bound(rows, (bucket.packs, bucket.score_packs, bucket.chunks, bucket.decode), WIDE)
+    return num_wide_bound(rows, (bucket.packs, bucket.score_packs, bucket.chunks, bucket.decode))
 
 
 def _i32(*shape: int, fill: int = 0) -> np.ndarray:

@@ -28,7 +28,7 @@ class ForwardOut:
         sampled: See `step.sample.sample`; {} when the bucket samples nothing.
         train: {"logp", "correct"} of the train rows, [G * L]; {} without.
         score: See `step.loss.score_rows`; {} without.
-        kept: Per layer {"x": [G * L, D] its input, and the names in `cfg.keep`}; [] without train rows.
+        kept: Per layer {"x": [G * L, D] its input, every group's S, the names in `cfg.keep`}; [] without train rows.
         hidden: [G * L, D] final hidden states of the train rows, before the norm; None without.
     """
 

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from loquetier_jax.batch.segments import empty_batch, host_tree_size, shapes_of
-from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.config import RANK_PAGE, Bucket, EngineConfig
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step import backward, forward
 from loquetier_jax.step.loss import Loss
+from loquetier_jax.step.ops import shrunk
 from loquetier_jax.step.sample import admit_slot
 from loquetier_jax.step.state import DeviceState, head_params
 
@@ -243,4 +244,7 @@ class StepFunctions:
             "x": self.spec.hidden_size,
         }
         dtype, rows = jnp.dtype(self.cfg.dtype), key.bucket.train_rows
-        return {n: jax.ShapeDtypeStruct((rows, widths[n]), dtype) for n in sorted({*self.cfg.keep, "x"})}
+        kept = {name: (rows, widths[name]) for name in {*self.cfg.keep, "x"}}
+        for group, (_, outs) in self.spec.group_shapes.items():
+            kept[shrunk(group)] = (rows, len(outs), self.cfg.max_lora_pages, RANK_PAGE)
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in sorted(kept.items())}

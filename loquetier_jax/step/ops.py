@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from loquetier_jax.batch.segments import PackRows, SegmentBatch
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
-from loquetier_jax.models.decoder import base_linear, gated
+from loquetier_jax.models.decoder import ACTIVATIONS, base_linear, gated
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from loquetier_jax.step.pack_attention import pack_attention
-from pallas_kernels import add_delta, delta_beside, paged_attention, smlm, smlm_delta
+from pallas_kernels import add_delta, delta_beside, gate_fused, paged_attention, smlm, smlm_delta, smlm_gated
 
 
 def attend_packs(
@@ -46,6 +46,11 @@ def attend_packs(
     return out.reshape(q.shape[0], -1)
 
 
+def shrunk(group: str) -> str:
+    """The name under which a group's S = x A^T is kept: [train rows, targets, max_lora_pages, 16]."""
+    return f"{group}.S"
+
+
 @dataclass
 class ForwardOps:
     """Computes one layer's operations for all rows of a batch.
@@ -53,7 +58,7 @@ class ForwardOps:
     Attributes:
         weights, pages: The layer's base weights and adapter pages.
         kv: The layer's (k_pages, v_pages); replaced by the written cache.
-        kept: Filled with the train rows of every named result in `cfg.keep`.
+        kept: Filled with the train rows of every named result in `cfg.keep`, and with every group's S.
         use_dropout: Whether train rows have LoRA dropout in this compile.
     """
 
@@ -73,24 +78,48 @@ class ForwardOps:
             self.kept[name] = y[: self.bucket.train_rows]
         return y
 
+    def lora_input(self, group: str, h: jax.Array) -> jax.Array:
+        """h, in its train rows with their adapters' dropout."""
+        train, rows = self.batch.train, self.bucket.train_rows
+        if not self.use_dropout or train is None:
+            return h
+        rates = jnp.repeat(train.drop_rates, self.bucket.pack_tokens)
+        dropped = dropout(h[:rows], train.drop_keys, rates, jnp.int32(self.layer), group)
+        return jnp.concatenate([dropped, h[rows:]])
+
     def linear(self, group: str, h: jax.Array) -> jax.Array:
         """Base projection of all rows plus every row's adapter. [T, in] -> [T, out]."""
-        y = base_linear(self.weights, group, h)
-        x, train = h, self.batch.train
-        if self.use_dropout and train is not None:
-            rates = jnp.repeat(train.drop_rates, self.bucket.pack_tokens)
-            kept = dropout(h[: self.bucket.train_rows], train.drop_keys, rates, jnp.int32(self.layer), group)
-            x = jnp.concatenate([kept, h[self.bucket.train_rows :]])
-        (lora_A, lora_B), plan = self.pages[group], self.batch.lora
+        y, x = base_linear(self.weights, group, h), self.lora_input(group, h)
+        (lora_A, lora_B), plan, rows = self.pages[group], self.batch.lora, self.bucket.train_rows
         options = {"out_features": self.spec.group_shapes[group][1], "implementation": self.cfg.smlm}
         if self.bucket.few_rows and delta_beside(self.cfg.smlm):
             y = add_delta(y, smlm_delta(x, lora_A, lora_B, plan, **options), plan)
+        elif rows:
+            y, self.kept[shrunk(group)] = smlm(x, lora_A, lora_B, plan, y=y, S_rows=rows, **options)
         else:
             y = smlm(x, lora_A, lora_B, plan, y=y, **options)
         return self.keep(group, y)
 
     def mlp(self, h: jax.Array) -> jax.Array:
-        return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))
+        """The gated MLP of all rows, each with its adapter. [T, D] -> [T, D]."""
+        fused = gate_fused(self.cfg.smlm) and self.spec.hidden_act != "gelu"  # Triton kernels have no erf
+        if self.bucket.few_rows or not fused:
+            return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))
+        group, rows = "gate_up_proj", self.bucket.train_rows
+        found = smlm_gated(
+            self.lora_input(group, h),
+            *self.pages[group],
+            self.batch.lora,
+            y=base_linear(self.weights, group, h),
+            activation=ACTIVATIONS[self.spec.hidden_act],
+            keep_rows=rows,
+            keep_y=group in self.cfg.keep,
+        )
+        if rows:
+            self.kept[shrunk(group)] = found.S
+        if found.kept is not None:
+            self.kept[group] = found.kept
+        return self.linear("down_proj", found.out)
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Packs attend among themselves; prefill and decode rows write the cache, then read it. -> [T, N * H]."""

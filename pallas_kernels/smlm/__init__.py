@@ -2,22 +2,36 @@
 
 from pallas_kernels.smlm.api import smlm
 from pallas_kernels.smlm.delta import add_delta, delta_beside, smlm_delta
+from pallas_kernels.smlm.gated import Gated, gate_fused, smlm_gated
 from pallas_kernels.smlm.pack import pack_lora
-from pallas_kernels.smlm.plan import RANK_PAGE, TILE, WIDE, SmlmPlan, build_plan, num_tiles_bound, plan_shapes
+from pallas_kernels.smlm.plan import (
+    RANK_PAGE,
+    TILE,
+    WIDE,
+    SmlmPlan,
+    build_plan,
+    num_tiles_bound,
+    num_wide_bound,
+    plan_shapes,
+)
 from pallas_kernels.smlm.ref import smlm_ref
 
 __all__ = [
     "RANK_PAGE",
     "TILE",
     "WIDE",
+    "Gated",
     "SmlmPlan",
     "add_delta",
     "build_plan",
     "delta_beside",
+    "gate_fused",
     "num_tiles_bound",
+    "num_wide_bound",
     "pack_lora",
     "plan_shapes",
     "smlm",
     "smlm_delta",
+    "smlm_gated",
     "smlm_ref",
 ]

@@ -25,7 +25,8 @@ def smlm(
     out_features: tuple[int, ...],
     y: Float[Array, "T out"] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "T out"]:
+    S_rows: int = 0,
+) -> Float[Array, "T out"] | tuple[Float[Array, "T out"], Float[Array, "K n MP R"]]:
     """Segmented multi-LoRA multiplication: the delta of every row under its own adapter, added to y.
 
     delta[t, cols_i] = sum over the row's pages p of (x[t] @ A[p, i*R:(i+1)*R].T) @ B[p, :, cols_i], R = 16,
@@ -43,19 +44,29 @@ def smlm(
         y: What the delta is added to, x's dtype. Under jit the kernels write it in place where XLA may reuse
             it (donate it, or let it be a temporary). None: the delta alone, zero for rows without adapter.
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
+        S_rows: K; if any, S of the first K rows is returned too, which `pack_backward` takes. The call is then not
+            differentiable.
 
     Returns:
-        y plus the delta; rows without adapter are y's, bit for bit.
+        y plus the delta; rows without adapter are y's, bit for bit. S = x A^T in x's dtype, by target and page, is
+        0 where a row has no such page.
 
     Raises:
-        ValueError: shapes disagree or are no multiples of 16, or the implementation is unknown.
+        ValueError: shapes disagree or are no multiples of 16, the implementation is unknown, or S_rows is no number
+            of rows that x has.
         TypeError: dtypes disagree.
         NotImplementedError: implementation="mosaic".
     """
     out_features = tuple(int(size) for size in out_features)
     _check_arrays(x, A, B, y, out_features)
     _check_plan(plan, x.shape[0])
-    return _smlm(x, A, B, y, plan, out_features, _choose(implementation))
+    if not 0 <= S_rows <= x.shape[0]:
+        raise ValueError(f"S_rows: got {S_rows}, expected 0 to x's {x.shape[0]} rows")
+    implementation = _choose(implementation)
+    if S_rows:
+        function = smlm_triton if implementation == "triton" else smlm_xla
+        return function(x, A, B, SmlmPlan(*map(jnp.asarray, plan)), out_features, y, S_rows=S_rows)
+    return _smlm(x, A, B, y, plan, out_features, implementation)
 
 
 def _choose(implementation: str | None) -> str:

@@ -19,7 +19,9 @@ class SmlmPlan(NamedTuple):
     """A step's rows cut into tiles of one adapter each; a pytree of int32 arrays.
 
     The same rows are listed twice, in tiles of TILE rows (XLA, and the kernels at decode) and in wide tiles
-    of WIDE rows (the kernels when there are many rows). NT, NW and MP are static; entries beyond `used` are 0.
+    of WIDE rows (the kernels when there are many rows). After the wide tiles of adapters come those of the rows
+    without one, so that every row of the step is in one wide tile. NT, NW and MP are static; entries beyond `used`
+    are 0.
 
     Attributes:
         tile_row: First row of each tile.
@@ -28,8 +30,8 @@ class SmlmPlan(NamedTuple):
         row_slot: Of each row, tile * TILE + offset in the tile; -1 when the row has no adapter.
         wide_row: First row of each wide tile.
         wide_len: Rows of each wide tile, at most WIDE; 0 marks an unused one.
-        wide_pages: Adapter pages of each wide tile.
-        used: Number of used tiles and of used wide tiles.
+        wide_pages: Adapter pages of each wide tile; none of a tile of rows without adapter.
+        used: Number of used tiles, of wide tiles of adapters, and of wide tiles in all.
         counters: Scratch of the kernels: zero before and after every call, so no two calls may run at one time.
     """
 
@@ -40,7 +42,7 @@ class SmlmPlan(NamedTuple):
     wide_row: Int32[IntArray, " NW"]
     wide_len: Int32[IntArray, " NW"]
     wide_pages: Int32[IntArray, "NW MP"]
-    used: Int32[IntArray, " 2"]
+    used: Int32[IntArray, " 3"]
     counters: Int32[IntArray, " C"]
 
 
@@ -72,6 +74,16 @@ def num_tiles_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int], 
     return max(1, total)
 
 
+def num_wide_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int]) -> int:
+    """Wide tiles that suffice: as `num_tiles_bound`, with a stretch of rows without adapter around every run.
+
+    Args:
+        rows_per_part: As for `num_tiles_bound`.
+        runs_per_part: As for `num_tiles_bound`: runs of adapters.
+    """
+    return num_tiles_bound(rows_per_part, [2 * runs + 1 for runs in runs_per_part], WIDE)
+
+
 def plan_shapes(num_rows: int, num_tiles: int, max_pages: int, num_wide: int | None = None) -> SmlmPlan:
     """The plan as jax.ShapeDtypeStruct leaves, to compile ahead of time.
 
@@ -79,12 +91,12 @@ def plan_shapes(num_rows: int, num_tiles: int, max_pages: int, num_wide: int | N
         num_rows: T, rows of the step.
         num_tiles: NT, capacity in tiles.
         max_pages: MP, most pages of one adapter.
-        num_wide: NW, capacity in wide tiles; by default num_tiles, which always suffices.
+        num_wide: NW, capacity in wide tiles; by default `num_wide_bound` of num_tiles runs, which always suffices.
     """
-    num_wide = num_tiles if num_wide is None else num_wide
+    num_wide = num_wide_bound([num_rows], [num_tiles]) if num_wide is None else num_wide
     row, pages, wide, wide_pages = (num_tiles,), (num_tiles, max_pages), (num_wide,), (num_wide, max_pages)
     counters = (max(num_tiles, num_wide),)
-    shapes = SmlmPlan(row, row, pages, (num_rows,), wide, wide, wide_pages, (2,), counters)
+    shapes = SmlmPlan(row, row, pages, (num_rows,), wide, wide, wide_pages, (3,), counters)
     return SmlmPlan(*(jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes))
 
 
@@ -104,7 +116,7 @@ def build_plan(
         num_rows: T, rows of the step.
         num_tiles: NT, capacity in tiles; `num_tiles_bound` gives a number that always suffices.
         max_pages: MP, most pages of one adapter.
-        num_wide: NW, capacity in wide tiles; by default num_tiles. A smaller one saves idle programs.
+        num_wide: NW, capacity in wide tiles; by default one that always suffices. A smaller one saves idle programs.
 
     Returns:
         The plan, in numpy.
@@ -119,16 +131,28 @@ def build_plan(
     plan = SmlmPlan(*(np.zeros(s.shape, np.int32) for s in plan_shapes(num_rows, num_tiles, max_pages, num_wide)))
     plan.row_slot[:] = -1
     runs = _runs(segments, num_rows, max_pages)
-    for name, height, capacity in (
-        ("num_tiles", TILE, num_tiles),
-        ("num_wide", WIDE, plan.wide_row.shape[0]),
+    bare = _gaps(runs, num_rows)
+    for name, height, listed, capacity in (
+        ("num_tiles", TILE, runs, num_tiles),
+        ("num_wide", WIDE, runs + bare, plan.wide_row.shape[0]),
     ):
-        needed = sum(-(-rows // height) for _, rows, _ in runs)
+        needed = sum(-(-rows // height) for _, rows, _ in listed)
         if needed > capacity:
             raise ValueError(f"{name}: got {capacity}, expected at least {needed} for these segments")
     plan.used[0] = _fill(runs, TILE, plan.tile_row, plan.tile_len, plan.tile_pages, plan.row_slot)
-    plan.used[1] = _fill(runs, WIDE, plan.wide_row, plan.wide_len, plan.wide_pages, None)
+    plan.used[1] = sum(-(-rows // WIDE) for _, rows, _ in runs)
+    plan.used[2] = _fill(runs + bare, WIDE, plan.wide_row, plan.wide_len, plan.wide_pages, None)
     return plan
+
+
+def _gaps(runs: list[Segment], num_rows: int) -> list[Segment]:
+    """The stretches of rows that no run has."""
+    gaps, end = [], 0
+    for first, rows, _ in [*runs, (num_rows, 0, ())]:
+        if first > end:
+            gaps.append((end, first - end, ()))
+        end = first + rows
+    return gaps
 
 
 def _runs(segments: Sequence[Segment], num_rows: int, max_pages: int) -> list[Segment]:

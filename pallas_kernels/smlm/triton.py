@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.smlm.plan import TILE, SmlmPlan
+from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
+from pallas_kernels.smlm.ref import row_pages
 from pallas_kernels.smlm.triton_kernels import expand, expand_reduced, shrink, shrink_and_reduce
 from pallas_kernels.smlm.triton_tiles import Cut, Tile, whole
 from pallas_kernels.smlm.tuning import SmlmConfig, default_config
@@ -25,7 +26,7 @@ MAX_PROGRAMS = 16384  # beyond it a program takes several pieces of work
 
 
 # Jitted so that the layers of a model trace and lower the kernels once a shape: 0.2 s each otherwise.
-@functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret", "S_rows"))
 def smlm_triton(
     x: Float[Array, "T in"],
     A: Float[Array, "P nR in"],
@@ -36,7 +37,8 @@ def smlm_triton(
     *,
     config: SmlmConfig | None = None,
     interpret: bool | None = None,
-) -> Float[Array, "T out"]:
+    S_rows: int = 0,
+) -> Float[Array, "T out"] | tuple[Float[Array, "T out"], Float[Array, "K n MP R"]]:
     """y plus the delta, in place where y's buffer may be reused; zeros plus the delta without y.
 
     Args:
@@ -48,6 +50,7 @@ def smlm_triton(
         y: What the delta is added to, or None.
         config: Block sizes; by default chosen from the shapes.
         interpret: Run as plain XLA operations; by default on the CPU only.
+        S_rows: K; if any, S = x A^T of the first K rows is returned too, 0 where a row has no such page.
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, sum(out_features)), x.dtype) if y is None else y
@@ -59,13 +62,21 @@ def smlm_triton(
         work = (plan.used, plan.tile_row, plan.tile_len, plan.tile_pages)
     else:
         work = (plan.used, plan.wide_row, plan.wide_len, plan.wide_pages)
-    launch = _Launch(Cut.of(x, work[-1], out_features, config, interpret), config, work)
-    return launch.expand(launch.shrink(x, A, plan.counters), B, y)
+    launch = Launch(Cut.of(x, work[-1], out_features, config, interpret), config, work)
+    h = launch.shrink(x, A, plan.counters)
+    out, S = launch.expand(h, B, y, keep=S_rows > 0)
+    return (out, first_rows(S, S_rows, plan, len(out_features))) if S_rows else out
+
+
+def first_rows(S: Float[Array, "T nMPR"], rows: int, plan: SmlmPlan, targets: int) -> Float[Array, "K n MP R"]:
+    """S of the first rows as a kernel left it, 0 where a row has no such page."""
+    used = (row_pages(plan)[:rows] > 0)[:, None, :, None]
+    return jnp.where(used, S[:rows].reshape(rows, targets, -1, RANK_PAGE), jnp.zeros((), S.dtype))
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """The two launches of one call."""
+class Launch:
+    """The launches of one call."""
 
     cut: Cut
     config: SmlmConfig
@@ -77,32 +88,41 @@ class _Launch:
         params = plt.CompilerParams(num_warps=config.shrink_warps, num_stages=config.shrink_stages)
         h = jax.ShapeDtypeStruct((cut.parts, x.shape[0], cut.ranks), jnp.float32)
         if not config.reduce:
-            return self._call(shrink, cut.parts, (x, A), (h,), {}, params)[0]
+            return self.run("shrink", shrink, cut.parts, (x, A), (h,), {}, params)[0]
         S = jax.ShapeDtypeStruct((x.shape[0], cut.ranks), x.dtype)
-        return self._call(shrink_and_reduce, cut.parts, (x, A, counters), (h, S), {}, params)[1]
+        return self.run("shrink_and_reduce", shrink_and_reduce, cut.parts, (x, A, counters), (h, S), {}, params)[1]
 
-    def expand(self, S: Array, B: Array, y: Array) -> Array:
-        """y + S B in place, S as `shrink` gives it."""
+    def expand(self, S: Array, B: Array, y: Array, *, keep: bool) -> tuple[Array, Array | None]:
+        """(y + S B in place, S), S as `shrink` gives it; where that is partial sums, their sum if it is to be kept."""
         config, body = self.config, expand_reduced if self.config.reduce else expand
         params = plt.CompilerParams(num_warps=config.expand_warps, num_stages=config.expand_stages)
-        out = jax.ShapeDtypeStruct(y.shape, y.dtype)
-        return self._call(body, self.cut.blocks, (S, B, y), (out,), {len(self.work) + 2: 0}, params)[0]
+        outs = (jax.ShapeDtypeStruct(y.shape, y.dtype),)
+        if keep and not config.reduce:
+            outs += (jax.ShapeDtypeStruct((y.shape[0], self.cut.ranks), y.dtype),)
+        alias = {len(self.work) + 2: 0}
+        found = self.run(body.__name__, body, self.cut.blocks, (S, B, y), outs, alias, params)
+        return found[0], S if config.reduce else found[-1]
 
-    def _call(
+    def run(
         self,
+        name: str,
         body: Callable[..., None],
         parts: int,
         args: tuple[Array, ...],
         outs: tuple[jax.ShapeDtypeStruct, ...],
         alias: dict[int, int],
         params: plt.CompilerParams,
+        *,
+        bare: bool = False,
     ) -> tuple[Array, ...]:
-        """Runs `body` once per part of every used tile; `alias` says which arguments are written in place."""
+        """Runs `body` once per part of every tile of an adapter, and of every `bare` tile if asked to.
+
+        `name` is what a profile shows; `alias` says which arguments are written in place.
+        """
         programs = min(self.cut.max_tiles * parts, MAX_PROGRAMS)
         args = (*self.work, *args)
-        name = f"smlm_{body.__name__}"
         return pl.pallas_call(
-            self._kernel(body, parts, programs),
+            self._kernel(body, parts, programs, bare),
             grid=(programs,),
             in_specs=[whole(a) for a in args],
             out_specs=tuple(whole(out) for out in outs),
@@ -110,24 +130,26 @@ class _Launch:
             input_output_aliases=alias,
             compiler_params=params,
             interpret=self.cut.interpret,
-            name=name,  # what a profile shows
+            name=f"smlm_{name}",
         )(*args)
 
-    def _kernel(self, body: Callable[..., None], parts: int, programs: int) -> Callable[..., None]:
+    def _kernel(self, body: Callable[..., None], parts: int, programs: int, bare: bool) -> Callable[..., None]:
         cut, early = self.cut, self.config.early and not self.cut.interpret
+        wide = cut.rows != TILE  # only the wide tiles include bare ones
 
         def kernel(used_ref: Any, row_ref: Any, len_ref: Any, pages_ref: Any, *refs: Any) -> None:
             def piece(work: Array) -> None:
                 number, part = lax.div(work, jnp.int32(parts)), lax.rem(work, jnp.int32(parts))
                 tile = Tile.load(cut, number, row_ref, len_ref, pages_ref)
-                pl.when(tile.length > 0)(lambda: body(cut, tile, part, *refs))
+                wanted = (tile.length > 0) & (tile.pages[0] > 0) if wide and not bare else tile.length > 0
+                pl.when(wanted)(lambda: body(cut, tile, part, *refs))
 
             first = _release_next(pl.program_id(0)) if early else pl.program_id(0)
             if programs == cut.max_tiles * parts:
                 # An unused tile has length 0; asking `used` first would put one more memory latency before the work.
                 piece(first)
                 return
-            used = used_ref[0 if cut.rows == TILE else 1]
+            used = used_ref[wide + (wide and bare)]
             turns = lax.div(used * parts - first + (programs - 1), jnp.int32(programs))
 
             def turn(number: Array, carry: None) -> None:

@@ -93,6 +93,12 @@ def _ranks(cut: Cut, group: Group, target: Array | int) -> Array:
     return (target * (cut.max_pages * RANK_PAGE) + group.slot)[None, :]
 
 
+def load_S(cut: Cut, tile: Tile, group: Group, target: Array | int, S_ref: Any) -> Array:
+    """S of a target, as `shrink_and_reduce` left it."""
+    at = S_ref.at[tile.rows, _ranks(cut, group, target)]
+    return plt.load(at, mask=tile.ok & group.used[None, :], other=0.0)
+
+
 def _sum_partials(cut: Cut, tile: Tile, group: Group, target: Array | int, h_ref: Any) -> Array:
     """S of a target: the partial sums of all parts, in their one order."""
     mask, ranks = tile.ok & group.used[None, :], _ranks(cut, group, target)
@@ -155,14 +161,19 @@ class _Block:
         plt.store(o_ref.at[self._tile.rows, self.columns], y, mask=self._mask)
 
 
-def expand(cut: Cut, tile: Tile, part: Array, h_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any) -> None:
-    """y[rows, block] += S B, with S the ordered sum of the partial sums."""
+def expand(
+    cut: Cut, tile: Tile, part: Array, h_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any, S_ref: Any = None
+) -> None:
+    """y[rows, block] += S B, with S the ordered sum of the partial sums, which the first block of a target stores."""
     block = _Block(cut, tile, part, y_ref)
 
     def do(group: Group, delta: Array) -> Array:
         b = block.load_B(group, B_ref)
-        S = _sum_partials(cut, tile, group, block.target, h_ref)
-        return delta + product(S.astype(b.dtype), b, 0)
+        S = _sum_partials(cut, tile, group, block.target, h_ref).astype(b.dtype)
+        if S_ref is not None:
+            at = S_ref.at[tile.rows, _ranks(cut, group, block.target)]
+            plt.store(at, S, mask=tile.ok & group.used[None, :] & cut.first_of_target(part))
+        return delta + product(S, b, 0)
 
     block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)
 
@@ -173,8 +184,6 @@ def expand_reduced(cut: Cut, tile: Tile, part: Array, S_ref: Any, B_ref: Any, y_
 
     def do(group: Group, delta: Array) -> Array:
         b = block.load_B(group, B_ref)
-        mask = tile.ok & group.used[None, :]
-        S = plt.load(S_ref.at[tile.rows, _ranks(cut, group, block.target)], mask=mask, other=0.0)
-        return delta + product(S, b, 0)
+        return delta + product(load_S(cut, tile, group, block.target, S_ref), b, 0)
 
     block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
 
 
-@functools.partial(jax.jit, static_argnames="out_features")
+@functools.partial(jax.jit, static_argnames=("out_features", "S_rows"))
 def smlm_xla(
     x: Float[Array, "T in"],
     A: Float[Array, "P nR in"],
@@ -17,7 +17,8 @@ def smlm_xla(
     plan: SmlmPlan,
     out_features: tuple[int, ...],
     y: Float[Array, "T out"] | None,
-) -> Float[Array, "T out"]:
+    S_rows: int = 0,
+) -> Float[Array, "T out"] | tuple[Float[Array, "T out"], Float[Array, "K n MP R"]]:
     """y plus the delta (or the delta), by tiles of TILE rows.
 
     Every product is a batched GEMM of TILE rows of one adapter, one page at a time, so on the XLA CPU path a
@@ -30,25 +31,36 @@ def smlm_xla(
         plan: Work list; rows without adapter keep y, or get 0.
         out_features: Columns of each target.
         y: What the delta is added to, or None.
+        S_rows: K; if any, S = x A^T of the first K rows is returned too.
 
     Returns:
-        An array of y's (or x's) dtype; sums are float32.
+        An array of y's (or x's) dtype; sums are float32. S has x's dtype, and is 0 where a row has no such page.
     """
     row, length = jnp.asarray(plan.tile_row), jnp.asarray(plan.tile_len)
     pages, slot = jnp.asarray(plan.tile_pages), jnp.asarray(plan.row_slot)
     offset = jnp.arange(TILE, dtype=jnp.int32)
     rows = jnp.minimum(row[:, None] + offset[None, :], x.shape[0] - 1)
     x_tiles = jnp.where((offset[None, :] < length[:, None])[..., None], x[rows], jnp.zeros((), x.dtype))
-    delta = None
+    delta, S = None, []
     for m in range(pages.shape[1]):
-        part = _page_delta(x_tiles, A[pages[:, m]], B[pages[:, m]], out_features)
+        S_m, part = _page_delta(x_tiles, A[pages[:, m]], B[pages[:, m]], out_features)
         # An absent page adds nothing, rather than zeros: the bits must not depend on MP.
-        delta = part if delta is None else jnp.where((pages[:, m] > 0)[:, None, None], delta + part, delta)
-    flat = delta.reshape(-1, delta.shape[-1])[jnp.maximum(slot, 0)]
-    has = (slot >= 0)[:, None]
+        used = (pages[:, m] > 0)[:, None, None]
+        delta = part if delta is None else jnp.where(used, delta + part, delta)
+        S.append(jnp.where(used, S_m, jnp.zeros((), S_m.dtype)))
+    flat, has = delta.reshape(-1, delta.shape[-1])[jnp.maximum(slot, 0)], (slot >= 0)[:, None]
     if y is None:
-        return jnp.where(has, flat, 0.0).astype(x.dtype)
-    return jnp.where(has, (y.astype(jnp.float32) + flat).astype(y.dtype), y)
+        out = jnp.where(has, flat, 0.0).astype(x.dtype)
+    else:
+        out = jnp.where(has, (y.astype(jnp.float32) + flat).astype(y.dtype), y)
+    return (out, _first_rows(S, slot[:S_rows], len(out_features))) if S_rows else out
+
+
+def _first_rows(S: list[Array], slot: Int32[Array, " K"], targets: int) -> Float[Array, "K n MP R"]:
+    """S of rows in these slots, from every page's S by tiles."""
+    by_page = [one.reshape(-1, targets, RANK_PAGE)[jnp.maximum(slot, 0)] for one in S]
+    stacked = jnp.stack(by_page, axis=2)
+    return jnp.where((slot >= 0)[:, None, None, None], stacked, jnp.zeros((), stacked.dtype))
 
 
 def _page_delta(
@@ -56,12 +68,12 @@ def _page_delta(
     A: Float[Array, "NT nR in"],
     B: Float[Array, "NT R out"],
     out_features: tuple[int, ...],
-) -> Float[Array, "NT M out"]:
-    """Delta of one page of every tile, float32."""
+) -> tuple[Float[Array, "NT M nR"], Float[Array, "NT M out"]]:
+    """S of one page of every tile, rounded to the operands' dtype, and its delta, float32."""
     S = jnp.einsum("tmi,tri->tmr", x, A, preferred_element_type=jnp.float32).astype(B.dtype)
     deltas, start = [], 0
     for i, size in enumerate(out_features):
         S_i, B_i = S[:, :, i * RANK_PAGE : (i + 1) * RANK_PAGE], B[:, :, start : start + size]
         deltas.append(jnp.einsum("tmr,tro->tmo", S_i, B_i, preferred_element_type=jnp.float32))
         start += size
-    return jnp.concatenate(deltas, axis=-1)
+    return S, jnp.concatenate(deltas, axis=-1)

@@ -9,6 +9,7 @@ import pytest
 from loquetier_jax.config import Bucket
 from loquetier_jax.step import forward as forward_module
 from loquetier_jax.step.functions import StepFunctions
+from loquetier_jax.step.ops import shrunk
 from tests.engine.engines import PACK, random_data
 from tests.engine.evidence import LORA, train_config
 from tests.step.cases import make_world, tiny_config, tiny_spec
@@ -30,7 +31,7 @@ def shapes(tree):
 def check_residuals(world, functions):
     """What the forward keeps for the backward: rows of training alone, and nothing that the base is made of."""
     out = functions.forward(MIXED).out_info[2]
-    names = {"x", *world.cfg.keep}
+    names = {"x", *world.cfg.keep, *map(shrunk, world.spec.group_shapes)}
     assert all(set(kept) == names for kept in out.kept)
     residuals = shapes((out.kept, out.hidden, out.train))
     assert {s[0] for s in residuals} == {MIXED.train_rows}, f"other rows are kept: {residuals}"

@@ -138,7 +138,7 @@ def test_bad_arguments_are_refused_with_both_values() -> None:
         call(x=x[:, :40])
     with pytest.raises(ValueError, match="got a plan of 118 rows, expected x's 117"):
         call(x=x[:-1], y=y[:-1])
-    with pytest.raises(ValueError, match=r"plan.wide_row: got shape \(3,\), expected \(16,\)"):
+    with pytest.raises(ValueError, match=r"plan.wide_row: got shape \(3,\), expected \(34,\)"):
         call(plan=case.plan._replace(wide_row=case.plan.wide_row[:3]))
     with pytest.raises(TypeError, match="y: got dtype bfloat16, expected x's float32"):
         call(y=y.astype(jnp.bfloat16))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.smlm import TILE, WIDE, build_plan, num_tiles_bound, plan_shapes
+from pallas_kernels.smlm import TILE, WIDE, build_plan, num_tiles_bound, num_wide_bound, plan_shapes
 
 
 def layouts(rows: int) -> st.SearchStrategy:
@@ -33,15 +33,17 @@ def test_every_row_of_an_adapter_is_in_one_tile_of_its_pages(segments: list) -> 
         want[first : first + rows, : len(pages)] = pages
     for height, row, length, pages, used in (
         (TILE, plan.tile_row, plan.tile_len, plan.tile_pages, plan.used[0]),
-        (WIDE, plan.wide_row, plan.wide_len, plan.wide_pages, plan.used[1]),
+        (WIDE, plan.wide_row, plan.wide_len, plan.wide_pages, plan.used[2]),
     ):
-        got = np.zeros((200, 5), np.int32)
+        got, times = np.zeros((200, 5), np.int32), np.zeros(200, np.int32)
         for tile in range(used):
             here = slice(row[tile], row[tile] + length[tile])
             assert 0 < length[tile] <= height
-            assert not got[here].any()
+            assert pages[tile].any() == (height == TILE or tile < plan.used[1])
             got[here] = pages[tile]
+            times[here] += 1
         np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(times, want.any(axis=1) if height == TILE else 1)
         assert not length[used:].any() and not pages[used:].any() and not row[used:].any()
     for t, slot in enumerate(plan.row_slot):
         if want[t].any():
@@ -53,17 +55,18 @@ def test_every_row_of_an_adapter_is_in_one_tile_of_its_pages(segments: list) -> 
 @given(layouts(200))
 def test_the_bound_suffices(segments: list) -> None:
     kept = [(first, rows, pages) for first, rows, pages in segments if rows and pages]
-    bound = num_tiles_bound([200], [len(kept)])
-    build_plan(segments, 200, bound, 5)
+    tiles, wide = (bound([200], [len(kept)]) for bound in (num_tiles_bound, num_wide_bound))
+    build_plan(segments, 200, tiles, 5, wide)
 
 
 def test_the_bound_is_reached() -> None:
     segments = [(0, 1, (1,)), (1, 1, (2,)), (2, 30, (3,))]  # 1 + 1 + 2 tiles
     assert num_tiles_bound([32], [3]) == 4
-    assert build_plan(segments, 32, 4, 1).used.tolist() == [4, 3]
+    assert build_plan(segments, 32, 4, 1).used.tolist() == [4, 3, 3]
     assert num_tiles_bound([1024, 512, 32], [1, 2, 8]) == 64 + 33 + 9
     assert num_tiles_bound([0], [5]) == num_tiles_bound([8], [0]) == 1
     assert num_tiles_bound([1024, 512, 32], [1, 2, 8], WIDE) == 16 + 9 + 8
+    assert num_wide_bound([1024, 512, 32], [1, 2, 8]) == (3 + 15) + (5 + 7) + 17
     with pytest.raises(ValueError, match="num_wide: got 2, expected at least 3"):
         build_plan(segments, 32, 4, 1, num_wide=2)
     with pytest.raises(ValueError, match="got 1 parts, expected 2"):
