@@ -20,6 +20,7 @@ from loquetier_jax.cli.options import (
     settings,
     stderr_console,
 )
+from loquetier_jax.cli.prompt_line import prompt_of
 from loquetier_jax.errors import RequestError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ order, the first one as it grows. With several --adapter each prompt is answered
 A line of a .jsonl file is {"prompt": TEXT or TOKEN IDS} or {"messages": [...]}, with "adapter" and any sampling
 parameter beside it if it differs; a line of another file is a prompt."""
 
-LINE_KEYS = ("prompt", "messages", "adapter")
+LINE_KEYS = ("prompt", "adapter")
 
 
 @dataclass
@@ -123,7 +124,7 @@ def sampling_params(values: dict[str, Any], where: str) -> "SamplingParams":
 
 
 def _prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One {"prompt" or "messages", ...} per prompt."""
+    """One {"prompt": text, ids or messages, ...} per prompt."""
     if args.prompt and args.file:
         raise RequestError("--file: got prompts as arguments as well, expected one of the two")
     if args.prompt:
@@ -146,16 +147,19 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         data = json.loads(line)
     except json.JSONDecodeError as error:
         raise RequestError(f"{where}: not JSON: {error}") from error
-    if not isinstance(data, dict) or ("prompt" in data) == ("messages" in data):
+    if not isinstance(data, dict) or data.keys().isdisjoint(("prompt", "messages")):
         raise RequestError(f'{where}: got {line!r:.80}, expected an object with "prompt" or "messages"')
-    return data | {"where": f"{where}: "}
+    if not isinstance(data.get("adapter"), (str, type(None))):
+        raise RequestError(f"{where}: adapter: got {data['adapter']!r:.80}, expected a name or null")
+    rest = {key: value for key, value in data.items() if key != "messages"}
+    return rest | {"prompt": prompt_of(data, where, RequestError), "where": f"{where}: "}
 
 
 def _ask(line: dict[str, Any], names: list[str], defaults: dict[str, Any], chat: bool) -> list[Asked]:
     """The completions that one line asks for."""
     where = line.pop("where", "")
     params = sampling_params(defaults | {k: v for k, v in line.items() if k not in LINE_KEYS}, where)
-    prompt = line["messages"] if "messages" in line else line["prompt"]
+    prompt = line["prompt"]
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     adapters = [line["adapter"] or BASE] if "adapter" in line else names

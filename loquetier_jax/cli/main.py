@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Without the name of the program; None takes the process's own.
 
     Returns:
-        The exit code: 0, 2 for an input that was refused (one line on stderr says which), 130 after Ctrl-C.
+        The exit code: 0, 1 when a replay completed none of its requests, 2 for an input that was refused (one line on
+        stderr says which), 130 after Ctrl-C.
 
     Raises:
         SystemExit: from argparse, for --help (0) and for options it does not know (2).

@@ -1,5 +1,6 @@
 """What a replay comes to, under the names of `vllm bench serve --save-result`. Imports no jax."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from loquetier_jax.config import SLOConfig
 if TYPE_CHECKING:
     from loquetier_jax.serve.output import RequestMetrics
 
+ENDS = ("stop", "length")  # how a completed request finishes
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 
@@ -25,7 +27,8 @@ def summarize(served: Sequence[Served], duration: float, slo: SLOConfig, *, deta
 
     Returns:
         vllm bench's keys (times in ms, throughputs per second); `request_goodput` and `slo_attainment` only with a
-        promise; `adapters`: the counts and latencies of each; a statistic of nothing is None.
+        promise; `adapters`: the counts and latencies of each; `failures`: how many requests failed for each reason,
+        most frequent first; a statistic of nothing is None.
     """
     done = [s for s in served if _completed(s)]
     tokens = {s.submitted.request_id: _lengths(s) for s in done}
@@ -34,6 +37,7 @@ def summarize(served: Sequence[Served], duration: float, slo: SLOConfig, *, deta
         "duration": duration,
         "completed": len(done),
         "failed": len(served) - len(done),
+        "failures": dict(Counter(_reason(s) for s in served if not _completed(s)).most_common()),
         "total_input_tokens": total_in,
         "total_output_tokens": total_out,
         "request_throughput": len(done) / duration,
@@ -53,7 +57,7 @@ def summarize(served: Sequence[Served], duration: float, slo: SLOConfig, *, deta
 
 def _completed(served: Served) -> bool:
     return served.submitted is not None and all(
-        r.finish_reason in ("stop", "length") for r in served.submitted.requests
+        r.finish_reason in ENDS for r in served.submitted.requests
     )
 
 
@@ -99,9 +103,13 @@ def _details(served: Sequence[Served]) -> dict[str, list[Any]]:
         "output_lens": [len(r.output_ids) if r else 0 for r in first],
         "ttfts": [r.metrics.ttft if r else None for r in first],
         "itls": [r.metrics.itl if r else [] for r in first],
-        "errors": [s.error or _reason(r) for s, r in zip(served, first, strict=True)],
+        "errors": ["" if _completed(s) else _reason(s) for s in served],
     }
 
 
-def _reason(request: Any) -> str:
-    return str(request.stop_reason) if request.finish_reason == "error" else ""
+def _reason(served: Served) -> str:
+    """Why a request that was not completed was not."""
+    if served.submitted is None:
+        return str(served.error)
+    failed = next(r for r in served.submitted.requests if r.finish_reason not in ENDS)
+    return str(failed.stop_reason or failed.finish_reason)

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Replays a workload in real time through the compiled serving loop and reports TTFT, TPOT, ITL, throughput and, with
-a latency promise, how many requests kept it. Results carry the names of `vllm bench serve`.
+a latency promise, how many requests kept it. Results carry the names of `vllm bench serve`. Requests that failed are
+counted with their reasons; the exit code is 1 when none was completed.
 
   loquetier serve-loop --workload poisson -w rate=8
   loquetier serve-loop --workload trace.jsonl --adapter a=peft/a --adapter b=peft/b --slo interactive
@@ -48,6 +49,8 @@ a latency promise, how many requests kept it. Results carry the names of `vllm b
 A workload is a preset of configs/workloads/, a YAML file with the same keys, a .jsonl trace ({"timestamp" in ms,
 "input_length", "output_length"}, Mooncake's form; or "prompt" or "messages" instead of the input length), or a file
 of arrivals, a second a line. Traces carry no adapters: they are dealt out (-w assign=round-robin|uniform|zipf)."""
+
+SHOWN_FAILURES = 5  # reasons on the screen; all are in the JSON
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -88,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         require(not Path(args.out).is_dir(), "--out", args.out, "a file")
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     lora, train = settings(args.lora, "--lora"), settings(args.train, "--train")
-    jobs = dict(_job(text) for text in args.job)
+    jobs = _jobs(args.job)
     engine = build_engine(args, console)
     load_adapters(engine, args.adapter)
     handles = [_start_job(engine, name, data, lora, train) for name, data in jobs.items()]
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         Path(args.out).write_text(json.dumps(result) + "\n")
     _show(args, result)
-    return 0
+    return 1 if result["failed"] and not result["completed"] else 0
 
 
 def read_workload(name: str, overrides: list[str]) -> Workload:
@@ -116,11 +119,17 @@ def read_workload(name: str, overrides: list[str]) -> Workload:
     return Workload.from_dict(data | settings(overrides, "-w"))
 
 
-def _job(text: str) -> tuple[str, str]:
-    name, equals, data = text.partition("=")
-    if not (equals and name and data):
-        raise ConfigError(f"--job: got {text!r}, expected NAME=DATA")
-    return name, data
+def _jobs(texts: list[str]) -> dict[str, str]:
+    """{name: data} of every --job."""
+    jobs: dict[str, str] = {}
+    for text in texts:
+        name, equals, data = text.partition("=")
+        if not (equals and name and data):
+            raise ConfigError(f"--job: got {text!r}, expected NAME=DATA")
+        if name in jobs:
+            raise ConfigError(f"--job: got {text!r}, expected another name: {name}={jobs[name]} came before")
+        jobs[name] = data
+    return jobs
 
 
 def _start_job(engine: "Engine", name: str, data: str, lora: dict[str, Any], train: dict[str, Any]) -> "JobHandle":
@@ -193,5 +202,9 @@ def _show(args: argparse.Namespace, result: dict[str, Any]) -> None:
     kept = f", {100 * result['slo_attainment']:.1f}% kept the promise" if "slo_attainment" in result else ""
     failed = f", {result['failed']} failed" if result["failed"] else ""
     sys.stdout.write(f"{rates}{kept}{failed}\n")
+    for message, count in list(result["failures"].items())[:SHOWN_FAILURES]:
+        sys.stdout.write(f"{count} x {message}\n")
+    if len(result["failures"]) > SHOWN_FAILURES:
+        sys.stdout.write(f"and {len(result['failures']) - SHOWN_FAILURES} other reasons\n")
     for name, job in result["jobs"].items():
         sys.stdout.write(f"{name}: {job['steps']} steps, {job['train_throughput']:,.0f} training tokens/s beside it\n")

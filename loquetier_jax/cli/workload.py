@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from loquetier_jax.cli.prompt_line import prompt_of
 from loquetier_jax.config import is_int, is_number, require
 from loquetier_jax.config_file import from_dict
 from loquetier_jax.errors import ConfigError, DataError
@@ -157,8 +158,6 @@ def _trace_line(line: str, where: str, lengths: dict[str, int]) -> Arrival:
         raise DataError(f"{where}: not JSON: {error}") from error
     if not isinstance(data, dict) or not data.keys() <= LINE_KEYS:
         raise DataError(f"{where}: got {line!r:.80}, expected an object with keys of {sorted(LINE_KEYS)}")
-    if "prompt" in data and "messages" in data:
-        raise DataError(f"{where}: got prompt and messages, expected one of the two")
     for key, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):
         value = data.get(key, least)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < float("inf"):
@@ -170,7 +169,7 @@ def _trace_line(line: str, where: str, lengths: dict[str, int]) -> Arrival:
         at=data.get("timestamp", 0) / 1e3,
         input_length=int(data.get("input_length", lengths["input_length"])),
         output_length=int(data.get("output_length", lengths["output_length"])),
-        prompt=data.get("messages", data.get("prompt")),
+        prompt=prompt_of(data, where, DataError),
         adapter=adapter,
     )
 

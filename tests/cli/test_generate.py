@@ -79,7 +79,20 @@ def test_jsonl_file_with_its_own_parameters(
 
 @pytest.mark.parametrize(
     ("line", "named"),
-    [("{", "1: not JSON"), ('{"text": "a"}', "expected an object with"), ('{"prompt": "a", "top_q": 1}', "top_q")],
+    [
+        ("{", "1: not JSON"),
+        ('{"text": "a"}', "1: got"),
+        ('{"prompt": "a", "top_q": 1}', "top_q"),
+        ('{"prompt": "a", "messages": []}', "1: got prompt and messages"),
+        ('{"messages": [5]}', "1: messages: got [5], expected a list of objects with role and content"),
+        ('{"messages": []}', "1: messages: got []"),
+        ('{"messages": "hi"}', "1: messages: got 'hi'"),
+        ('{"messages": [{"role": "user"}]}', "1: messages: got"),
+        ('{"prompt": [{"role": "user"}, 5]}', "1: prompt: got"),
+        ('{"prompt": [1.5]}', "1: prompt: got [1.5], expected text, token ids or chat messages"),
+        ('{"prompt": null}', "1: prompt: got None"),
+        ('{"prompt": "a", "adapter": ["b"]}', "1: adapter: got ['b'], expected a name or null"),
+    ],
 )
 def test_a_malformed_line_is_named(line: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "asked.jsonl"

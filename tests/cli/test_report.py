@@ -66,6 +66,19 @@ def test_details_and_failures() -> None:
     assert found["errors"] == ["", "boom"]
 
 
+def test_failures_are_counted_by_their_reason() -> None:
+    arrival = Arrival(at=0, input_length=1, output_length=1, adapter="base")
+    refused = [Served(arrival, 0.0, None, "too long") for _ in range(3)]
+    aborted = served("c", 0.0, [0.1], reason="abort")
+    aborted.submitted.requests[0].stop_reason = None
+    second = served("d", 0.0, [0.1])  # one of two completions is enough
+    second.submitted.requests += served("d", 0.0, [0.1], reason="error").submitted.requests
+    runs = [served("a", 0.0, [0.1]), aborted, second, *refused]
+    found = summarize(runs, 1.0, SLOConfig(), details=True)
+    assert list(found["failures"].items()) == [("too long", 3), ("abort", 1), ("boom", 1)]
+    assert found["errors"] == ["", "abort", "boom", "too long", "too long", "too long"]
+
+
 def test_nothing_was_served() -> None:
     found = summarize([], 1.0, SLOConfig(ttft_ms=1))
     assert found["mean_ttft_ms"] is None

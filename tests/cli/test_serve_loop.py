@@ -45,3 +45,18 @@ def test_a_trace_with_a_request_that_cannot_fit(
     assert "1 requests in" in shown
     assert "1 failed" in shown
     assert "TTFT" in shown
+    assert "1 x prompt: got 500 tokens" in shown
+
+
+def test_a_workload_of_which_nothing_fits_fails(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It said how many had failed, not why, and ended as if all were well."""
+    asked = ["-w", "num_requests=7", "-w", "rate=0", "-w", "output_len=[2,2]"]
+    assert main(["serve-loop", *asked, "-w", "input_len=[900,900]", *options]) == 1
+    shown = capsys.readouterr().out
+    assert "7 failed\n7 x prompt: got 900 tokens" in shown
+    assert main(["serve-loop", *asked, "-w", "input_len=[900,999]", *options]) == 1
+    reasons = capsys.readouterr().out.split("7 failed\n")[1].splitlines()
+    assert len(reasons) == 6 and reasons[-1] == "and 2 other reasons"
+    assert main(["serve-loop", *asked, "-w", "input_len=[900,900]", "--json", *options]) == 1
+    [(message, count)] = json.loads(capsys.readouterr().out)["failures"].items()
+    assert "900 tokens" in message and count == 7

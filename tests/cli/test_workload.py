@@ -67,6 +67,8 @@ def test_arrivals_a_second_a_line(tmp_path: Path) -> None:
         ("t.jsonl", '{"timestamp": -1}', "t.jsonl:2: timestamp: got -1"),
         ("t.jsonl", '{"input_length": 0}', "t.jsonl:2: input_length: got 0"),
         ("t.jsonl", '{"prompt": "a", "messages": []}', "t.jsonl:2: got prompt and messages"),
+        ("t.jsonl", '{"messages": [5]}', "t.jsonl:2: messages: got [5]"),
+        ("t.jsonl", '{"prompt": 5}', "t.jsonl:2: prompt: got 5"),
         ("t.txt", "soon", "t.txt:2: got 'soon'"),
         ("t.txt", "nan", "t.txt:2: got 'nan'"),
     ],
