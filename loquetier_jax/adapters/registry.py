@@ -6,6 +6,12 @@ from loquetier_jax.adapters.version import Version
 from loquetier_jax.errors import AdapterError, IntegrityError
 
 
+def check_name(name: object) -> None:
+    """Raises AdapterError unless an adapter could be called so."""
+    if not isinstance(name, str) or not name:
+        raise AdapterError(f"name: got {name!r:.200}, expected some text")
+
+
 class Registry:
     """Names, versions and their users; knows nothing of weights.
 
@@ -132,8 +138,7 @@ class Registry:
             raise IntegrityError(f"names {lost} or pins {self._pinned} have no version")
 
     def _check_name(self, name: str, replace: bool) -> None:
-        if not isinstance(name, str) or not name:
-            raise AdapterError(f"name: got {name!r}, expected some text")
+        check_name(name)
         if name in self._names and not replace:
             raise AdapterError(f"name: adapter {name!r} exists; pass replace=True for a new version of it")
 

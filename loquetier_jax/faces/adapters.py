@@ -1,6 +1,6 @@
 """The calls about adapters: load, unload, rename, pin, save, all at run time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from loquetier_jax.adapters.peft import write_peft
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.config import EngineConfig
+from loquetier_jax.errors import AdapterError
+from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.state import DeviceState
 
@@ -30,8 +32,10 @@ class AdapterCalls:
         """Adds an adapter from a PEFT folder; it serves the next request, nothing recompiles.
 
         Raises:
-            AdapterError: see `adapters.peft.read_peft`; also a name in use, unless `replace` makes a new version.
+            AdapterError: see `adapters.peft.read_peft`; also a path that is none, or a name in use, unless `replace`
+                makes a new version.
         """
+        path = path_of(path, "path", "a PEFT folder", AdapterError)
         with self._lock:
             return self.adapters.load(name, path, replace=replace)
 
@@ -41,8 +45,11 @@ class AdapterCalls:
         """Adds an adapter from weights in memory (copied to the host).
 
         Raises:
-            AdapterError: weights that do not fit the shape or the base, or a name in use.
+            AdapterError: weights that are none or do not fit the shape or the base, or a name in use.
         """
+        for argument, value, kind in (("weights", weights, Mapping), ("shape", shape, LoraShape)):
+            if not isinstance(value, kind):
+                raise AdapterError(f"{argument}: got {value!r:.200}, expected a {kind.__name__}")
         with self._lock:
             return self.adapters.add(name, weights, shape, replace=replace)
 
@@ -67,7 +74,8 @@ class AdapterCalls:
             self.adapters.pin(name) if pinned else self.adapters.unpin(name)
 
     def save_adapter(self, name: str, path: str | Path) -> Path:
-        """Writes the current version of an adapter as a PEFT folder."""
+        """Writes the current version of an adapter as a PEFT folder; raises AdapterError for an unknown one."""
+        path = path_of(path, "path", "the folder to write", AdapterError)
         with self._lock:
             version = self.adapters.get(name)
             weights = self.adapters.weights(version)
@@ -79,7 +87,7 @@ class AdapterCalls:
             config=version.config,
             base_model_name_or_path=self.name or None,
         )
-        return Path(path)
+        return path
 
     def _write_pages(self, page_ids: Sequence[int], weights: Any, shape: Any) -> None:
         new = pages_of(weights, shape, self.spec, jnp.dtype(self.cfg.dtype))

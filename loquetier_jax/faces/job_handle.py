@@ -1,12 +1,14 @@
 """A fine-tuning job as its owner sees it: progress, publish, pause, checkpoint, migrate."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loquetier_jax.adapters.peft import write_peft
 from loquetier_jax.adapters.version import Version
-from loquetier_jax.errors import JobError
+from loquetier_jax.errors import CheckpointError, JobError
+from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.jobs.checkpoint import CheckpointStore
 from loquetier_jax.runtime.job_state import JobState, take_job_state
 from loquetier_jax.runtime.trainee import Trainee
@@ -97,6 +99,7 @@ class JobHandle:
 
     def save(self, path: str | Path) -> Path:
         """Writes the present weights as a PEFT folder."""
+        path = path_of(path, "path", "the folder to write", JobError)
         trainee, engine = self._trainee, self._engine
         with engine._lock:
             weights = trainee.host_weights()
@@ -108,7 +111,7 @@ class JobHandle:
             config=trainee.lora,
             base_model_name_or_path=engine.name or None,
         )
-        return Path(path)
+        return path
 
     def checkpoint(self, path: str | Path) -> Path:
         """Writes all that the job needs to go on with the identical next loss; see `Engine.resume_job`.
@@ -117,7 +120,9 @@ class JobHandle:
 
         Raises:
             JobError: the job has failed or was cancelled.
+            CheckpointError: a path that is none.
         """
+        path = path_of(path, "path", "the folder to write", CheckpointError)
         store = CheckpointStore(path, keep=self._trainee.job.cfg.save_total_limit)
         return self._still(lambda state: store.save(state.arrays, state.host))
 
@@ -127,9 +132,11 @@ class JobHandle:
         Here it ends as cancelled; there it goes on, bit for bit.
 
         Raises:
-            JobError: it has ended, `other` is this engine or has a job of that name.
+            JobError: it has ended, `other` is none, is this engine or has a job of that name.
             CheckpointError: another base.
         """
+        if not isinstance(other, type(self._engine)):
+            raise JobError(f"other: got {other!r:.200}, expected another Engine")
         if other is self._engine:
             raise JobError(f"job {self.name!r}: cannot migrate to the engine it is on")
         job = self._trainee.job
@@ -142,10 +149,14 @@ class JobHandle:
             job.cancel()
             return moved
 
-        return self._still(move)
+        return self._still(move, other)
 
-    def _still(self, act: Callable[[JobState], Any]) -> Any:
-        """Calls `act` with the job's state while nothing of it is on its way; goes on afterwards as before."""
+    def _still(self, act: Callable[[JobState], Any], *others: "Engine") -> Any:
+        """Calls `act` with the job's state while nothing of it is on its way; goes on afterwards as before.
+
+        The locks of this engine and of `others` are held meanwhile, taken in one order by everybody: of two jobs that
+        move in opposite directions at once, neither waits for what the other one has.
+        """
         engine, job = self._engine, self._trainee.job
         with engine._lock:
             if job.status in ("failed", "cancelled"):
@@ -155,7 +166,9 @@ class JobHandle:
                 job.pause()
         try:
             engine.wait(lambda: not engine.loop.training.busy(job.name))
-            with engine._lock:
+            with ExitStack() as locks:
+                for one in sorted((engine, *others), key=id):
+                    locks.enter_context(one._lock)
                 state = take_job_state(engine, self._trainee)
                 if held and job.status == "paused":  # for this moment only: whoever takes it up goes on
                     state.host["job"]["status"] = job.paused_from

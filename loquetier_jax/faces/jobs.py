@@ -11,9 +11,11 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, init_weights, resolve_shape
+from loquetier_jax.adapters.registry import check_name
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig, require
-from loquetier_jax.errors import AdapterError, JobError
+from loquetier_jax.errors import AdapterError, CheckpointError, JobError
+from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.jobs.checkpoint import CheckpointStore, find_checkpoint
 from loquetier_jax.jobs.config import TrainConfig
@@ -75,7 +77,7 @@ class JobCalls:
 
         Raises:
             DataError: a malformed line, with its number.
-            AdapterError: the name is taken, nothing to adapt, or a rank too large.
+            AdapterError: a name that is none or is taken, nothing to adapt, or a rank too large.
             ConfigError: settings of another type, `lora` beside `init_from`, eval_steps without eval_data.
             JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the
                 output_dir is that of another job, or cannot be written.
@@ -127,7 +129,7 @@ class JobCalls:
             CheckpointError: no committed checkpoint, another base, other data.
             AdapterError, JobError: this engine has no room for it, or a job of its name that has not ended.
         """
-        path = Path(path)
+        path = path_of(path, "path", "a checkpoint or a folder of them", CheckpointError)
         home = path if (path / CHECKPOINTS).is_dir() else None
         state = read_job_state(self.spec, find_checkpoint(home / CHECKPOINTS if home else path))
         if home:
@@ -164,6 +166,7 @@ class JobCalls:
 
     def _check_job(self, name: str) -> None:
         self._check_alive()
+        check_name(name)
         if name in self.jobs and self.jobs[name].status in FINISHED:
             with self._boundary():
                 self.loop.drain()  # what it had in flight is read, and it gives everything back

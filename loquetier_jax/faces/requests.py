@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from loquetier_jax.batch.segments import MAX_BANNED
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.errors import AdapterError, RequestError
+from loquetier_jax.faces.arguments import one_each, prompts_of
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.runtime.loop import Loop
 from loquetier_jax.runtime.score_requests import ScoreRequests, prompt_logprobs
@@ -22,8 +23,6 @@ from loquetier_jax.serve.output import RequestOutput, StreamPiece
 from loquetier_jax.serve.params import SamplingParams, refuse
 from loquetier_jax.serve.request import Request, collect, make_requests
 from loquetier_jax.serve.tokenizer import Prompt, encode_prompt
-
-A = TypeVar("A")
 
 
 @dataclass
@@ -90,6 +89,8 @@ class RequestCalls:
         self._check_alive()
         params = SamplingParams() if params is None else params
         refuse(isinstance(params, SamplingParams), "params", params, "SamplingParams")
+        refuse(isinstance(request_id, (str, type(None))), "request_id", request_id, "some text or None")
+        refuse(listener is None or callable(listener), "listener", listener, "a function or None")
         with self._lock, self._seeds_kept():
             ids = encode_prompt(self.tokenizer, prompt, self.spec.vocab_size)
             request_id = request_id or self._new_id()
@@ -175,9 +176,9 @@ class RequestCalls:
         Raises:
             RequestError, AdapterError: see `submit`; none of the prompts is run then.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        adapters = _each(adapter, len(prompts), "adapter", (str, type(None)))
-        every = _each(params, len(prompts), "params", (SamplingParams, type(None)))
+        prompts = prompts_of(prompts, "prompts")
+        adapters = one_each(adapter, len(prompts), "adapter", (str, type(None)))
+        every = one_each(params, len(prompts), "params", (SamplingParams, type(None)))
         submitted: list[Submitted] = []
         with self._lock, self._seeds_kept():  # no step between them: all are accepted, or none has run
             try:
@@ -225,7 +226,7 @@ class RequestCalls:
             RequestError: a sequence of one token, or longer than a score pack.
             AdapterError: an unknown adapter, or one whose weights cannot be read.
         """
-        sequences = [sequences] if isinstance(sequences, str) else sequences
+        sequences = prompts_of(sequences, "sequences")
         result: list[np.ndarray] = []
         errors: list[AdapterError] = []
         finished = threading.Event()
@@ -279,12 +280,3 @@ class RequestCalls:
                 f"prompt_logprobs: got a prompt of {len(request.prompt_ids)} tokens, expected at most "
                 f"{self._scores.rows + 1} (the largest score bucket)"
             )
-
-
-def _each(value: A | Sequence[A], count: int, name: str, kinds: tuple[type, ...]) -> list[A]:
-    """`value` for each of `count` prompts, or the sequence it is already."""
-    if isinstance(value, kinds):
-        return [value] * count
-    values = list(value)
-    refuse(len(values) == count, name, f"{len(values)} values", f"one, or one per prompt ({count})")
-    return values

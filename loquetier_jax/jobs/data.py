@@ -117,14 +117,14 @@ def load_dataset(data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "d
     if isinstance(data, Dataset):
         _check_lengths(data, cfg)
         return data
+    if not isinstance(data, (str, Path, Sequence)) or isinstance(data, (bytes, bytearray)):
+        raise DataError(f"{name}: got {type(data).__name__}, expected a JSON-lines file or a list of records")
     if tokenizer is None:
         raise DataError(f"{name}: got text, expected a Dataset of token ids: this engine has no tokenizer")
     if isinstance(data, (str, Path)):
         name, records = str(data), _read_jsonl(Path(data))
-    elif isinstance(data, Sequence):
-        records = ((f"{name}[{i}]", record) for i, record in enumerate(data))
     else:
-        raise DataError(f"{name}: got {type(data).__name__}, expected a JSON-lines file or a list of records")
+        records = ((f"{name}[{i}]", record) for i, record in enumerate(data))
     samples, truncated = [], 0
     for where, record in records:
         record = dict(record) if isinstance(record, Mapping) else record

@@ -8,6 +8,10 @@ from loquetier_jax.schedule.snapshot import Snapshot, Waiting
 class Room:
     """Reservations in the order in which they are made, nobody having to end before his max_tokens.
 
+    Counted are free slots and KV pages, and those of the requests that decode. Not counted, so that a reservation is
+    no promise: adapter pages; what requests still in their prompt, those admitted now and those with a reservation
+    give back in their turn; who ends early, by a stop or a cancel.
+
     Attributes:
         slots, pages: What is left at the moment of the last reservation, once that is taken; negative when it can
             never be had from the running requests.

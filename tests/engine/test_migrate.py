@@ -1,6 +1,8 @@
 """A job moved, saved, paused in the middle of a step goes on as if nothing had happened."""
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import Bucket
 from loquetier_jax.engine import Engine
 from loquetier_jax.errors import CheckpointError, JobError
+from loquetier_jax.faces import job_handle
 from loquetier_jax.faces.jobs import JobHandle
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data import Dataset
 from loquetier_jax.models.load import init_random
+from loquetier_jax.runtime.job_state import take_job_state
 from tests.engine.engines import greedy, random_data, random_prompt, reset
 from tests.engine.traffic import SERVE, add_adapters, busy_engine
 
@@ -139,6 +143,37 @@ def test_a_job_that_has_not_started_migrates(engines: Any, uninterrupted: Any):
     assert_empty(first)
 
 
+def test_opposite_migrations_at_once(
+    make_engine: Callable[..., Engine], uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Each thread had the lock of one engine and waited for the other's, for ever."""
+    engines = [busy_engine(make_engine, buckets=ONE_PACK) for _ in range(2)]  # own ones: they might never be free again
+    jobs = [start(engine, f"job-{i}") for i, engine in enumerate(engines)]
+    for engine, job in zip(engines, jobs, strict=True):
+        to_the_middle(engine, job)
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.5)  # with the lock: time for the other thread to get there, too
+        return take_job_state(*args)
+
+    monkeypatch.setattr(job_handle, "take_job_state", slowly)
+    moved: dict[int, JobHandle] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: moved.update({i: jobs[i].migrate(engines[1 - i])}), daemon=True)
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(moved) == [0, 1]
+    for i, job in moved.items():
+        job.wait()
+        assert_same((numbers(jobs[i], job), masters(engines[1 - i], job.name)), uninterrupted)
+    for engine in engines:
+        assert_empty(engine)
+
+
 def test_checkpoint_in_the_middle_of_accumulation(engines: Any, uninterrupted: Any, tmp_path: Path):
     first, second = engines
     job = start(first)
@@ -239,6 +274,8 @@ def test_what_cannot_move_is_refused(engines: Any, make_engine: Callable[..., En
     job = start(first)
     with pytest.raises(JobError, match="on"):
         job.migrate(first)
+    with pytest.raises(JobError, match="other: got None, expected another Engine"):
+        job.migrate(None)
     start(second)
     with pytest.raises(JobError, match="has not ended"):
         job.migrate(second)

@@ -1,11 +1,20 @@
 """What nobody means to do and somebody does: each test is one bug that was there."""
 
+import re
 import signal
 
 import pytest
 
 from loquetier_jax.config import Bucket, SLOConfig
-from loquetier_jax.errors import AdapterError, ConfigError, DataError, EngineError, JobError, RequestError
+from loquetier_jax.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineError,
+    JobError,
+    RequestError,
+)
 from loquetier_jax.presets import engine_config
 from loquetier_jax.serve.params import SamplingParams
 from tests.engine.engines import SERVE, add_random_adapter, greedy, random_data
@@ -79,6 +88,41 @@ def test_jobs_that_cannot_do_what_they_are_told_are_refused(tiny_engine, tmp_pat
     with pytest.raises(JobError, match="output_dir: got"):
         tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick(output_dir=str(tmp_path / "file")))
     assert "job" not in tiny_engine.adapters
+
+
+def test_arguments_of_another_type_are_named(tiny_engine, tmp_path):
+    """They were TypeErrors of whatever tripped over them first."""
+    engine, data = tiny_engine, random_data(0)
+    job = engine.finetune("job", data, lora=LORA, train=quick(max_steps=1))
+    calls = [
+        (AdapterError, "name: got ['a'], expected", lambda: engine.finetune(["a"], data)),
+        (AdapterError, "name: got None, expected", lambda: engine.finetune(None, data)),
+        (DataError, "data: got NoneType, expected", lambda: engine.finetune("a", None)),
+        (DataError, "data: got bytes, expected", lambda: engine.finetune("a", b"ab")),
+        (DataError, "eval_data: got int, expected", lambda: engine.finetune("a", data, eval_data=5)),
+        (CheckpointError, "path: got None, expected", lambda: engine.resume_job(None, data)),
+        (RequestError, "prompts: got None, expected", lambda: engine.generate(None)),
+        (RequestError, "prompts: got {'role': 'user'}, expected", lambda: engine.generate({"role": "user"})),
+        (RequestError, "adapter: got 5, expected", lambda: engine.generate(["a"], adapter=5)),
+        (RequestError, "params: got 5, expected", lambda: engine.generate(["a"], params=5)),
+        (RequestError, "sequences: got 5, expected", lambda: engine.log_probs(5)),
+        (RequestError, "prompt: got None, expected", lambda: engine.stream(None)),
+        (RequestError, "request_id: got ['a'], expected", lambda: engine.submit("a", request_id=["a"])),
+        (RequestError, "listener: got 5, expected", lambda: engine.submit("a", listener=5)),
+        (AdapterError, "path: got None, expected", lambda: engine.load_adapter("a", None)),
+        (AdapterError, "path: got '', expected", lambda: engine.load_adapter("a", "")),
+        (AdapterError, "name: got ['a'], expected", lambda: engine.load_adapter(["a"], tmp_path)),
+        (AdapterError, "path: got None, expected", lambda: engine.save_adapter("job", None)),
+        (AdapterError, "weights: got None, expected", lambda: engine.add_adapter("a", None, None)),
+        (AdapterError, "shape: got None, expected", lambda: engine.add_adapter("a", {}, None)),
+        (JobError, "path: got None, expected", lambda: job.save(None)),
+        (CheckpointError, "path: got None, expected", lambda: job.checkpoint(None)),
+    ]
+    for kind, message, call in calls:
+        with pytest.raises(kind, match=f"^{re.escape(message)}"):
+            call()
+    assert engine.adapters.names() == ["job"] and not engine.loop.serving.waiting
+    assert [len(o.outputs) for o in engine.generate(("a", [5, 6]), params=greedy(1))] == [1, 1]
 
 
 def test_max_length_beyond_the_pack_of_an_engine_without_train_buckets(make_engine, tokenizer):
