@@ -86,9 +86,8 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or os.environ.get(
-        "LOQUETIER_COMMIT", "unknown"
-    )  # a copy without .git names it
+    """What LOQUETIER_COMMIT says, because git describes the folder a copy lies in; without it, what git says."""
+    if named := os.environ.get("LOQUETIER_COMMIT"):
+        return named
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

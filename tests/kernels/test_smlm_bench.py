@@ -1,13 +1,15 @@
 """The SMLM benchmark's cases, and the picture of its results."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks.kernels.plot_smlm import save_plot
 from benchmarks.kernels.smlm_chain import PEERS, make_case
-from benchmarks.results import record
+from benchmarks.results import record, write
 
 
 def test_a_case_is_read_from_its_path() -> None:
@@ -32,3 +34,19 @@ def test_the_picture_shows_every_case_that_has_a_peer(tmp_path: Path) -> None:
     path.write_text(json.dumps({"device": "a GPU", "records": records[1:2]}))
     with pytest.raises(ValueError, match="without a fwd_us record that names a peer"):
         save_plot(path)
+
+
+def test_a_result_names_the_commit_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy without .git may lie inside another repository, which git would describe."""
+
+    def commit() -> str:
+        return json.loads(write("case", {}, [], tmp_path).read_text())["commit"]
+
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", tmp_path, *author, "commit", "-q", "--allow-empty", "-m", "other"], check=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOQUETIER_COMMIT", "abc1234")
+    assert commit() == "abc1234"
+    monkeypatch.delenv("LOQUETIER_COMMIT")
+    assert re.fullmatch("[0-9a-f]{7,}", commit())
