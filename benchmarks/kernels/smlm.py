@@ -10,14 +10,10 @@ rotated too. Before anything is timed every case's result is compared with plain
 import argparse
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from benchmarks.kernels.smlm_chain import GROUPS, PEERS, Bench, Case, make_case
+from benchmarks.kernels.smlm_chain import GROUPS, PEERS, Bench, Case, Timing, make_case, worst_error
 from benchmarks.kernels.smlm_torch import time_torch
 from benchmarks.results import record, write
 from pallas_kernels.smlm.triton import smlm_triton
@@ -33,6 +29,9 @@ CONFIG = {
     "xla_us": "gather-einsum, same chain",
     "torch_us": "CUDA graph, pages rotated; peft_loop: one pair of matmuls an adapter, added into y",
     "parts_sum_us": "rank mix: its adapters timed one at a time, summed",
+    "bwd_us": "dX, dA, dB, S kept; pages, S, dA and dB of every call its own and cold, x and dY the same arrays",
+    "bwd_cold_us": "the same with x and dY rotated too",
+    "bwd_xla_us, bwd_torch_us": "plain XLA in the same chain; matmuls, bf16 gradients, CUDA graph",
     "bound": "bytes of x, y in and out, A and B over 3.2 TB/s: cold memory",
 }
 
@@ -41,39 +40,11 @@ def triton_call(config: SmlmConfig | None = None) -> Callable[..., Any]:
     return lambda x, A, B, plan, out, y: smlm_triton(x, A, B, plan, out, y, config=config)
 
 
-@jax.jit
-def worst_error(got: jax.Array, want: jax.Array) -> jax.Array:
-    """Largest difference over the largest magnitude."""
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    return jnp.abs(got - want).max() / jnp.abs(want).max()
-
-
 def check(bench: Bench) -> None:
     """Ends the program where the kernels and plain XLA disagree."""
     error = float(worst_error(*(bench.result(f) for f in (triton_call(), smlm_xla))))
     if not error < 2**-7:
         raise SystemExit(f"{bench.case.name}: error {error}, expected less than {2**-7}")
-
-
-@dataclass
-class Timing:
-    """One figure to come: a function on a bench. Compiled first, many at once; timed later, alone."""
-
-    name: str
-    metric: str
-    bench: Bench
-    function: Callable[..., Any]
-    guess_us: float
-    extra: dict[str, Any] = field(default_factory=dict)
-    repeats: int = 7
-
-    def compile(self) -> None:
-        self.loops = self.bench.loops(self.guess_us)
-        self.executable = self.bench.compile(self.function, self.loops)
-
-    def record(self) -> dict[str, Any]:
-        us = self.bench.time_us(self.executable, self.loops, repeats=self.repeats)
-        return record(f"smlm/{self.name}", self.metric, us, "us", **self.extra)
 
 
 def timings(case: Case, bench: Bench) -> list[Timing]:

@@ -2,15 +2,14 @@
 
     python -m benchmarks.kernels.smlm_backward      # prints the records; benchmarks.kernels.smlm writes them
 
-A chain of calls in one jit: call i has x and dY of copy i, and its dX takes the place of that copy's x; copies exceed
-the L2 several times, so x and dY are cold. `bwd_us` has S = x A^T from the forward, as the peers' figures do;
-`bwd_replay_us` is what a training step runs: S is computed again.
+S = x A^T is kept by the forward, in the peers' figures too. `bwd_us` is measured as they were: pages and S cold, x and
+dY the same arrays in every call; `bwd_cold_us` with x and dY rotated too. Before anything is timed every case's result
+is compared with plain XLA's.
 """
 
 import math
-import statistics
-import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,14 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks.kernels.smlm_chain import BF16, GROUPS, READ_WRITE
+from benchmarks.kernels.smlm_chain import GROUPS, POOL_BYTES, READ_WRITE, Chain, Timing, noise, worst_error
+from benchmarks.kernels.smlm_torch import graph_us
 from benchmarks.results import record
-from pallas_kernels.smlm import RANK_PAGE, pack_lora
+from pallas_kernels.smlm import RANK_PAGE
 from pallas_kernels.smlm.pack import pack_backward_xla
 from pallas_kernels.smlm.pack_triton import pack_backward
 
+F32 = jnp.float32
 ROWS = 1024  # of a pack: the training rows of the peers' `mixed` case
-POOL_BYTES = 600e6  # of all copies of x and dY
+MAX_CALLS = 120
 # Microseconds of torch matmuls on an H200, S kept by the forward (the reference measurements).
 PEERS = {
     "4096x4096/r16/mixed/n11": 41.0,
@@ -42,6 +43,10 @@ class Case:
 
     Attributes:
         name: A path as in `smlm_chain`; `mixed/n11` has one pack, `4x1024/n4` four.
+        packs: Packs of ROWS rows.
+        size: Columns of x.
+        outs: Columns of each target.
+        rank: Of every pack's adapter.
     """
 
     name: str
@@ -55,15 +60,35 @@ class Case:
         return math.ceil(self.rank / RANK_PAGE)
 
     @property
+    def ranks(self) -> int:
+        """Columns of S: those of all targets."""
+        return self.pages * len(self.outs) * RANK_PAGE
+
+    @property
+    def weights(self) -> int:
+        """Elements of A and B, and of their gradients."""
+        return self.packs * self.pages * RANK_PAGE * (len(self.outs) * self.size + sum(self.outs))
+
+    @property
+    def row_bytes(self) -> int:
+        """x and dY, bf16."""
+        return 2 * self.packs * ROWS * (self.size + sum(self.outs))
+
+    @property
+    def calls(self) -> int:
+        """Calls that have touched POOL_BYTES of pages, float32 gradients and S, or MAX_CALLS."""
+        own = 6 * self.weights + 2 * self.packs * ROWS * self.ranks
+        return max(2 * self.copies, min(MAX_CALLS, -(-POOL_BYTES // own)))
+
+    @property
     def copies(self) -> int:
-        return max(3, min(24, math.ceil(POOL_BYTES / (2 * self.packs * ROWS * (self.size + sum(self.outs))))))
+        """Arrays x and dY that hold POOL_BYTES."""
+        return max(2, -(-POOL_BYTES // self.row_bytes))
 
     @property
     def floor_us(self) -> float:
         """Bytes of x, dY, dX, the pages and their float32 gradients over the measured bandwidth."""
-        out = sum(self.outs)
-        pages = self.packs * self.pages * RANK_PAGE * (len(self.outs) * self.size + out)
-        return (2 * self.packs * ROWS * (2 * self.size + out) + 6 * pages) / READ_WRITE * 1e6
+        return (self.row_bytes + 2 * self.packs * ROWS * self.size + 6 * self.weights) / READ_WRITE * 1e6
 
 
 def make_cases() -> list[Case]:
@@ -71,69 +96,57 @@ def make_cases() -> list[Case]:
     shapes = {f"4096x{out}/r{rank}": (4096, (out,), rank) for out in (4096, 14336) for rank in (16, 64)}
     shapes |= {f"{group}/r16": (*sizes, 16) for group, sizes in GROUPS.items()}
     batches = {"mixed/n11": 1, "4x1024/n4": 4}
-    return [Case(f"{name}/{batch}", n, *shape) for name, shape in shapes.items() for batch, n in batches.items()]
+    return [Case(f"{name}/{batch}", n, *shape) for batch, n in batches.items() for name, shape in shapes.items()]
 
 
-def time_us(run: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> float:
-    """Median of seven: microseconds of one of `calls` calls, by wall clock over back-to-back runs."""
-    wait(run())
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        for _ in range(3):
-            result = run()
-        wait(result)
-        times.append((time.perf_counter() - start) / (3 * calls))
-    return statistics.median(times) * 1e6
+class Bench(Chain):
+    """Arrays of one case; every call has A, B, S, dA and dB of its own.
 
-
-def time_jax(case: Case, implementation: str, *, keep: bool) -> float:
-    """Microseconds of dX, dA and dB.
-
-    Args:
-        case: The shapes.
-        implementation: "triton" or "xla".
-        keep: S is given; otherwise it is the transpose of `pack_lora`, whose forward is dead code but for S.
+    With `cold`, x and dY rotate too. dX takes the place of the x that it belongs to: nothing is dead code.
     """
-    keys = iter(jax.random.split(jax.random.key(0), 2 * case.copies + 3))
 
-    def noise(*shape: int, scale: float = 1.0) -> jax.Array:
-        return jax.random.normal(next(keys), (case.packs, *shape), BF16) * BF16(scale)
+    def __init__(self, case: Case, *, cold: bool = False, max_calls: int = MAX_CALLS) -> None:
+        self.case, self.calls = case, min(case.calls, max(max_calls, 2 * case.copies))
+        copies, packs, out = case.copies if cold else 1, case.packs, sum(case.outs)
+        A = noise(2, self.calls, packs, case.pages, len(case.outs) * RANK_PAGE, case.size, scale=case.size**-0.5)
+        B = noise(3, self.calls, packs, case.pages, RANK_PAGE, out, scale=out**-0.5)
+        S = noise(4, self.calls, packs, ROWS, case.pages, len(case.outs) * RANK_PAGE)
+        grads = [(jnp.zeros(a.shape, F32), jnp.zeros(b.shape, F32)) for a, b in zip(A, B, strict=True)]
+        self.state = (noise(0, copies, packs, ROWS, case.size), grads)
+        self.args = (noise(1, copies, packs, ROWS, out), A, B, S)
 
-    xs = [noise(ROWS, case.size) for _ in range(case.copies)]
-    dys = [noise(ROWS, sum(case.outs)) for _ in range(case.copies)]
-    ranks = len(case.outs) * RANK_PAGE
-    A = noise(case.pages, ranks, case.size, scale=case.size**-0.5)
-    B = noise(case.pages, RANK_PAGE, sum(case.outs), scale=sum(case.outs) ** -0.5)
-    S = noise(ROWS, case.pages, ranks)
-    calls, backward = 2 * case.copies, pack_backward if implementation == "triton" else pack_backward_xla
+    def turn(self, function: Callable[..., Any], state: Any, *args: Any) -> Any:
+        """Each call waits for the call before; the state is x and the gradients."""
+        xs, grads = list(state[0]), list(state[1])
+        last = grads[-1]
+        for i, mine in enumerate(zip(*args[1:], strict=True)):
+            copy = i % len(xs)
+            # Without the barrier XLA may run what needs no x of several calls first.
+            x, dy, mine, _ = lax.optimization_barrier((xs[copy], args[0][copy], mine, last))
+            xs[copy], *grads[i] = last = self.call(function, x, dy, *mine)
+        return xs, [tuple(pair) for pair in grads]
 
-    @jax.jit
-    def chain(xs: list[Any], dys: list[Any], A: Any, B: Any, S: Any) -> Any:
-        grads, xs, pages = [], list(xs), (A.astype(jnp.float32), B.astype(jnp.float32))
-        last: Any = ()
-        for i in range(calls):
-            copy = i % case.copies
-            # The barrier keeps the calls apart: otherwise the scheduler runs the first launches of several.
-            x, dy, _ = lax.optimization_barrier((xs[copy], dys[copy], last))
-            if keep:
-                last = backward(x, *pages, S, dy, case.outs)
-            else:
-                lora = partial(pack_lora, out_features=case.outs, implementation=implementation)
-                last = jax.vjp(lora, x, *pages)[1](dy)
-            xs[copy] = last[0]
-            grads.append(last[1:])
-        return xs, grads
+    def call(self, function: Callable[..., Any], *arrays: Any) -> tuple[Any, Any, Any]:
+        """dX, dA, dB of (x, dY, A, B, S): pages cast to float32, as training does, so that gradients are float32."""
+        x, dy, A, B, S = arrays
+        return function(x, A.astype(F32), B.astype(F32), S, dy, self.case.outs)
 
-    return time_us(lambda: chain(xs, dys, A, B, S), jax.block_until_ready, calls)
+    def check(self) -> None:
+        """Ends the program where the kernels and plain XLA disagree."""
+        first = (self.state[0][0], *(arrays[0] for arrays in self.args))
+        found = [jax.jit(partial(self.call, function))(*first) for function in (pack_backward, pack_backward_xla)]
+        for name, got, want in zip(("dX", "dA", "dB"), *found, strict=True):
+            error = float(worst_error(got, want))
+            if not error < 2**-7:
+                raise SystemExit(f"{self.case.name}: {name} has error {error}, expected less than {2**-7}")
 
 
-def time_torch(case: Case, *, keep: bool) -> float | None:
+def time_torch(case: Case, *, cold: bool) -> float | None:
     """dS = dY B^T, dX = dS A, dA = dS^T X, dB = S^T dY in bfloat16 and a CUDA graph; None without torch and a GPU.
 
     Args:
         case: With one target: several would need a matmul each.
-        keep: S is given; otherwise it is computed too.
+        cold: x and dY rotate.
     """
     try:
         import torch
@@ -141,57 +154,63 @@ def time_torch(case: Case, *, keep: bool) -> float | None:
         return None
     if not torch.cuda.is_available() or len(case.outs) > 1:
         return None
-    packs, rank, options = case.packs, case.pages * RANK_PAGE, {"device": "cuda", "dtype": torch.bfloat16}
+    packs, copies, options = case.packs, case.copies if cold else 1, {"device": "cuda", "dtype": torch.bfloat16}
 
-    def noise(*shape: int) -> list[Any]:
-        return [torch.randn(packs, *shape, **options).squeeze(0) for _ in range(case.copies)]
+    def some(count: int, *shape: int) -> list[Any]:
+        return [torch.randn(packs, *shape, **options).squeeze(0) for _ in range(count)]
 
-    xs, dys = noise(ROWS, case.size), noise(ROWS, case.outs[0])
-    (A, *_), (B, *_), (S, *_) = noise(rank, case.size), noise(rank, case.outs[0]), noise(ROWS, rank)
+    xs, dys = some(copies, ROWS, case.size), some(copies, ROWS, case.outs[0])
     dxs = [torch.empty_like(x) for x in xs]
+    As, Bs = some(case.calls, case.ranks, case.size), some(case.calls, case.ranks, case.outs[0])
+    Ss = some(case.calls, ROWS, case.ranks)
 
     def chain() -> None:
-        for x, dy, dx in zip(xs, dys, dxs, strict=True):
-            s = S if keep else x @ A.mT
+        for i, (A, B, S) in enumerate(zip(As, Bs, Ss, strict=True)):
+            x, dy, dx = xs[i % copies], dys[i % copies], dxs[i % copies]
             ds = dy @ B.mT
             torch.matmul(ds, A, out=dx)
             torch.matmul(ds.mT, x)
-            torch.matmul(s.mT, dy)
+            torch.matmul(S.mT, dy)
 
-    chain()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain()
-    return time_us(graph.replay, lambda _: torch.cuda.synchronize(), case.copies)
+    return graph_us(chain, case.calls)
 
 
-def bench_case(case: Case) -> list[dict[str, Any]]:
-    """The kernels, plain XLA and torch, with S kept by the forward and computed again."""
+def timings(case: Case) -> list[Timing]:
+    """Checks a case and compiles all of it that jax runs."""
     extra: dict[str, Any] = {"bound": case.floor_us}
-    if case.name in PEERS:
-        extra |= {"peer": "torch matmuls", "peer_value": PEERS[case.name]}
-    records = []
-    for keep, suffix in ((True, "us"), (False, "replay_us")):
-        found = {
-            f"bwd_{suffix}": time_jax(case, "triton", keep=keep),
-            f"bwd_xla_{suffix}": time_jax(case, "xla", keep=keep),
-            f"bwd_torch_{suffix}": time_torch(case, keep=keep),
-        }
-        for metric, us in found.items():
-            if us is not None:
-                more = extra if metric == "bwd_us" else {}
-                records.append(record(f"smlm/{case.name}", metric, us, "us", **more))
-    return records
+    peer = {"peer": "torch matmuls", "peer_value": PEERS[case.name]} if case.name in PEERS else {}
+    found: list[Timing] = []
+    for cold, us in ((False, "us"), (True, "cold_us")):
+        guess, more = 1.5 * case.floor_us + 5, extra if cold else extra | peer
+        found.append(Timing(case.name, f"bwd_{us}", Bench(case, cold=cold), pack_backward, guess, more))
+        few = Bench(case, cold=cold, max_calls=32)  # XLA's compile slowly
+        found.append(Timing(case.name, f"bwd_xla_{us}", few, pack_backward_xla, 2 * guess))
+    found[0].bench.check()
+    for timing in found:
+        timing.compile()
+    return found
 
 
-def backward_records() -> list[dict[str, Any]]:
-    """Records of all cases, for smlm.json; prints a line a case."""
-    records = []
-    for case in make_cases():
-        found = bench_case(case)
-        print(case.name, {r["metric"]: round(r["value"], 1) for r in found}, f"floor {case.floor_us:.1f}", flush=True)
-        records += found
+def backward_records(cases: list[Case] | None = None) -> list[dict[str, Any]]:
+    """Checks and compiles all cases side by side, then times them one after the other.
+
+    Args:
+        cases: By default all.
+
+    Returns:
+        Records for smlm.json; prints a line a case.
+    """
+    records: list[dict[str, Any]] = []
+    cases = make_cases() if cases is None else cases
+    with ThreadPoolExecutor(16) as pool:
+        todo = list(pool.map(timings, cases))
+    for case, some in zip(cases, todo, strict=True):
+        new = [timing.record() for timing in some]
+        for cold, metric in ((False, "bwd_torch_us"), (True, "bwd_torch_cold_us")):
+            us = time_torch(case, cold=cold)
+            new += [] if us is None else [record(f"smlm/{case.name}", metric, us, "us")]
+        print(case.name, [(r["metric"], round(r["value"], 1)) for r in new], f"floor {case.floor_us:.1f}", flush=True)
+        records += new
     return records
 
 

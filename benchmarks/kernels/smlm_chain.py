@@ -1,14 +1,14 @@
 """Cases of the SMLM benchmarks, and the device time of a call: chains of calls over rotated adapters.
 
-Every call of a chain reads its own adapter pages, in all more than the L2 cache holds, and adds into the y of the
-call before, so calls neither overlap nor find their weights cached. The chain is repeated by a loop on the device:
-a timing is one dispatch of some milliseconds, and what launching it costs is nothing.
+Every call of a chain reads its own adapter pages, in all more than the L2 cache holds, and waits for the call before,
+so calls neither overlap nor find their weights cached. The chain is repeated by a loop on the device: a dispatch is
+some milliseconds. What starting one and waiting for it costs is no part of a figure.
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks.results import record
 from pallas_kernels.smlm import RANK_PAGE, TILE, WIDE, SmlmPlan, build_plan
 
 BF16 = jnp.bfloat16
@@ -118,7 +119,101 @@ def noise(stream: int, count: int, *shape: int, scale: float = 1.0) -> list[jax.
     return _cut(_pool(min(1 << 26, max(1 << 16, count * math.prod(shape)))), stream, count, shape, scale)
 
 
-class Bench:
+def slope_us(run: Callable[[int], None], calls: int, *, repeats: int = 7) -> float:
+    """Median microseconds of one call, by wall clock.
+
+    Args:
+        run: run(n) makes n dispatches back to back and waits for the last.
+        calls: Calls in a dispatch.
+        repeats: Timings.
+    """
+
+    def seconds(dispatches: int) -> float:
+        start = time.perf_counter()
+        run(dispatches)
+        return time.perf_counter() - start
+
+    run(1)
+    # The difference leaves out what does not grow with the work: the first launch, and the wait at the end.
+    times = sorted(seconds(5) - seconds(1) for _ in range(repeats))
+    return times[repeats // 2] / (4 * calls) * 1e6
+
+
+@jax.jit
+def worst_error(got: jax.Array, want: jax.Array) -> jax.Array:
+    """Largest difference over the largest magnitude."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return jnp.abs(got - want).max() / jnp.abs(want).max()
+
+
+class Chain:
+    """A chain of calls, repeated by a loop on the device.
+
+    Attributes:
+        calls: Calls of one turn.
+        state: What a turn changes: arrays in any tree; dispatches get copies, and donate them.
+        args: What turns read.
+    """
+
+    calls: int
+    state: Any
+    args: tuple[Any, ...]
+
+    def turn(self, function: Callable[..., Any], state: Any, *args: Any) -> Any:
+        """One turn of calls of `function`, traced: the next state."""
+        raise NotImplementedError
+
+    def compile(self, function: Callable[..., Any], loops: int = 1) -> Any:
+        """`loops` turns as one executable, the state donated."""
+
+        def chain(state: Any, *args: Any) -> Any:
+            return lax.fori_loop(0, loops, lambda _, state: self.turn(function, state, *args), state)
+
+        return jax.jit(chain, donate_argnums=0).lower(self.state, *self.args).compile()
+
+    def loops(self, guess_us: float) -> int:
+        """Turns that make a dispatch of about CHAIN_MS."""
+        return max(1, round(CHAIN_MS * 1e3 / (self.calls * guess_us)))
+
+    def dispatch(self, executable: Any, state: Any = None) -> Any:
+        """The state after one dispatch; `state` is donated, by default it is a copy of the first."""
+        return executable(jax.tree.map(jnp.copy, self.state) if state is None else state, *self.args)
+
+    def time_us(self, executable: Any, loops: int = 1, *, repeats: int = 7) -> float:
+        """Median microseconds of one call."""
+        state = jax.block_until_ready(self.dispatch(executable))
+
+        def run(dispatches: int) -> None:
+            nonlocal state
+            for _ in range(dispatches):
+                state = self.dispatch(executable, state)
+            jax.block_until_ready(state)
+
+        return slope_us(run, loops * self.calls, repeats=repeats)
+
+
+@dataclass
+class Timing:
+    """One figure to come: a function on a chain. Compiled first, many at once; timed later, alone."""
+
+    name: str
+    metric: str
+    bench: Chain
+    function: Callable[..., Any]
+    guess_us: float
+    extra: dict[str, Any] = field(default_factory=dict)
+    repeats: int = 7
+
+    def compile(self) -> None:
+        self.loops = self.bench.loops(self.guess_us)
+        self.executable = self.bench.compile(self.function, self.loops)
+
+    def record(self) -> dict[str, Any]:
+        us = self.bench.time_us(self.executable, self.loops, repeats=self.repeats)
+        return record(f"smlm/{self.name}", self.metric, us, "us", **self.extra)
+
+
+class Bench(Chain):
     """Arrays and the plan of one case.
 
     `calls` calls have A and B of their own and share the plan, as the layers of a model do. With `cold`, x and y
@@ -130,10 +225,11 @@ class Bench:
         out, targets, pages = sum(case.out_features), len(case.out_features), 1 + sum(case.pages)
         self.calls = max(8, min(max_calls, -(-POOL_BYTES // case.adapter_bytes)))
         copies = max(2, min(self.calls, -(-POOL_BYTES // case.row_bytes))) if cold else 1
-        self.x, self.y = noise(0, copies, case.rows, case.size), noise(1, copies, case.rows, out)
-        self.A = noise(2, self.calls, pages, targets * RANK_PAGE, case.size)
-        self.B = noise(3, self.calls, pages, RANK_PAGE, out, scale=case.size**-0.5)
-        self.plan = jax.tree.map(jnp.asarray, self._build_plan())
+        x = noise(0, copies, case.rows, case.size)
+        A = noise(2, self.calls, pages, targets * RANK_PAGE, case.size)
+        B = noise(3, self.calls, pages, RANK_PAGE, out, scale=case.size**-0.5)
+        self.state = noise(1, copies, case.rows, out)
+        self.args = (x, A, B, jax.tree.map(jnp.asarray, self._build_plan()))
 
     def _build_plan(self) -> SmlmPlan:
         """With no tile to spare."""
@@ -145,41 +241,18 @@ class Bench:
         tiles, num_wide = (sum(-(-rows // height) for rows in case.runs) for height in (TILE, WIDE))
         return build_plan(segments, case.rows, tiles, max(case.pages), num_wide)
 
-    def compile(self, function: Callable[..., Any], loops: int = 1) -> Any:
-        """`loops` turns of the whole chain as one executable, y donated."""
-        out = self.case.out_features
-
-        def turn(_: Any, y: list[Any], x: Any, A: Any, B: Any, plan: SmlmPlan) -> list[Any]:
-            for i, (a, b) in enumerate(zip(A, B, strict=True)):
-                copy = i % len(y)
-                # Without the barrier XLA hoists what needs no y: it would run all shrinks first.
-                one, y = lax.optimization_barrier((x[copy], y))
-                y[copy] = function(one, a, b, plan, out, y[copy])
-            return y
-
-        def chain(y: Any, *args: Any) -> Any:
-            return lax.fori_loop(0, loops, lambda i, y: turn(i, list(y), *args), y)
-
-        return jax.jit(chain, donate_argnums=0).lower(self.y, self.x, self.A, self.B, self.plan).compile()
-
-    def loops(self, guess_us: float) -> int:
-        """Turns of the chain that make a dispatch of about CHAIN_MS."""
-        return max(1, round(CHAIN_MS * 1e3 / (self.calls * guess_us)))
-
-    def time_us(self, executable: Any, loops: int = 1, *, repeats: int = 7) -> float:
-        """Median microseconds of one call."""
-        y = executable([one.copy() for one in self.y], self.x, self.A, self.B, self.plan)
-        times = []
-        for _ in range(repeats):
-            jax.block_until_ready(y)
-            start = time.perf_counter()
-            for _ in range(2):
-                y = executable(y, self.x, self.A, self.B, self.plan)
-            jax.block_until_ready(y)
-            times.append((time.perf_counter() - start) / (2 * loops * self.calls))
-        return sorted(times)[repeats // 2] * 1e6
+    def turn(self, function: Callable[..., Any], state: Any, *args: Any) -> list[Any]:
+        """Each call adds into the y of the call before; the state is y."""
+        (x, A, B, plan), y = args, list(state)
+        for i, (a, b) in enumerate(zip(A, B, strict=True)):
+            copy = i % len(y)
+            # Without the barrier XLA hoists what needs no y: it would run all shrinks first.
+            one, y = lax.optimization_barrier((x[copy], y))
+            y[copy] = function(one, a, b, plan, self.case.out_features, y[copy])
+        return y
 
     def result(self, function: Callable[..., Any]) -> jax.Array:
         """y of the first call, to compare implementations."""
+        x, A, B, plan = self.args
         call = jax.jit(lambda *args: function(*args[:4], self.case.out_features, args[4]))
-        return call(self.x[0], self.A[0], self.B[0], self.plan, self.y[0])
+        return call(x[0], A[0], B[0], plan, self.state[0])

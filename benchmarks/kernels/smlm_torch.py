@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.kernels.smlm_chain import POOL_BYTES, Case
+from benchmarks.kernels.smlm_chain import CHAIN_MS, POOL_BYTES, Case, slope_us
 
 
 def time_torch(case: Case) -> dict[str, float]:
@@ -34,30 +34,43 @@ def time_torch(case: Case) -> dict[str, float]:
         for i, (end, rows) in enumerate(zip(ends, case.runs, strict=True)):
             y[end - rows : end] += (x[end - rows : end] @ a[i].T) @ b[i]
 
-    us = {"torch_peft_loop_us": _graph_us(peft_loop, A, B)}
+    def each(function: Callable[[Any, Any], None]) -> float:
+        def chain() -> None:
+            for a, b in zip(A, B, strict=True):
+                function(a, b)
+
+        return graph_us(chain, calls)
+
+    us = {"torch_peft_loop_us": each(peft_loop)}
     if hasattr(torch, "_grouped_mm"):
-        us["torch_grouped_mm_us"] = _graph_us(grouped, A, B)
+        us["torch_grouped_mm_us"] = each(grouped)
     return us
 
 
-def _graph_us(function: Callable[[Any, Any], None], A: Any, B: Any, replays: int = 8) -> float:
-    """Microseconds of a call, from replays of a graph that holds one call per (A[i], B[i])."""
+def graph_us(chain: Callable[[], None], calls: int) -> float:
+    """Microseconds of a call, from replays of a CUDA graph.
+
+    Args:
+        chain: `calls` calls, one after the other.
+        calls: How many they are.
+    """
     import torch
 
-    def chain() -> None:
-        for a, b in zip(A, B, strict=True):
-            function(a, b)
-
     chain()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         chain()
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(replays):
+    graph.replay()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    graph.replay()
+    torch.cuda.synchronize()
+    replays = max(1, round(CHAIN_MS / 1e3 / (time.perf_counter() - start)))
+
+    def run(dispatches: int) -> None:
+        for _ in range(dispatches * replays):
             graph.replay()
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / (replays * len(A)))
-    return sorted(times)[2] * 1e6
+
+    return slope_us(run, replays * calls)

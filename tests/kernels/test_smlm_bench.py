@@ -5,11 +5,15 @@ import re
 import subprocess
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from benchmarks.kernels import smlm_backward
 from benchmarks.kernels.plot_smlm import save_plot
 from benchmarks.kernels.smlm_chain import PEERS, make_case
 from benchmarks.results import record, write
+from pallas_kernels.smlm.pack import pack_backward_xla
 
 
 def test_a_case_is_read_from_its_path() -> None:
@@ -50,3 +54,44 @@ def test_a_result_names_the_commit_it_was_told(tmp_path: Path, monkeypatch: pyte
     assert commit() == "abc1234"
     monkeypatch.delenv("LOQUETIER_COMMIT")
     assert re.fullmatch("[0-9a-f]{7,}", commit())
+
+
+def test_the_backward_has_the_cases_of_its_peers() -> None:
+    cases = {case.name: case for case in smlm_backward.make_cases()}
+    assert len(cases) == 14 and set(smlm_backward.PEERS) <= set(cases)
+    for case in cases.values():
+        assert 2 * case.copies <= case.calls <= smlm_backward.MAX_CALLS
+        assert case.copies * case.row_bytes >= 1 << 27
+    one = cases["4096x14336/r64/mixed/n11"]
+    assert (one.packs, one.pages, one.ranks, one.weights) == (1, 4, 64, 64 * (4096 + 14336))
+    assert cases["qkv/r16/4x1024/n4"].weights == 4 * 16 * (3 * 4096 + 6144)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_the_chain_of_backwards_is_that_many_backwards(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smlm_backward, "ROWS", 16)
+    monkeypatch.setattr(smlm_backward, "POOL_BYTES", 10_000)
+    case = smlm_backward.Case("tiny", 2, 32, (48, 16), 20)
+    bench = smlm_backward.Bench(case, cold=cold)
+    assert (len(bench.state[0]), bench.calls) == (2 if cold else 1, 4)
+    got_xs, got_grads = bench.dispatch(bench.compile(pack_backward_xla, loops=2))
+    xs, grads = list(bench.state[0]), list(bench.state[1])
+    for i in [*range(bench.calls)] * 2:
+        dys, *mine = bench.args
+        at = i % len(xs)
+        arrays = (xs[at], dys[at], *(arrays[i] for arrays in mine))
+        xs[at], *grads[i] = bench.call(pack_backward_xla, *arrays)
+    for got, want in zip([*got_xs, *sum(got_grads, ())], [*xs, *sum(map(tuple, grads), ())], strict=True):
+        np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=2**-7, atol=2**-5)
+
+
+def test_the_backward_is_checked_timed_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smlm_backward, "ROWS", 16)
+    monkeypatch.setattr(smlm_backward, "POOL_BYTES", 4_000)
+    monkeypatch.setattr(smlm_backward, "PEERS", {"tiny": 41.0})
+    monkeypatch.setattr("benchmarks.kernels.smlm_chain.CHAIN_MS", 0.02)
+    records = smlm_backward.backward_records([smlm_backward.Case("tiny", 1, 32, (48,), 16)])
+    found = {r["metric"]: r for r in records}
+    assert set(found) == {"bwd_us", "bwd_xla_us", "bwd_cold_us", "bwd_xla_cold_us"}  # torch's need a GPU
+    assert found["bwd_us"]["peer_value"] == 41.0 and "peer_value" not in found["bwd_cold_us"]
+    assert found["bwd_us"]["bound"] == found["bwd_cold_us"]["bound"] and "bound" not in found["bwd_xla_us"]
