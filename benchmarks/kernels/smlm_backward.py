@@ -23,7 +23,7 @@ from benchmarks.kernels.smlm_torch import graph_us
 from benchmarks.results import record
 from pallas_kernels.smlm import RANK_PAGE
 from pallas_kernels.smlm.pack import pack_backward_xla
-from pallas_kernels.smlm.pack_triton import pack_backward
+from pallas_kernels.smlm.pack_triton import pack_backward_triton
 
 F32 = jnp.float32
 ROWS = 1024  # of a pack: the training rows of the peers' `mixed` case
@@ -110,7 +110,7 @@ class Bench(Chain):
         copies, packs, out = case.copies if cold else 1, case.packs, sum(case.outs)
         A = noise(2, self.calls, packs, case.pages, len(case.outs) * RANK_PAGE, case.size, scale=case.size**-0.5)
         B = noise(3, self.calls, packs, case.pages, RANK_PAGE, out, scale=out**-0.5)
-        S = noise(4, self.calls, packs, ROWS, case.pages, len(case.outs) * RANK_PAGE)
+        S = noise(4, self.calls, packs, ROWS, len(case.outs), case.pages, RANK_PAGE)
         grads = [(jnp.zeros(a.shape, F32), jnp.zeros(b.shape, F32)) for a, b in zip(A, B, strict=True)]
         self.state = (noise(0, copies, packs, ROWS, case.size), grads)
         self.args = (noise(1, copies, packs, ROWS, out), A, B, S)
@@ -134,7 +134,8 @@ class Bench(Chain):
     def check(self) -> None:
         """Ends the program where the kernels and plain XLA disagree."""
         first = (self.state[0][0], *(arrays[0] for arrays in self.args))
-        found = [jax.jit(partial(self.call, function))(*first) for function in (pack_backward, pack_backward_xla)]
+        functions = (pack_backward_triton, pack_backward_xla)
+        found = [jax.jit(partial(self.call, function))(*first) for function in functions]
         for name, got, want in zip(("dX", "dA", "dB"), *found, strict=True):
             error = float(worst_error(got, want))
             if not error < 2**-7:
@@ -182,7 +183,7 @@ def timings(case: Case) -> list[Timing]:
     found: list[Timing] = []
     for cold, us in ((False, "us"), (True, "cold_us")):
         guess, more = 1.5 * case.floor_us + 5, extra if cold else extra | peer
-        found.append(Timing(case.name, f"bwd_{us}", Bench(case, cold=cold), pack_backward, guess, more))
+        found.append(Timing(case.name, f"bwd_{us}", Bench(case, cold=cold), pack_backward_triton, guess, more))
         few = Bench(case, cold=cold, max_calls=32)  # XLA's compile slowly
         found.append(Timing(case.name, f"bwd_xla_{us}", few, pack_backward_xla, 2 * guess))
     found[0].bench.check()

@@ -35,7 +35,7 @@ from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step import backward, forward
 from loquetier_jax.step.functions import compiler_options
 from loquetier_jax.step.ops import ForwardOps
-from loquetier_jax.step.replay import ReplayOps
+from loquetier_jax.step.replay import ReplayOps, with_transpose
 from loquetier_jax.step.state import DeviceState, head_params, new_state
 
 VLLM_ADDS_MS = {4: 2.54, 32: 13.12}  # vLLM 0.22.1, decode B=32, measured 2026-11 on an H200
@@ -58,7 +58,14 @@ class PlainReplayOps(ReplayOps):
     """The replay without a single LoRA operation."""
 
     def linear(self, group: str, h: jax.Array) -> jax.Array:
-        return self._run(group, lambda h: base_linear(self.weights, group, h), h)
+        transpose = functools.partial(self._base_transpose, group)
+        return with_transpose(lambda h: self._base(group, h), lambda dy, _: (transpose(dy),), h)
+
+    def _base(self, group: str, h: jax.Array) -> jax.Array:
+        return self.kept[group] if group in self.kept else base_linear(self.weights, group, h)
+
+    def mlp(self, h: jax.Array) -> jax.Array:
+        return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))
 
 
 @contextlib.contextmanager
@@ -67,7 +74,7 @@ def without_lora() -> Iterator[None]:
     with (
         mock.patch.object(forward, "ForwardOps", PlainForwardOps),
         mock.patch.object(backward, "ReplayOps", PlainReplayOps),
-        mock.patch.object(backward, "add_in_order", lambda pool, ids, delta: pool),
+        mock.patch.object(backward, "add_gradients", lambda pools, *_, **__: pools),
     ):
         yield
 

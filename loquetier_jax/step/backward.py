@@ -10,6 +10,7 @@ from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.forward import Kept, Pages, Params
 from loquetier_jax.step.loss import Loss, backward_head, loss_cotangent
 from loquetier_jax.step.replay import ReplayOps
+from pallas_kernels import add_gradients
 
 
 def backward_start(
@@ -66,7 +67,7 @@ def backward_slice(
         first: Traced index of the slice's first layer (dropout), so that slices share a compile.
 
     Returns:
-        Gradient of the slice's input, and the pool: only rows `train.grad_pages` changed.
+        Gradient of the slice's input, and the pool: only rows `train.grad_pages` changed (and row 0, a bin).
     """
     train = unravel(template, flat)
     rope = rope_tables(spec, train.rows.positions)
@@ -89,12 +90,5 @@ def backward_slice(
             )
 
         dx, delta = jax.vjp(replay, kept[i]["x"], lora)[1](dx)
-        out.append(jax.tree.map(lambda pool, d: add_in_order(pool, pool_ids, d), grads[i], delta))
+        out.append(add_gradients(grads[i], pool_ids, delta, implementation=cfg.smlm))
     return dx, out[::-1]
-
-
-def add_in_order(pool: jax.Array, pool_ids: jax.Array, delta: jax.Array) -> jax.Array:
-    """pool[pool_ids[g, m]] += delta[g, m], pack after pack: two packs of one job add in the job's own order."""
-    for g in range(delta.shape[0]):
-        pool = pool.at[pool_ids[g]].add(delta[g].astype(jnp.float32))
-    return pool

@@ -7,37 +7,33 @@ kept and sees no inference row.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from loquetier_jax.batch.segments import TrainRows
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.models.decoder import base_linear, gated
+from loquetier_jax.models.decoder import ACTIVATIONS, base_linear, gated
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
-from loquetier_jax.step.ops import attend_packs
-from pallas_kernels import pack_lora
+from loquetier_jax.step.ops import attend_packs, shrunk
+from pallas_kernels import gate_fused, pack_backward, pack_expand, pack_glu_backward
+
+Gradients = tuple[jax.Array, jax.Array, jax.Array]  # of a projection's input, of A and of B
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def known(f: Callable[..., jax.Array], y: jax.Array, *args: Any) -> jax.Array:
-    """f(*args) whose value y is known already: nothing is computed forward, the transpose is f's."""
-    return y
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def with_transpose(
+    value: Callable[..., jax.Array], transpose: Callable[..., tuple[jax.Array, ...]], *args: jax.Array
+) -> jax.Array:
+    """value(*args), of which autodiff sees nothing: the gradients of args are transpose(dy, *args)."""
+    return value(*args)
 
 
-def _known_forward(
-    f: Callable[..., jax.Array], y: jax.Array, *args: Any
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    return y, args
-
-
-def _known_backward(f: Callable[..., jax.Array], args: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
-    return None, *jax.vjp(f, *args)[1](dy)  # what of f's forward its transpose does not need is dead code
-
-
-known.defvjp(_known_forward, _known_backward)
+with_transpose.defvjp(
+    lambda value, transpose, *args: (value(*args), args),
+    lambda value, transpose, args, dy: transpose(dy, *args),
+)
 
 
 @dataclass
@@ -46,7 +42,7 @@ class ReplayOps:
 
     Attributes:
         lora: {group: (A [G, MP, n*16, in], B [G, MP, 16, out])} of the packs: what is differentiated beside x.
-        kept: What the forward kept; a name that is missing is recomputed.
+        kept: What the forward kept; a name that is missing is recomputed, but for every group's S.
         window_layer: Index whose attention window this layer has (static).
         layer: Index of the layer, traced: only dropout needs it.
     """
@@ -62,29 +58,84 @@ class ReplayOps:
     train: TrainRows
     use_dropout: bool = False
 
-    def _run(self, name: str, f: Callable[..., jax.Array], *args: Any) -> jax.Array:
-        return known(f, self.kept[name], *args) if name in self.kept else f(*args)
-
     def linear(self, group: str, h: jax.Array) -> jax.Array:
-        outs = self.spec.group_shapes[group][1]
-
-        def project(h: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> jax.Array:
-            x = h
-            if self.use_dropout:
-                rates = jnp.repeat(self.train.drop_rates, self.tokens)
-                x = dropout(h, self.train.drop_keys, rates, self.layer, group)
-            packs = x.reshape(-1, self.tokens, x.shape[1])
-            delta = pack_lora(packs, lora_A, lora_B, out_features=outs, implementation=self.cfg.smlm)
-            y = base_linear(self.weights, group, h)
-            return y + delta.reshape(y.shape).astype(y.dtype)
-
-        return self._run(group, project, h, *self.lora[group])
+        value, transpose = (functools.partial(f, group) for f in (self._project, self._project_transpose))
+        return with_transpose(value, transpose, h, *self.lora[group])
 
     def mlp(self, h: jax.Array) -> jax.Array:
-        return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))
+        gate_up = self.linear("gate_up_proj", h)
+        # Pallas-Triton has no erf, which the exact gelu needs.
+        fused = gate_fused(self.cfg.smlm) and not self.use_dropout and self.spec.hidden_act != "gelu"
+        if not fused:
+            return self.linear("down_proj", gated(self.spec, gate_up))
+        return with_transpose(self._down, self._down_transpose, gate_up, *self.lora["down_proj"])
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        attend = functools.partial(
-            attend_packs, self.spec, self.cfg, self.window_layer, self.train.rows, self.tokens
+        attend = functools.partial(attend_packs, self.spec, self.cfg, self.window_layer, self.train.rows, self.tokens)
+        if "attention" not in self.kept:
+            return attend(q, k, v)
+        # What of the forward its transpose does not need is dead code.
+        return with_transpose(
+            lambda *_: self.kept["attention"], lambda dy, *args: jax.vjp(attend, *args)[1](dy), q, k, v
         )
-        return self._run("attention", attend, q, k, v)
+
+    def _packs(self, rows: jax.Array) -> jax.Array:
+        return rows.reshape(-1, self.tokens, *rows.shape[1:])
+
+    def _outs(self, group: str) -> tuple[int, ...]:
+        return self.spec.group_shapes[group][1]
+
+    def _drop(self, group: str, h: jax.Array) -> jax.Array:
+        """The adapter's input."""
+        if not self.use_dropout:
+            return h
+        rates = jnp.repeat(self.train.drop_rates, self.tokens)
+        return dropout(h, self.train.drop_keys, rates, self.layer, group)
+
+    def _shrunk(self, group: str, pages: int) -> jax.Array:
+        """The forward's S of as many pages, [G, L, n, MP, 16]."""
+        return self._packs(self.kept[shrunk(group)])[:, :, :, :pages]
+
+    def _project(self, group: str, h: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> jax.Array:
+        if group in self.kept:
+            return self.kept[group]
+        y, S = base_linear(self.weights, group, h), self._shrunk(group, lora_B.shape[1])
+        return y + pack_expand(S, lora_B, self._outs(group)).reshape(y.shape).astype(y.dtype)
+
+    def _base_transpose(self, group: str, dy: jax.Array) -> jax.Array:
+        h = jnp.zeros((dy.shape[0], self.spec.group_shapes[group][0]), dy.dtype)  # dead code: the product is linear
+        return jax.vjp(functools.partial(base_linear, self.weights, group), h)[1](dy)[0]
+
+    def _project_transpose(
+        self, group: str, dy: jax.Array, h: jax.Array, lora_A: jax.Array, lora_B: jax.Array
+    ) -> Gradients:
+        dh = self._base_transpose(group, dy)
+        x, undrop = jax.vjp(functools.partial(self._drop, group), h)
+        dx, dA, dB = pack_backward(
+            self._packs(x),
+            lora_A,
+            lora_B,
+            self._shrunk(group, lora_A.shape[1]),
+            self._packs(dy),
+            self._outs(group),
+            dx=None if self.use_dropout else self._packs(dh),
+            implementation=self.cfg.smlm,
+        )
+        dx = dx.reshape(h.shape)
+        return dh + undrop(dx)[0] if self.use_dropout else dx, dA, dB
+
+    def _down(self, gate_up: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> jax.Array:
+        return self._project("down_proj", gated(self.spec, gate_up), lora_A, lora_B)
+
+    def _down_transpose(self, dy: jax.Array, gate_up: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> Gradients:
+        dact = self._base_transpose("down_proj", dy)
+        d, dA, dB = pack_glu_backward(
+            self._packs(gate_up),
+            lora_A,
+            lora_B,
+            self._shrunk("down_proj", lora_A.shape[1]),
+            self._packs(dy),
+            self._packs(dact),
+            ACTIVATIONS[self.spec.hidden_act],
+        )
+        return d.reshape(gate_up.shape), dA, dB

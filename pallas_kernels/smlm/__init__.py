@@ -3,7 +3,9 @@
 from pallas_kernels.smlm.api import smlm
 from pallas_kernels.smlm.delta import add_delta, delta_beside, smlm_delta
 from pallas_kernels.smlm.gated import Gated, gate_fused, smlm_gated
-from pallas_kernels.smlm.pack import pack_lora
+from pallas_kernels.smlm.pack import pack_backward, pack_expand, pack_lora, pack_shrink
+from pallas_kernels.smlm.pack_glu import pack_glu_backward
+from pallas_kernels.smlm.pack_pool import add_gradients
 from pallas_kernels.smlm.plan import (
     RANK_PAGE,
     TILE,
@@ -23,12 +25,17 @@ __all__ = [
     "Gated",
     "SmlmPlan",
     "add_delta",
+    "add_gradients",
     "build_plan",
     "delta_beside",
     "gate_fused",
     "num_tiles_bound",
     "num_wide_bound",
+    "pack_backward",
+    "pack_expand",
+    "pack_glu_backward",
     "pack_lora",
+    "pack_shrink",
     "plan_shapes",
     "smlm",
     "smlm_delta",

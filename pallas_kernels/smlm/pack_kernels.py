@@ -1,14 +1,17 @@
 """Bodies of the Triton kernels of packs: what one program does.
 
 Rows of all packs lie one below the other, and so do the pages of a pack: pack g has rows g*L.. of x and dY, rows
-g*R.. of A (R = pages * targets * 16 ranks, in the pages' own order) and g*RT.. of B (RT = pages * 16 ranks, shared by
-the targets' columns). Ranks are taken in chunks that are powers of two. Indices are arrays in every dimension: a
-masked load that mixes arrays and slices does not run in interpret mode.
+g*R.. of A (R = pages * targets * 16 ranks, in the pages' own order, as dS has them) and g*RT.. of B (RT = pages * 16
+ranks, shared by the targets' columns). S has the RT ranks of one target after those of another. Ranks are taken in
+chunks that are powers of two. Indices are arrays in every dimension: a masked load that mixes arrays and slices does
+not run in interpret mode.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -16,7 +19,6 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
 from pallas_kernels.smlm.pack_tuning import MAX_RANKS, Block
-from pallas_kernels.smlm.plan import RANK_PAGE
 
 F32 = jnp.float32
 Chunks = tuple[tuple[int, int], ...]  # (first rank, ranks)
@@ -76,12 +78,8 @@ class Side:
         return target, column, end
 
     def in_s(self, start: int, size: int, target: Array) -> Array:
-        """Where ranks start.. of a target are in a row of S or dS."""
-        j = start + jnp.arange(size, dtype=jnp.int32)
-        if len(self.sizes) == 1:
-            return j
-        page, rank = lax.div(j, jnp.int32(RANK_PAGE)), lax.rem(j, jnp.int32(RANK_PAGE))
-        return page * (len(self.sizes) * RANK_PAGE) + target * RANK_PAGE + rank
+        """Where ranks start.. of a target are in a row of S, or of dS for the one target of x."""
+        return target * self.ranks + start + jnp.arange(size, dtype=jnp.int32)
 
     def rows_of(self, pack: Array, first: Array, count: int) -> tuple[Array, Array | None]:
         """Rows first.. of a pack, and which of them it has (None: all)."""
@@ -112,9 +110,9 @@ class Cut:
         return pl.cdiv(self.side.rows, self.block.rows) * self.side.blocks(self.block.span)
 
     def tile(self, pack: Array, index: Array) -> tuple[Any, ...]:
-        """(target, part, first column, end, rows, which rows) of a tile; spans vary fastest."""
-        parts, span = jnp.int32(self.side.blocks(self.block.span)), self.block.span
-        tile, part = lax.div(index, parts), lax.rem(index, parts)
+        """(target, part, first column, end, rows, which rows) of a tile; rows vary fastest."""
+        tiles, span = jnp.int32(pl.cdiv(self.side.rows, self.block.rows)), self.block.span
+        part, tile = lax.div(index, tiles), lax.rem(index, tiles)
         target, start, end = self.side.block(part, span)
         rows, ok = self.side.rows_of(pack, tile * self.block.rows, self.block.rows)
         return target, part, start, jnp.minimum(end, start + span), rows, ok
@@ -196,17 +194,65 @@ def gradient(cut: Cut, pack: Array, index: Array, y_ref: Any, s_ref: Any, g_ref:
         plt.store(g_ref.at[ranks[None, :], columns[:, None]], total, mask=None if inside is None else inside[:, None])
 
 
-def expand(cut: Cut, pack: Array, index: Array, s_ref: Any, w_ref: Any, o_ref: Any) -> None:
-    """o[tile, columns] = s w over a span of columns: dX of dS and A."""
+def expand(cut: Cut, pack: Array, index: Array, s_ref: Any, w_ref: Any, *refs: Any) -> None:
+    """o[tile, columns] = s w over a span of columns, plus y where refs are y and o, not o alone: dX of dS and A."""
     side, block = cut.side, cut.block
     target, _, start, end, rows, ok = cut.tile(pack, index)
     s = [_load(s_ref, rows, side.in_s(at, size, target), _mask(ok, None)) for at, size in cut.ranks]
+    *y_ref, o_ref = refs
 
     def step(number: Array, carry: None) -> None:
         columns, inside = _columns(start + number * block.columns, block.columns, end, cut.whole)
-        total = jnp.zeros((block.rows, block.columns), F32)
+        mask, total = _mask(ok, inside), jnp.zeros((block.rows, block.columns), F32)
+        for ref in y_ref:
+            total += _load(ref, rows, columns, mask).astype(F32)
         for (at, size), one in zip(cut.ranks, s, strict=True):
             total += _dot(one, _load(w_ref, side.ranks_of(pack, at, size), columns, _mask(None, inside)), 1, 0)
-        plt.store(o_ref.at[rows[:, None], columns[None, :]], total.astype(o_ref.dtype), mask=_mask(ok, inside))
+        plt.store(o_ref.at[rows[:, None], columns[None, :]], total.astype(o_ref.dtype), mask=mask)
 
     lax.fori_loop(0, pl.cdiv(block.span, block.columns), step, None)
+
+
+def glu(
+    activation: Callable[[Array], Array],
+    cut: Cut,
+    pack: Array,
+    index: Array,
+    gate_up_ref: Any,
+    dact_ref: Any,
+    s_ref: Any,
+    w_ref: Any,
+    g_ref: Any,
+    o_ref: Any,
+) -> None:
+    """Through act = activation(gate) * up: d = dact + s w; o = d(gate) | d(up) of d; g[ranks, columns] = s^T act.
+
+    The activation is computed in float32 and rounded before the product with up, as the forward does; d is not rounded.
+    """
+    side, block, dtype = cut.side, cut.block, o_ref.dtype
+    _, start, end = side.block(index, block.columns)
+    columns, inside = _columns(start, block.columns, end, cut.whole)
+    ups = columns + side.sizes[0]
+    w = [_load(w_ref, side.ranks_of(pack, at, size), columns, _mask(None, inside)) for at, size in cut.ranks]
+
+    def step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        rows, ok = side.rows_of(pack, number * block.rows, block.rows)
+        mask = _mask(ok, inside)
+        gate, up = (_load(gate_up_ref, rows, at, mask).astype(F32) for at in (columns, ups))
+        s = [_load(s_ref, rows, side.in_s(at, size, jnp.int32(0)), _mask(ok, None)) for at, size in cut.ranks]
+        d = _load(dact_ref, rows, columns, mask).astype(F32)
+        for one, other in zip(s, w, strict=True):
+            d += _dot(one, other, 1, 0)
+        # Elementwise: the derivative along d * up is the transpose at it.
+        value, dgate = jax.jvp(activation, (gate,), (d * up,))
+        value = value.astype(dtype).astype(F32)
+        plt.store(o_ref.at[rows[:, None], columns[None, :]], dgate.astype(dtype), mask=mask)
+        plt.store(o_ref.at[rows[:, None], ups[None, :]], (d * value).astype(dtype), mask=mask)
+        act = (value * up).astype(dtype)
+        return tuple(total + _dot(act, one, 0, 0) for total, one in zip(sums, s, strict=True))
+
+    sums = tuple(jnp.zeros((block.columns, size), F32) for _, size in cut.ranks)
+    sums = lax.fori_loop(0, pl.cdiv(side.rows, block.rows), step, sums)
+    for (at, size), total in zip(cut.ranks, sums, strict=True):
+        ranks = side.ranks_of(pack, at, size)
+        plt.store(g_ref.at[ranks[None, :], columns[:, None]], total, mask=None if inside is None else inside[:, None])

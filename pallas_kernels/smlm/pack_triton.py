@@ -1,4 +1,4 @@
-"""The backward of `pack_lora` as two Pallas-Triton launches.
+"""The backward of packs as two Pallas-Triton launches.
 
 The first reads dY: shares of dS = dY B^T, and dB = S^T dY. XLA adds the shares up in their one order. The second
 reads x and writes dX: dA = dS^T x, dX = dS A. Programs of both kinds of a launch run side by side, so the big operand
@@ -28,28 +28,24 @@ MAX_ELEMENTS = 2**31  # the kernels address with 32 bits
 
 # Jitted so that the layers of a model trace and lower the kernels once a shape.
 @functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret"))
-def pack_backward(
+def pack_backward_triton(
     x: Float[Array, "G L in"],
     A: Float[Array, "G MP nR in"],
     B: Float[Array, "G MP R out"],
-    S: Float[Array, "G L MP nR"],
+    S: Float[Array, "G L n MP R"],
     dy: Float[Array, "G L out"],
     out_features: tuple[int, ...],
+    dx: Float[Array, "G L in"] | None = None,
     *,
     config: PackConfig | None = None,
     interpret: bool | None = None,
 ) -> tuple[Array, Array, Array]:
-    """dX, dA and dB of `pack_lora`; sums in float32, operands in x's dtype.
+    """`pack.pack_backward` by kernels; dX + dx is rounded once.
 
     Every sum has one order that does not depend on the other packs; nothing crosses packs.
 
     Args:
-        x: Inputs of the forward.
-        A: Pages of the n stacked targets.
-        B: Pages with scaling folded in.
-        S: x A^T, rounded to x's dtype.
-        dy: Gradient of the delta.
-        out_features: Columns of each target.
+        x, A, B, S, dy, out_features, dx: As for `pack_backward`.
         config: How the launches are cut; by default chosen from the shapes.
         interpret: Run as plain XLA operations; by default on the CPU only.
 
@@ -61,19 +57,34 @@ def pack_backward(
     """
     packs, rows, size = x.shape
     pages, targets, dtype = A.shape[1], len(out_features), x.dtype
-    if max(x.size, dy.size) >= MAX_ELEMENTS:
-        raise ValueError(f"x, dy: got shapes {x.shape}, {dy.shape}, expected fewer than {MAX_ELEMENTS} elements each")
+    check_elements(x=x, dy=dy)
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
     config = config or default_pack_config(packs * rows, out_features, pages, dtype)
-    flat = {"x": x, "A": A.astype(dtype), "B": B.astype(dtype), "dY": dy.astype(dtype)}
-    flat = {name: a.reshape(-1, a.shape[-1]) for name, a in flat.items()} | {"S": S.reshape(packs * rows, -1)}
-    ys = Side(packs, rows, out_features, pages * RANK_PAGE)
-    dB, flat["dS"] = _read_dy(ys, flat, config, interpret)
+    flat = rows_of(dtype, x=x, A=A, B=B, dY=dy, S=S.reshape(packs, rows, -1))
+    if dx is not None:
+        flat |= rows_of(dtype, dx=dx)
+    dB, flat["dS"] = read_dy(Side(packs, rows, out_features, pages * RANK_PAGE), flat, config, interpret)
     dA, dX = _read_x(Side(packs, rows, (size,), targets * pages * RANK_PAGE), flat, config, interpret)
     return tuple(d.reshape(a.shape).astype(a.dtype) for d, a in ((dX, x), (dA, A), (dB, B)))
 
 
-def _read_dy(side: Side, flat: dict[str, Array], config: PackConfig, interpret: bool) -> tuple[Array, Array]:
+def check_elements(**arrays: Array) -> None:
+    """The kernels can address them.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    for name, a in arrays.items():
+        if a.size >= MAX_ELEMENTS:
+            raise ValueError(f"{name}: got shape {a.shape}, expected fewer than {MAX_ELEMENTS} elements")
+
+
+def rows_of(dtype: jnp.dtype, **arrays: Array) -> dict[str, Array]:
+    """Operands as the kernels take them: in one dtype, the rows of all packs one below the other."""
+    return {name: a.astype(dtype).reshape(-1, a.shape[-1]) for name, a in arrays.items()}
+
+
+def read_dy(side: Side, flat: dict[str, Array], config: PackConfig, interpret: bool) -> tuple[Array, Array]:
     """(dB, dS): the first launch and the sum of its shares."""
     rows, dtype = flat["dY"].shape[0], flat["dY"].dtype
     outs = {
@@ -86,22 +97,22 @@ def _read_dy(side: Side, flat: dict[str, Array], config: PackConfig, interpret: 
         works.append(Work(gradient, dB, dB.strips, ("dY", "S", "dB")))
         works.append(Work(shrink, dS, dS.tiles, ("dY", "B", "shares")))
     params = plt.CompilerParams(num_warps=config.first_warps, num_stages=config.first_stages)
-    found = _launch("pack_backward_dy", works, flat, outs, params, interpret)
+    found = launch("pack_backward_dy", works, flat, outs, params, interpret, turns=config.turns)
     return found["dB"], _add_shares(found["shares"], side, config.dS.span).astype(dtype)
 
 
 def _read_x(side: Side, flat: dict[str, Array], config: PackConfig, interpret: bool) -> tuple[Array, Array]:
-    """(dA, dX): the second launch."""
-    x = flat["x"]
+    """(dA, dX): the second launch; dX takes the place of dx where there is one."""
+    x, given = flat["x"], ("dx",) if "dx" in flat else ()
     outs = {"dA": jax.ShapeDtypeStruct(flat["A"].shape, F32), "dX": jax.ShapeDtypeStruct(x.shape, x.dtype)}
     works = []
     for ranks in side.windows:
         dA = Cut(side, config.dA, ranks)
         works.append(Work(gradient, dA, dA.strips, ("x", "dS", "dA")))
     dX = Cut(side, config.dX, side.chunks)
-    works.append(Work(expand, dX, dX.tiles, ("dS", "A", "dX")))
+    works.append(Work(expand, dX, dX.tiles, ("dS", "A", *given, "dX")))
     params = plt.CompilerParams(num_warps=config.second_warps, num_stages=config.second_stages)
-    found = _launch("pack_backward_x", works, flat, outs, params, interpret)
+    found = launch("pack_backward_x", works, flat, outs, params, interpret, {"dX": "dx"} if given else None)
     return found["dA"], found["dX"]
 
 
@@ -115,35 +126,52 @@ class Work:
     operands: tuple[str, ...]
 
 
-def _launch(
+def launch(
     name: str,
     works: list[Work],
     arrays: dict[str, Array],
     outs: dict[str, jax.ShapeDtypeStruct],
     params: plt.CompilerParams,
     interpret: bool,
+    in_place: dict[str, str] | None = None,
+    turns: int = 1,
 ) -> dict[str, Array]:
-    """Runs all works in one grid: pack after pack, and in a pack one kind after the other."""
+    """Runs all works in one grid: pack after pack, and in a pack one kind after the other, or by turns.
+
+    Args:
+        name: What a profile shows.
+        works: The kinds of work.
+        arrays: Operands by name; those that no work names are left out.
+        outs: Results by name.
+        params: Triton's.
+        interpret: Run as plain XLA operations.
+        in_place: {result: operand whose buffer it takes}.
+        turns: Pieces that each kind of a pack is cut into: kinds take turns, so that they meet in an operand's parts
+            before the cache has lost them.
+    """
     used = {operand for work in works for operand in work.operands}
     arrays = {key: a for key, a in arrays.items() if key in used}
-    packs, a_pack = works[0].cut.side.packs, sum(work.programs for work in works)
+    packs, shares = works[0].cut.side.packs, [pl.cdiv(work.programs, turns) for work in works]
+    alias = {list(arrays).index(given): list(outs).index(out) for out, given in (in_place or {}).items()}
 
     def kernel(*refs: Any) -> None:
         named = dict(zip([*arrays, *outs], refs, strict=True))
-        pack, index = lax.div(pl.program_id(0), jnp.int32(a_pack)), lax.rem(pl.program_id(0), jnp.int32(a_pack))
-        first = 0
-        for work in works:
-            run = functools.partial(work.body, work.cut, pack, index - first, *(named[key] for key in work.operands))
-            pl.when((index >= first) & (index < first + work.programs))(run)
-            first += work.programs
+        turn, first = (f(pl.program_id(0), jnp.int32(sum(shares))) for f in (lax.div, lax.rem))
+        pack, turn = (f(turn, jnp.int32(turns)) for f in (lax.div, lax.rem))
+        for work, share in zip(works, shares, strict=True):
+            index = turn * share + first
+            run = functools.partial(work.body, work.cut, pack, index, *(named[key] for key in work.operands))
+            pl.when((first >= 0) & (first < share) & (index < work.programs))(run)
+            first -= share
 
-    kernel.__name__ = name  # what a profile shows
+    kernel.__name__ = name
     found = pl.pallas_call(
         kernel,
-        grid=(packs * a_pack,),
+        grid=(packs * turns * sum(shares),),
         in_specs=[whole(a) for a in arrays.values()],
         out_specs=tuple(whole(out) for out in outs.values()),
         out_shape=tuple(outs.values()),
+        input_output_aliases=alias,
         compiler_params=params,
         interpret=interpret,
         name=name,

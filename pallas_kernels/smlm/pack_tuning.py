@@ -32,17 +32,19 @@ class PackConfig:
     Attributes:
         dB, dS: Work of the first launch; the span of dS decides the order of its sums.
         dA, dX: Work of the second.
+        turns: Pieces of each kind of work of the first launch that come by turns.
         first_warps, first_stages, second_warps, second_stages: Triton's.
     """
 
     dB: Block = Block(64, 64)
     dS: Block = Block(64, 64, 512)
-    dA: Block = Block(128, 64)
-    dX: Block = Block(128, 64, 512)
+    dA: Block = Block(64, 64)
+    dX: Block = Block(64, 64, 256)
     first_warps: int = 4
     first_stages: int = 4
     second_warps: int = 4
     second_stages: int = 4
+    turns: int = 1
 
 
 def default_pack_config(rows: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype) -> PackConfig:
@@ -55,7 +57,7 @@ def default_pack_config(rows: int, out_features: tuple[int, ...], pages: int, dt
         dtype: Of x.
     """
     few, wide = rows <= 1024, sum(out_features) > 8192
-    config = PackConfig() if few else replace(PackConfig(), dA=Block(64, 64), dX=Block(128, 64, 256))
+    config = PackConfig()
     if jnp.dtype(dtype).itemsize > 2:  # float32: twice the bytes, no wgmma
         config = PackConfig(Block(32, 32), Block(32, 32, 512), Block(32, 32), Block(32, 32, 32), 4, 2, 4, 2)
     elif wide and few:

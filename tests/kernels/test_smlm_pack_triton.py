@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels.smlm import pack_lora
-from pallas_kernels.smlm.pack_triton import pack_backward
+from pallas_kernels.smlm import pack_backward, pack_lora, pack_shrink
+from pallas_kernels.smlm.pack_triton import pack_backward_triton
 from pallas_kernels.smlm.pack_tuning import MAX_SHARED_BYTES, Block, PackConfig, default_pack_config, shared_bytes
 from tests.tolerances import assert_close
 
@@ -43,6 +43,7 @@ CASES = {
     "targets": Case(2, 64, 96, (48, 16, 16), 1),
     "all odd": Case(3, 40, 80, (112, 80), 3),
     "rank 128": Case(1, 32, 64, (32, 32), 8),
+    "one row packs": Case(3, 1, 48, (16, 32), 2),
 }
 
 
@@ -67,8 +68,7 @@ def gradients(
     case: Case, x: jax.Array, A: jax.Array, B: jax.Array, dy: jax.Array, config: PackConfig | None = SMALL
 ) -> tuple[jax.Array, ...]:
     """dX, dA, dB of the kernels."""
-    S = jnp.einsum("gli,gmri->glmr", x, A.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
-    return pack_backward(x, A, B, S, dy, case.outs, config=config)
+    return pack_backward_triton(x, A, B, pack_shrink(x, A), dy, case.outs, config=config)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,6 +90,29 @@ def test_bfloat16_rows_give_float32_gradients_of_float32_pages(name: str) -> Non
     for one, other in zip(got, reference(case, x, A, B, dy), strict=True):
         scale = float(jnp.abs(other).max())
         assert_close(one.astype(jnp.float32) / scale, other / scale, "bf16_grad")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("name", ["targets", "one row packs"])
+def test_dx_is_added_to_what_is_given(name: str, implementation: str) -> None:
+    case = CASES[name]
+    x, A, B, dy = case.arrays()
+    given, options = jnp.sin(x), {"implementation": implementation}
+    want = pack_backward(x, A, B, pack_shrink(x, A), dy, case.outs, **options)
+    got = pack_backward(x, A, B, pack_shrink(x, A), dy, case.outs, dx=given, **options)
+    assert_close(got[0], given + want[0], "f32")
+    for one, other in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_sum_with_a_given_dx_is_rounded_once() -> None:
+    case = CASES["one pack"]
+    x, A, B, dy = case.arrays(jnp.bfloat16)
+    S, given = pack_shrink(x, A), (8 * x).astype(jnp.bfloat16)
+    got = pack_backward_triton(x, A, B, S, dy, case.outs, given, config=SMALL)[0]
+    wide = pack_backward_triton(*(a.astype(jnp.float32) for a in (x, A, B, S, dy)), case.outs, config=SMALL)[0]
+    want = given.astype(jnp.float32) + wide
+    assert float(jnp.abs(got.astype(jnp.float32) - want).max() / jnp.abs(want).max()) < 2**-8
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
@@ -163,16 +186,18 @@ def test_lowers_for_cuda(name: str, dtype: jnp.dtype) -> None:
         jax.ShapeDtypeStruct((case.packs, case.rows, case.size), dtype),
         jax.ShapeDtypeStruct((case.packs, case.pages, n * 16, case.size), jnp.float32),
         jax.ShapeDtypeStruct((case.packs, case.pages, 16, out), jnp.float32),
-        jax.ShapeDtypeStruct((case.packs, case.rows, case.pages, n * 16), dtype),
+        jax.ShapeDtypeStruct((case.packs, case.rows, n, case.pages, 16), dtype),
         jax.ShapeDtypeStruct((case.packs, case.rows, out), dtype),
     ]
 
     def f(*args: jax.Array) -> tuple[jax.Array, ...]:
-        return pack_backward(*args, case.outs, interpret=False)
+        return pack_backward_triton(*args[:5], case.outs, args[5], interpret=False)
 
     with pretend_gpu():
-        text = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        traced = jax.jit(f, donate_argnums=5).trace(*shapes, shapes[0])
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2
+    assert text.count("output_operand_aliases") == 1
 
 
 @pytest.mark.parametrize("name", SHAPES)

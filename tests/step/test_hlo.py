@@ -9,9 +9,8 @@ import pytest
 
 from loquetier_jax.config import Bucket
 from loquetier_jax.models.decoder import base_linear
-from loquetier_jax.step import replay
-from loquetier_jax.step.functions import StepFunctions, TrainKey
-from tests.step.cases import PACK, make_world, mixed_items
+from loquetier_jax.step.functions import TrainKey
+from tests.step.cases import PACK, make_world, mixed_items, tiny_config
 
 # Sizes that no weight of the tiny model has, so that a shape in the text says what it is.
 BUCKET = Bucket(packs=3, pack_tokens=PACK, prefill=80, chunks=2, decode=19)
@@ -91,11 +90,9 @@ def test_weight_gradient_would_be_seen(world):
         check_backward(world, text)
 
 
-def test_a_forward_that_is_recomputed_would_be_seen(monkeypatch):
+def test_a_forward_that_is_recomputed_would_be_seen():
     """The count of GEMMs bites: without the kept values, projections are computed again."""
-    monkeypatch.setattr(replay, "known", lambda f, y, *args: f(*args))
-    world = make_world()
-    world.functions = StepFunctions(world.spec, world.cfg, world.state)  # compiled afresh
+    world = make_world(cfg=tiny_config(keep=()))
     assert base_gemms(world, backward_text(world)) > 2 * 4
 
 

@@ -1,0 +1,112 @@
+"""Gradients of packs added to the pool of train pages: all page stacks of a layer in one launch, in place."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Int32
+
+from pallas_kernels.smlm.pack import choose
+from pallas_kernels.smlm.triton_tiles import whole
+
+BLOCK = 1024  # elements of a page that a program adds up
+
+
+def add_gradients(pools: Any, pool_ids: Int32[Array, "G MP"], deltas: Any, *, implementation: str | None = None) -> Any:
+    """pool[pool_ids[g, m]] += delta[g, m], pack after pack: two packs of one job add in the job's own order.
+
+    Args:
+        pools: Tree of train pages [P, r, c], float32; written in place where XLA may reuse the buffers (donate them).
+        pool_ids: Pages of each pack, 0 where it has none; no other page twice in a pack.
+        deltas: The same tree of gradients [G, MP, r, c], float32.
+        implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
+
+    Returns:
+        The tree of pools. Page 0 is a bin: what it holds stays finite where gradients are, and nobody reads it.
+
+    Raises:
+        ValueError: the implementation is unknown.
+    """
+    if choose(implementation) == "triton":
+        return add_gradients_triton(pools, pool_ids, deltas)
+    return jax.tree.map(functools.partial(_scatter, pool_ids), pools, deltas)
+
+
+def _scatter(pool_ids: Array, pool: Array, delta: Array) -> Array:
+    for g in range(delta.shape[0]):
+        pool = pool.at[pool_ids[g]].add(delta[g].astype(jnp.float32))
+    return pool
+
+
+@functools.partial(jax.jit, static_argnames=("block", "warps", "interpret"))
+def add_gradients_triton(
+    pools: Any,
+    pool_ids: Int32[Array, "G MP"],
+    deltas: Any,
+    *,
+    block: int = BLOCK,
+    warps: int = 4,
+    interpret: bool | None = None,
+) -> Any:
+    """`add_gradients` in one launch, with the same bits but for page 0, which is left alone."""
+    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    leaves, tree = jax.tree.flatten(pools)
+    slots, count = pool_ids.size, len(leaves)
+    flat = [a.reshape(a.shape[0], -1) for a in leaves]
+    added = [a.astype(jnp.float32).reshape(slots, -1) for a in jax.tree.leaves(deltas)]
+    blocks = [pl.cdiv(a.shape[1], block) for a in flat]
+
+    def kernel(ids_ref: Any, *refs: Any) -> None:
+        slot, index = pl.program_id(0), pl.program_id(1)
+        page = ids_ref[slot]
+        earlier = lax.fori_loop(0, slot, lambda n, found: found | (ids_ref[n] == page), page == 0)
+        # The first slot of a page adds up all of them: nobody else touches the page.
+        for n, (size, programs) in enumerate(zip([a.shape[1] for a in flat], blocks, strict=True)):
+            add = functools.partial(_add, slots, ids_ref, slot, page, index * block, block, size)
+            pl.when(~earlier & (index >= 0) & (index < programs))(
+                functools.partial(add, refs[n], refs[count + n], refs[2 * count + n])
+            )
+            index -= programs
+
+    found = pl.pallas_call(
+        kernel,
+        grid=(slots, sum(blocks)),
+        in_specs=[whole(a) for a in (pool_ids.reshape(slots), *added, *flat)],
+        out_specs=[whole(a) for a in flat],
+        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in flat],
+        input_output_aliases={1 + count + n: n for n in range(count)},
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+        name="pack_add_gradients",
+    )(pool_ids.reshape(slots), *added, *flat)
+    return jax.tree.unflatten(tree, [a.reshape(b.shape) for a, b in zip(found, leaves, strict=True)])
+
+
+def _add(
+    slots: int,
+    ids_ref: Any,
+    slot: Array,
+    page: Array,
+    start: Array,
+    block: int,
+    size: int,
+    delta_ref: Any,
+    pool_ref: Any,
+    out_ref: Any,
+) -> None:
+    """out[page, block] = pool + the deltas of every slot of the page, from `slot` on, in their order."""
+    at = start + jnp.arange(block, dtype=jnp.int32)
+    inside = None if size % block == 0 else at < size
+
+    def add(number: Array, total: Array) -> Array:
+        same = jnp.broadcast_to(ids_ref[number] == page, (block,))
+        mask = same if inside is None else same & inside
+        return jnp.where(same, total + plt.load(delta_ref.at[number, at], mask=mask, other=0.0), total)
+
+    first = plt.load(delta_ref.at[slot, at], mask=inside, other=None if inside is None else 0.0)
+    total = plt.load(pool_ref.at[page, at], mask=inside, other=None if inside is None else 0.0) + first
+    plt.store(out_ref.at[page, at], lax.fori_loop(slot + 1, slots, add, total), mask=inside)

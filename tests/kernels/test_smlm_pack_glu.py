@@ -1,0 +1,167 @@
+"""The backward of a gated MLP's second half against autodiff of the plain formula; CUDA for every shape class."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loquetier_jax.models.decoder import ACTIVATIONS
+from pallas_kernels.smlm import pack_glu_backward, pack_shrink
+from pallas_kernels.smlm.pack_glu import GluConfig
+from pallas_kernels.smlm.pack_tuning import Block, PackConfig
+from tests.kernels.test_smlm_pack_triton import pretend_gpu
+from tests.tolerances import assert_close
+
+F32 = jnp.float32
+FIRST = PackConfig(Block(16, 32), Block(32, 32, 64), Block(16, 32), Block(32, 16, 32))
+SECOND = GluConfig(Block(16, 32))
+
+
+@dataclass(frozen=True)
+class Case:
+    packs: int
+    rows: int
+    size: int  # F
+    out: int
+    pages: int = 1
+
+    def arrays(self, dtype: jnp.dtype = F32) -> list[jax.Array]:
+        """gate_up, A, B, W, dy; A and B in float32 with values of `dtype`."""
+        rng = np.random.default_rng(0)
+
+        def draw(*shape: int, scale: float = 1.0) -> jax.Array:
+            return jnp.asarray(rng.normal(size=shape) * scale, dtype)
+
+        A = draw(self.packs, self.pages, 16, self.size, scale=self.size**-0.5)
+        B = draw(self.packs, self.pages, 16, self.out, scale=0.25)
+        W = draw(self.size, self.out, scale=self.size**-0.5)
+        gate_up, dy = (draw(self.packs, self.rows, n) for n in (2 * self.size, self.out))
+        return [gate_up, A.astype(F32), B.astype(F32), W, dy]
+
+
+CASES = {
+    "one pack": Case(1, 64, 64, 48),
+    "one row packs": Case(3, 1, 32, 32),
+    "pages": Case(2, 32, 96, 64, 3),
+    "all odd": Case(2, 40, 80, 112, 4),
+    "rank 144": Case(1, 16, 32, 16, 9),
+}
+
+
+def down(
+    act: Callable[[jax.Array], jax.Array], gate_up: jax.Array, A: jax.Array, B: jax.Array, W: jax.Array
+) -> jax.Array:
+    """The projection of act(gate) * up with its adapter, in full."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    full = W[None] + jnp.einsum("gmrf,gmrd->gfd", A, B, precision="highest")
+    return jnp.einsum("glf,gfd->gld", act(gate) * up, full, precision="highest")
+
+
+def reference(act: Callable[[jax.Array], jax.Array], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Gradients of gate_up, A and B, in float32."""
+    gate_up, A, B, W, dy = (a.astype(F32) for a in arrays)
+    return jax.vjp(lambda *a: down(act, *a, W), gate_up, A, B)[1](dy)
+
+
+def gradients(
+    act: Callable[[jax.Array], jax.Array],
+    gate_up: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    W: jax.Array,
+    dy: jax.Array,
+    config: GluConfig | None = SECOND,
+) -> tuple[jax.Array, ...]:
+    """Those of the kernels."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    S = pack_shrink(act(gate.astype(F32)).astype(gate.dtype) * up, A)
+    dact = jnp.einsum("gld,fd->glf", dy.astype(F32), W.astype(F32), precision="highest").astype(dy.dtype)
+    return pack_glu_backward(gate_up, A, B, S, dy, dact, act, config=config, first=FIRST if config else None)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_formula(name: str) -> None:
+    arrays = CASES[name].arrays()
+    got, want = gradients(jax.nn.silu, *arrays), reference(jax.nn.silu, *arrays)
+    for one, other, like in zip(got, want, arrays, strict=False):
+        assert (one.shape, one.dtype) == (like.shape, like.dtype)
+        assert_close(one, other, "logits_f32")
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu_pytorch_tanh"])
+def test_other_activations(name: str) -> None:
+    arrays = CASES["one pack"].arrays()
+    for one, other in zip(
+        gradients(ACTIVATIONS[name], *arrays), reference(ACTIVATIONS[name], *arrays), strict=True
+    ):
+        assert_close(one, other, "logits_f32")
+
+
+@pytest.mark.parametrize("name", ["pages", "all odd"])
+def test_bfloat16_rows_give_float32_gradients_of_float32_pages(name: str) -> None:
+    arrays = CASES[name].arrays(jnp.bfloat16)
+    got, want = gradients(jax.nn.silu, *arrays), reference(jax.nn.silu, *arrays)
+    assert [a.dtype for a in got] == [jnp.bfloat16, F32, F32]
+    for one, other in zip(got, want, strict=True):
+        scale = float(jnp.abs(other).max())
+        assert_close(one.astype(F32) / scale, other / scale, "bf16_grad")
+
+
+def test_a_pack_keeps_its_bits_beside_any_other() -> None:
+    gate_up, A, B, W, dy = CASES["all odd"].arrays()
+    alone = gradients(jax.nn.silu, gate_up[1:], A[1:], B[1:], W, dy[1:])
+    beside = gradients(jax.nn.silu, gate_up.at[0].set(jnp.nan), A.at[0].set(jnp.inf), B, W, dy)
+    for one, other in zip(alone, beside, strict=True):
+        np.testing.assert_array_equal(one[0], other[1])
+
+
+def test_absent_pages_get_nothing() -> None:
+    gate_up, A, B, W, dy = CASES["pages"].arrays()
+    absent = [a.at[:, 1:].set(0).at[1].set(0) for a in (A, B)]  # pack 1 has no adapter
+    got = gradients(jax.nn.silu, gate_up, *absent, W, dy)
+    want = reference(jax.nn.silu, gate_up, *absent, W, dy)
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other, "logits_f32")
+    for d in got[1:]:
+        np.testing.assert_array_equal(d[:, 1:], 0)
+        np.testing.assert_array_equal(d[1], 0)
+
+
+SHAPES = {
+    "8b": Case(1, 1024, 14336, 4096),
+    "packs_r64": Case(4, 1024, 14336, 4096, 4),
+    "odd_r128": Case(2, 96, 4864, 896, 8),
+    "r256": Case(1, 64, 4096, 1024, 16),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu_pytorch_tanh"])
+def test_lowers_for_cuda(name: str, activation: str, dtype: jnp.dtype) -> None:
+    c, f = SHAPES[name], ACTIVATIONS[activation]
+    shapes = [
+        jax.ShapeDtypeStruct((c.packs, c.rows, 2 * c.size), dtype),
+        jax.ShapeDtypeStruct((c.packs, c.pages, 16, c.size), F32),
+        jax.ShapeDtypeStruct((c.packs, c.pages, 16, c.out), F32),
+        jax.ShapeDtypeStruct((c.packs, c.rows, 1, c.pages, 16), dtype),
+        jax.ShapeDtypeStruct((c.packs, c.rows, c.out), dtype),
+        jax.ShapeDtypeStruct((c.packs, c.rows, c.size), dtype),
+    ]
+    with pretend_gpu():
+        traced = jax.jit(lambda *a: pack_glu_backward(*a, f, interpret=False)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2
+
+
+@pytest.mark.gpu
+def test_repeats_give_one_bit_pattern() -> None:
+    arrays = Case(2, 512, 2048, 1024, 2).arrays(jnp.bfloat16)
+    f = jax.jit(lambda *a: gradients(jax.nn.silu, *a, config=None))
+    want = f(*arrays)
+    for _ in range(50):
+        for one, other in zip(f(*arrays), want, strict=True):
+            np.testing.assert_array_equal(one, other)
