@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
-from pallas_kernels.smlm.triton_kernels import product
+from pallas_kernels.smlm.triton_kernels import product, tree_sum
 from pallas_kernels.smlm.triton_tiles import column_block, whole
 from pallas_kernels.smlm.tuning import num_spans
 
@@ -120,12 +120,6 @@ class Tile:
         return lax.fori_loop(0, count, lambda m, carry: do(m, page(m), carry), carry)
 
 
-def _tree_sum(parts: list[Array]) -> Array:
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
 def _load(ref: Any, index: tuple[Array | int, ...], *masks: Array | None) -> Array:
     """The elements at `index`; where a mask (None: no mask) is false, zero, and no memory is touched."""
     masks = [mask for mask in masks if mask is not None]
@@ -157,7 +151,7 @@ def shrink(cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, s_ref: Any
         zeros = (jnp.zeros((TILE, RANK_PAGE), F32),) * (spans * cut.targets)
         sums = lax.fori_loop(0, pl.cdiv(cut.span, cut.block_k), step, zeros)
         for i in range(cut.targets):
-            total, ranks = _tree_sum(list(sums[i :: cut.targets])), cut.ranks(i, m)
+            total, ranks = tree_sum(list(sums[i :: cut.targets])), cut.ranks(i, m)
             mask = jnp.broadcast_to(tile.ok, (TILE, RANK_PAGE))
             plt.store(s_ref.at[part, tile.rows, ranks], total, mask=mask)
 
@@ -171,7 +165,7 @@ def expand(cut: Cut, tile: Tile, part: Array, s_ref: Any, B_ref: Any, o_ref: Any
 
     def do(m: Array, page: Array, delta: Array) -> Array:
         b = _load(B_ref, (jnp.zeros_like(rank) + page, rank, columns), None if cut.whole_blocks else inside)
-        S = _tree_sum([_load(s_ref, (p, tile.rows, cut.ranks(target, m)), tile.ok) for p in range(cut.parts)])
+        S = tree_sum([_load(s_ref, (p, tile.rows, cut.ranks(target, m)), tile.ok) for p in range(cut.parts)])
         return delta + product(S.astype(b.dtype), b, 0)
 
     delta = tile.fold(do, jnp.zeros((TILE, cut.block_n), F32))
