@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from loquetier_jax.batch.segments import PackRows, SegmentBatch
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
-from loquetier_jax.models.decoder import ACTIVATIONS, base_linear, gated
+from loquetier_jax.models.decoder import base_linear, gated
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from loquetier_jax.step.pack_attention import pack_attention
@@ -102,8 +102,7 @@ class ForwardOps:
 
     def mlp(self, h: jax.Array) -> jax.Array:
         """The gated MLP of all rows, each with its adapter. [T, D] -> [T, D]."""
-        fused = gate_fused(self.cfg.smlm) and self.spec.hidden_act != "gelu"  # Triton kernels have no erf
-        if self.bucket.few_rows or not fused:
+        if self.bucket.few_rows or not gate_fused(self.spec.hidden_act, self.cfg.smlm):
             return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))
         group, rows = "gate_up_proj", self.bucket.train_rows
         found = smlm_gated(
@@ -111,7 +110,7 @@ class ForwardOps:
             *self.pages[group],
             self.batch.lora,
             y=base_linear(self.weights, group, h),
-            activation=ACTIVATIONS[self.spec.hidden_act],
+            activation=self.spec.hidden_act,
             keep_rows=rows,
             keep_y=group in self.cfg.keep,
         )

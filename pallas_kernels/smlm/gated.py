@@ -4,7 +4,6 @@ Adding the delta in place reads and writes the widest activation of a layer once
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,14 +13,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
+from pallas_kernels.smlm.activation import ACTIVATIONS, gated
 from pallas_kernels.smlm.api import _check_arrays, _check_plan, _choose
 from pallas_kernels.smlm.plan import WIDE, SmlmPlan
 from pallas_kernels.smlm.triton import Launch, first_rows
-from pallas_kernels.smlm.triton_kernels import F32, add, load_S, product
+from pallas_kernels.smlm.triton_kernels import F32, load_S, product
 from pallas_kernels.smlm.triton_tiles import Cut, Group, Tile
 from pallas_kernels.smlm.tuning import SmlmConfig, default_config
-
-Activation = Callable[[Array], Array]
 
 
 class Gated(NamedTuple):
@@ -38,13 +36,14 @@ class Gated(NamedTuple):
     S: Float[Array, "K 2 MP R"] | None
 
 
-def gate_fused(implementation: str | None) -> bool:
-    """Whether `smlm_gated` is the way to compute a gated activation of many rows: kernels can, XLA fuses by itself.
+def gate_fused(activation: str, implementation: str | None) -> bool:
+    """Whether `smlm_gated` is the way to compute a gated activation of many rows: there are kernels, and one has it.
 
     Args:
+        activation: Name of the activation.
         implementation: As for `smlm`.
     """
-    return _choose(implementation) != "xla"
+    return _choose(implementation) != "xla" and activation in ACTIVATIONS
 
 
 def smlm_gated(
@@ -54,7 +53,7 @@ def smlm_gated(
     plan: SmlmPlan,
     *,
     y: Float[Array, "T 2F"],
-    activation: Activation,
+    activation: str,
     keep_rows: int = 0,
     keep_y: bool = True,
 ) -> Gated:
@@ -69,14 +68,17 @@ def smlm_gated(
         B: Pages, columns of gate and up side by side, x's dtype.
         plan: Work list of `build_plan`.
         y: gate and up of the base, x's dtype.
-        activation: float32 -> float32, elementwise, of what Pallas lowers for Triton (no erf).
+        activation: A key of `activation.ACTIVATIONS`.
         keep_rows: K, leading rows whose S is returned for a backward.
         keep_y: Whether gate and up of those rows are returned too.
 
     Raises:
-        ValueError: shapes disagree or are no multiples of 16, or x has fewer than keep_rows rows.
+        ValueError: shapes disagree or are no multiples of 16, x has fewer than keep_rows rows, or no kernel has the
+            activation.
         TypeError: dtypes disagree.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, expected one of {tuple(ACTIVATIONS)}")
     half = y.shape[1] // 2
     _check_arrays(x, A, B, y, (half, half))
     _check_plan(plan, x.shape[0])
@@ -86,13 +88,14 @@ def smlm_gated(
     return smlm_gated_triton(x, A, B, plan, y, activation, keep_rows, keep_y)
 
 
-def gated_config(x: Float[Array, "T in"], half: int, max_pages: int) -> SmlmConfig:
+def gated_config(x: Float[Array, "T in"], half: int, plan: SmlmPlan) -> SmlmConfig:
     """The configuration of `smlm` for these shapes, with one S for all blocks and blocks of two halves."""
-    config = default_config(*x.shape, (half, half), max_pages, x.dtype)
-    narrow = x.dtype.itemsize > 2
-    return replace(
-        config, tile_rows=WIDE, reduce=True, block_n=32 if narrow else 64, expand_warps=4, expand_stages=1
-    )
+    tiles, pages = plan.wide_pages.shape
+    config = default_config(*x.shape, (half, half), pages, x.dtype)
+    # Programs of tiles that a step does not use cost as much as a fifth of the launch: fewer, where there are many.
+    block_n = 128 if pages == 1 and 2 * tiles * WIDE > 3 * x.shape[0] else 64
+    block_n = 32 if x.dtype.itemsize > 2 else block_n
+    return replace(config, tile_rows=WIDE, reduce=True, block_n=block_n, expand_warps=8, expand_stages=1)
 
 
 # Jitted so that the layers of a model trace and lower the kernels once a shape.
@@ -103,7 +106,7 @@ def smlm_gated_triton(
     B: Float[Array, "P R 2F"],
     plan: SmlmPlan,
     y: Float[Array, "T 2F"],
-    activation: Activation,
+    activation: str,
     keep_rows: int,
     keep_y: bool = True,
     *,
@@ -119,7 +122,7 @@ def smlm_gated_triton(
     """
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
     half = y.shape[1] // 2
-    config = config or gated_config(x, half, plan.wide_pages.shape[1])
+    config = config or gated_config(x, half, plan)
     work = (plan.used, plan.wide_row, plan.wide_len, plan.wide_pages)
     cut = Cut.of(x, plan.wide_pages, (half, half), config, interpret)
     launch = Launch(cut, config, work)
@@ -135,7 +138,7 @@ def smlm_gated_triton(
 
 
 def gate(
-    activation: Activation,
+    activation: str,
     keep_rows: int,
     cut: Cut,
     tile: Tile,
@@ -154,24 +157,19 @@ def gate(
     places = [columns, half + columns]
     base = [plt.load(y_ref.at[tile.rows, at], mask=mask, other=0.0) for at in places]
 
-    def do(group: Group, deltas: tuple[Array, ...]) -> tuple[Array, ...]:
+    def do(group: Group, minus: tuple[Array, ...]) -> tuple[Array, ...]:
         B_mask = group.used[:, None] if inside is None else group.used[:, None] & inside
         new = []
-        for target, (at, delta) in enumerate(zip(places, deltas, strict=True)):
+        for target, (at, delta) in enumerate(zip(places, minus, strict=True)):
             b = plt.load(B_ref.at[group.page[:, None], group.rank[:, None], at], mask=B_mask, other=0.0)
-            new.append(delta + product(load_S(cut, tile, group, target, S_ref), b, 0))
+            new.append(delta + product(-load_S(cut, tile, group, target, S_ref), b, 0))
         return tuple(new)
 
+    # Minus the delta: of a row without adapter that is 0, and y - 0 is y even where y is -0.
     zero = jnp.zeros((cut.rows, cut.block_n), F32)
-    deltas = tile.for_page_groups(do, (zero, zero))
-    has_adapter = tile.pages[0] > 0
-    halves = [
-        jnp.where(has_adapter, add(y.astype(F32), delta).astype(y.dtype), y)
-        for y, delta in zip(base, deltas, strict=True)
-    ]
+    minus = tile.for_page_groups(do, (zero, zero))
+    halves = [(y.astype(F32) - delta).astype(y.dtype) for y, delta in zip(base, minus, strict=True)]
     if kept_ref is not None:
         for at, y in zip(places, halves, strict=True):
             plt.store(kept_ref.at[tile.rows, at], y, mask=mask & (tile.rows < keep_rows))
-    gate, up = halves
-    gate = activation(gate.astype(F32)).astype(gate.dtype)
-    plt.store(o_ref.at[tile.rows, columns], (gate.astype(F32) * up.astype(F32)).astype(up.dtype), mask=mask)
+    plt.store(o_ref.at[tile.rows, columns], gated(activation, *halves, cut.interpret), mask=mask)

@@ -6,7 +6,7 @@ Work is a list of (tile, part) that a bounded grid walks. Sums have one order: n
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -56,6 +56,8 @@ def smlm_triton(
         return jnp.zeros((0, sum(out_features)), x.dtype) if y is None else y
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
     config = config or default_config(x.shape[0], x.shape[1], out_features, plan.tile_pages.shape[1], x.dtype)
+    if S_rows:
+        config = replace(config, reduce=True)  # S as one array
     if y is None:
         y = jnp.zeros((x.shape[0], sum(out_features)), x.dtype)
     if config.tile_rows == TILE:
@@ -63,8 +65,8 @@ def smlm_triton(
     else:
         work = (plan.used, plan.wide_row, plan.wide_len, plan.wide_pages)
     launch = Launch(Cut.of(x, work[-1], out_features, config, interpret), config, work)
-    h = launch.shrink(x, A, plan.counters)
-    out, S = launch.expand(h, B, y, keep=S_rows > 0)
+    S = launch.shrink(x, A, plan.counters)
+    out = launch.expand(S, B, y)
     return (out, first_rows(S, S_rows, plan, len(out_features))) if S_rows else out
 
 
@@ -92,16 +94,12 @@ class Launch:
         S = jax.ShapeDtypeStruct((x.shape[0], cut.ranks), x.dtype)
         return self.run("shrink_and_reduce", shrink_and_reduce, cut.parts, (x, A, counters), (h, S), {}, params)[1]
 
-    def expand(self, S: Array, B: Array, y: Array, *, keep: bool) -> tuple[Array, Array | None]:
-        """(y + S B in place, S), S as `shrink` gives it; where that is partial sums, their sum if it is to be kept."""
+    def expand(self, S: Array, B: Array, y: Array) -> Array:
+        """y + S B in place, S as `shrink` gives it."""
         config, body = self.config, expand_reduced if self.config.reduce else expand
         params = plt.CompilerParams(num_warps=config.expand_warps, num_stages=config.expand_stages)
-        outs = (jax.ShapeDtypeStruct(y.shape, y.dtype),)
-        if keep and not config.reduce:
-            outs += (jax.ShapeDtypeStruct((y.shape[0], self.cut.ranks), y.dtype),)
-        alias = {len(self.work) + 2: 0}
-        found = self.run(body.__name__, body, self.cut.blocks, (S, B, y), outs, alias, params)
-        return found[0], S if config.reduce else found[-1]
+        out, alias = jax.ShapeDtypeStruct(y.shape, y.dtype), {len(self.work) + 2: 0}
+        return self.run(body.__name__, body, self.cut.blocks, (S, B, y), (out,), alias, params)[0]
 
     def run(
         self,

@@ -161,19 +161,14 @@ class _Block:
         plt.store(o_ref.at[self._tile.rows, self.columns], y, mask=self._mask)
 
 
-def expand(
-    cut: Cut, tile: Tile, part: Array, h_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any, S_ref: Any = None
-) -> None:
-    """y[rows, block] += S B, with S the ordered sum of the partial sums, which the first block of a target stores."""
+def expand(cut: Cut, tile: Tile, part: Array, h_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any) -> None:
+    """y[rows, block] += S B, with S the ordered sum of the partial sums."""
     block = _Block(cut, tile, part, y_ref)
 
     def do(group: Group, delta: Array) -> Array:
         b = block.load_B(group, B_ref)
-        S = _sum_partials(cut, tile, group, block.target, h_ref).astype(b.dtype)
-        if S_ref is not None:
-            at = S_ref.at[tile.rows, _ranks(cut, group, block.target)]
-            plt.store(at, S, mask=tile.ok & group.used[None, :] & cut.first_of_target(part))
-        return delta + product(S, b, 0)
+        S = _sum_partials(cut, tile, group, block.target, h_ref)
+        return delta + product(S.astype(b.dtype), b, 0)
 
     block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)
 

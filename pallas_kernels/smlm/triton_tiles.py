@@ -1,9 +1,6 @@
 """What one program of a Triton kernel works on: static sizes, a tile of rows, a group of pages."""
 
-import functools
-import itertools
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -99,11 +96,6 @@ class Cut:
     def block(self, index: Array) -> tuple[Array, Array, Array]:
         """(target, columns [1, block_n], which of them belong to the target) of a block of outputs."""
         return column_block(index, self.out_features, self.block_n)
-
-    def first_of_target(self, index: Array) -> Array:
-        """Whether a block of outputs is the first of its target."""
-        blocks = [pl.cdiv(size, self.block_n) for size in self.out_features[:-1]]
-        return functools.reduce(operator.or_, [index == start for start in itertools.accumulate(blocks, initial=0)])
 
 
 @dataclass
