@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.smlm import SmlmPlan, build_plan, num_tiles_bound, smlm_ref
+from pallas_kernels.smlm import SmlmPlan, build_plan, num_tiles_bound, num_wide_bound, smlm_ref
+from pallas_kernels.smlm.gated import smlm_gated_triton
 from pallas_kernels.smlm.plan import RANK_PAGE, WIDE
 from pallas_kernels.smlm.triton import smlm_triton
 from pallas_kernels.smlm.tuning import SmlmConfig, default_config
@@ -42,7 +43,7 @@ class Problem:
 
     def plan(self, segments: list[tuple[int, int, tuple[int, ...]]] | None = None) -> SmlmPlan:
         segments, rows = self.segments if segments is None else segments, self.x.shape[0]
-        tiles, wide = (num_tiles_bound([rows], [len(self.segments)], *height) for height in ((), (WIDE,)))
+        tiles, wide = (bound([rows], [len(self.segments)]) for bound in (num_tiles_bound, num_wide_bound))
         return build_plan(segments, rows, tiles, self.max_pages, wide)
 
     def config(self) -> SmlmConfig:
@@ -154,6 +155,28 @@ def check_numerics(
         raise AssertionError(f"got an error of {error}, expected less than {limit}")
 
 
+def check_gated(size: int, half: int, dtype: jnp.dtype, repeats: int = 100) -> None:
+    """gate and up have the bits of `smlm`, every time; the product is the formula's, silu in PTX or not."""
+    problem = make_problem(MIXED, size, (half, half), dtype)
+    plan, rows = jax.tree.map(jnp.asarray, problem.plan()), problem.x.shape[0]
+
+    def once() -> jax.Array:
+        return smlm_gated_triton(problem.x, problem.A, problem.B, plan, problem.y, "silu", rows)
+
+    found = once()
+    y = problem.run(problem.plan())
+    np.testing.assert_array_equal(np.asarray(found.kept), y)
+    gate, up = (half.astype(np.float64) for half in np.split(y, 2, axis=1))
+    want = gate / (1 + np.exp(-gate)) * up
+    error = float(np.max(np.abs(np.asarray(found.out, np.float64) - want) / (np.abs(want) + 1e-3)))
+    if not error < (limit := 2**-7 if dtype == jnp.bfloat16 else 2**-18):
+        raise AssertionError(f"got an error of {error}, expected less than {limit}")
+    differs = jax.jit(lambda a, b: jnp.any(a != b))
+    for number in range(repeats):
+        if int(differs(once().out, found.out)):
+            raise AssertionError(f"run {number} differs from the first")
+
+
 SHAPES = {
     "qkv": (4096, (4096, 1024, 1024)),
     "o": (4096, (4096,)),
@@ -174,6 +197,11 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{
         f"isolation/{shape}/{layout}": lambda s=shape, n=layout: check_isolation(LAYOUTS[n], *SHAPES[s])
         for shape, layout in (("qkv", "decode"), ("qkv", "mixed"), ("odd", "mixed"))
+    },
+    **{
+        f"gated/{half}/{dtype.__name__}": lambda h=half, d=dtype: check_gated(4096, h, d)
+        for half in (14336, 4864)
+        for dtype in (jnp.bfloat16, jnp.float32)
     },
     **{
         f"repeats/{shape}/{layout}": lambda s=shape, n=layout: check_repeats(LAYOUTS[n], *SHAPES[s])
