@@ -64,9 +64,7 @@ class ReplayOps:
 
     def mlp(self, h: jax.Array) -> jax.Array:
         gate_up = self.linear("gate_up_proj", h)
-        # Pallas-Triton has no erf, which the exact gelu needs.
-        fused = gate_fused(self.cfg.smlm) and not self.use_dropout and self.spec.hidden_act != "gelu"
-        if not fused:
+        if self.use_dropout or not gate_fused(self.spec.hidden_act, self.cfg.smlm):
             return self.linear("down_proj", gated(self.spec, gate_up))
         return with_transpose(self._down, self._down_transpose, gate_up, *self.lora["down_proj"])
 
