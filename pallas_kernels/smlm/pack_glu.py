@@ -34,7 +34,7 @@ def default_glu_config(pages: int, dtype: jnp.dtype) -> GluConfig:
     """The configuration of a shape class, tuned on an H200."""
     if jnp.dtype(dtype).itemsize > 2 or pages * RANK_PAGE > 128:
         return GluConfig(Block(32, 32), 4, 1)
-    return GluConfig(Block(32, 64), 4, 3)
+    return GluConfig(Block(64, 64), 4, 3)
 
 
 # Jitted so that the layers of a model trace and lower the kernels once a shape.
