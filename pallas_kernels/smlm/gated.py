@@ -172,4 +172,4 @@ def gate(
     if kept_ref is not None:
         for at, y in zip(places, halves, strict=True):
             plt.store(kept_ref.at[tile.rows, at], y, mask=mask & (tile.rows < keep_rows))
-    plt.store(o_ref.at[tile.rows, columns], gated(activation, *halves, cut.interpret), mask=mask)
+    plt.store(o_ref.at[tile.rows, columns], gated(activation, *halves), mask=mask)

@@ -156,7 +156,7 @@ def check_numerics(
 
 
 def check_gated(size: int, half: int, dtype: jnp.dtype, repeats: int = 100) -> None:
-    """gate and up have the bits of `smlm`, every time; the product is the formula's, silu in PTX or not."""
+    """gate and up have the bits of `smlm`, every time; the product is the formula's, with the quick silu."""
     problem = make_problem(MIXED, size, (half, half), dtype)
     plan, rows = jax.tree.map(jnp.asarray, problem.plan()), problem.x.shape[0]
 

@@ -140,4 +140,3 @@ def test_lowers_for_cuda(name: str, dtype: jnp.dtype) -> None:
         traced = jax.jit(f).trace(x, A, B, plan_shapes(1568, 130, 4, 62), y)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2
-    assert ("ex2.approx" in text) == (name == "silu" and dtype == jnp.bfloat16)
