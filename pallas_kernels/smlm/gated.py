@@ -88,13 +88,10 @@ def smlm_gated(
     return smlm_gated_triton(x, A, B, plan, y, activation, keep_rows, keep_y)
 
 
-def gated_config(x: Float[Array, "T in"], half: int, plan: SmlmPlan) -> SmlmConfig:
+def gated_config(x: Float[Array, "T in"], half: int, max_pages: int) -> SmlmConfig:
     """The configuration of `smlm` for these shapes, with one S for all blocks and blocks of two halves."""
-    tiles, pages = plan.wide_pages.shape
-    config = default_config(*x.shape, (half, half), pages, x.dtype)
-    # Programs of tiles that a step does not use cost as much as a fifth of the launch: fewer, where there are many.
-    block_n = 128 if pages == 1 and 2 * tiles * WIDE > 3 * x.shape[0] else 64
-    block_n = 32 if x.dtype.itemsize > 2 else block_n
+    config = default_config(*x.shape, (half, half), max_pages, x.dtype)
+    block_n = 32 if x.dtype.itemsize > 2 else 64
     return replace(config, tile_rows=WIDE, reduce=True, block_n=block_n, expand_warps=8, expand_stages=1)
 
 
@@ -122,7 +119,7 @@ def smlm_gated_triton(
     """
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
     half = y.shape[1] // 2
-    config = config or gated_config(x, half, plan)
+    config = config or gated_config(x, half, plan.wide_pages.shape[1])
     work = (plan.used, plan.wide_row, plan.wide_len, plan.wide_pages)
     cut = Cut.of(x, plan.wide_pages, (half, half), config, interpret)
     launch = Launch(cut, config, work)
