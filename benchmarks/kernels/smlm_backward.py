@@ -185,7 +185,7 @@ def timings(case: Case) -> list[Timing]:
         guess, more = 1.5 * case.floor_us + 5, extra if cold else extra | peer
         found.append(Timing(case.name, f"bwd_{us}", Bench(case, cold=cold), pack_backward_triton, guess, more))
         few = Bench(case, cold=cold, max_calls=32)  # XLA's compile slowly
-        found.append(Timing(case.name, f"bwd_xla_{us}", few, pack_backward_xla, 2 * guess))
+        found.append(Timing(case.name, f"bwd_xla_{us}", few, pack_backward_xla, 2 * guess, repeats=3))
     found[0].bench.check()
     for timing in found:
         timing.compile()
