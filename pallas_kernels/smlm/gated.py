@@ -19,7 +19,7 @@ from pallas_kernels.smlm.plan import WIDE, SmlmPlan
 from pallas_kernels.smlm.triton import Launch, first_rows
 from pallas_kernels.smlm.triton_kernels import F32, load_S, product
 from pallas_kernels.smlm.triton_tiles import Cut, Group, Tile
-from pallas_kernels.smlm.tuning import SmlmConfig, default_config
+from pallas_kernels.smlm.tuning import MAX_DECODE_ROWS, SmlmConfig, default_config
 
 
 class Gated(NamedTuple):
@@ -90,7 +90,8 @@ def smlm_gated(
 
 def gated_config(x: Float[Array, "T in"], half: int, max_pages: int) -> SmlmConfig:
     """The configuration of `smlm` for these shapes, with one S for all blocks and blocks of two halves."""
-    config = default_config(*x.shape, (half, half), max_pages, x.dtype)
+    rows = max(x.shape[0], MAX_DECODE_ROWS + 1)  # tiles are wide however few there are
+    config = default_config(rows, x.shape[1], (half, half), max_pages, x.dtype)
     block_n = 32 if x.dtype.itemsize > 2 else 64
     return replace(config, tile_rows=WIDE, reduce=True, block_n=block_n, expand_warps=8, expand_stages=1)
 

@@ -155,9 +155,9 @@ def check_numerics(
         raise AssertionError(f"got an error of {error}, expected less than {limit}")
 
 
-def check_gated(size: int, half: int, dtype: jnp.dtype, repeats: int = 100) -> None:
+def check_gated(layout: Layout, size: int, half: int, dtype: jnp.dtype, repeats: int = 100) -> None:
     """gate and up have the bits of `smlm`, every time; the product is the formula's, with the quick silu."""
-    problem = make_problem(MIXED, size, (half, half), dtype)
+    problem = make_problem(layout, size, (half, half), dtype)
     plan, rows = jax.tree.map(jnp.asarray, problem.plan()), problem.x.shape[0]
 
     def once() -> jax.Array:
@@ -199,8 +199,8 @@ CHECKS: dict[str, Callable[[], None]] = {
         for shape, layout in (("qkv", "decode"), ("qkv", "mixed"), ("odd", "mixed"))
     },
     **{
-        f"gated/{half}/{dtype.__name__}": lambda h=half, d=dtype: check_gated(4096, h, d)
-        for half in (14336, 4864)
+        f"gated/{half}/{layout}/{dtype.__name__}": lambda h=half, n=layout, d=dtype: check_gated(LAYOUTS[n], 4096, h, d)
+        for half, layout in ((14336, "mixed"), (4864, "mixed"), (14336, "decode"))
         for dtype in (jnp.bfloat16, jnp.float32)
     },
     **{
