@@ -17,7 +17,7 @@ from loquetier_jax.models.decoder import ACTIVATIONS, base_linear, gated
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from loquetier_jax.step.ops import attend_packs, shrunk
-from pallas_kernels import gate_fused, pack_backward, pack_expand, pack_glu_backward
+from pallas_kernels import gate_fused, pack_backward_dy, pack_backward_x, pack_expand, pack_glu_backward
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]  # of a projection's input, of A and of B
 
@@ -104,36 +104,33 @@ class ReplayOps:
         h = jnp.zeros((dy.shape[0], self.spec.group_shapes[group][0]), dy.dtype)  # dead code: the product is linear
         return jax.vjp(functools.partial(base_linear, self.weights, group), h)[1](dy)[0]
 
+    def _both_transposes(
+        self, group: str, dy: jax.Array, lora_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The adapter's dS [G, L, MP, n*16] and dB, and the base's gradient of its input."""
+        S = self._shrunk(group, lora_B.shape[1])
+        dS, dB = pack_backward_dy(lora_B, S, self._packs(dy), self._outs(group), implementation=self.cfg.smlm)
+        # The adapter first: the base's product would throw dy out of the cache.
+        dS, dy = jax.lax.optimization_barrier((dS, dy))
+        return dS, dB, self._base_transpose(group, dy)
+
     def _project_transpose(
         self, group: str, dy: jax.Array, h: jax.Array, lora_A: jax.Array, lora_B: jax.Array
     ) -> Gradients:
-        dh = self._base_transpose(group, dy)
+        dS, dB, dh = self._both_transposes(group, dy, lora_B)
         x, undrop = jax.vjp(functools.partial(self._drop, group), h)
-        dx, dA, dB = pack_backward(
-            self._packs(x),
-            lora_A,
-            lora_B,
-            self._shrunk(group, lora_A.shape[1]),
-            self._packs(dy),
-            self._outs(group),
-            dx=None if self.use_dropout else self._packs(dh),
-            implementation=self.cfg.smlm,
-        )
+        given = None if self.use_dropout else self._packs(dh)
+        dx, dA = pack_backward_x(self._packs(x), lora_A, dS, given, implementation=self.cfg.smlm)
         dx = dx.reshape(h.shape)
         return dh + undrop(dx)[0] if self.use_dropout else dx, dA, dB
 
     def _down(self, gate_up: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> jax.Array:
         return self._project("down_proj", gated(self.spec, gate_up), lora_A, lora_B)
 
-    def _down_transpose(self, dy: jax.Array, gate_up: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> Gradients:
-        dact = self._base_transpose("down_proj", dy)
-        d, dA, dB = pack_glu_backward(
-            self._packs(gate_up),
-            lora_A,
-            lora_B,
-            self._shrunk("down_proj", lora_A.shape[1]),
-            self._packs(dy),
-            self._packs(dact),
-            ACTIVATIONS[self.spec.hidden_act],
-        )
+    def _down_transpose(
+        self, dy: jax.Array, gate_up: jax.Array, lora_A: jax.Array, lora_B: jax.Array
+    ) -> Gradients:
+        dS, dB, dact = self._both_transposes("down_proj", dy, lora_B)
+        activation = ACTIVATIONS[self.spec.hidden_act]
+        d, dA = pack_glu_backward(self._packs(gate_up), lora_A, dS, self._packs(dact), activation)
         return d.reshape(gate_up.shape), dA, dB

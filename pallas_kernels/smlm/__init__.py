@@ -3,7 +3,7 @@
 from pallas_kernels.smlm.api import smlm
 from pallas_kernels.smlm.delta import add_delta, delta_beside, smlm_delta
 from pallas_kernels.smlm.gated import Gated, gate_fused, smlm_gated
-from pallas_kernels.smlm.pack import pack_backward, pack_expand, pack_lora, pack_shrink
+from pallas_kernels.smlm.pack import pack_backward_dy, pack_backward_x, pack_expand, pack_lora, pack_shrink
 from pallas_kernels.smlm.pack_glu import pack_glu_backward
 from pallas_kernels.smlm.pack_pool import add_gradients
 from pallas_kernels.smlm.plan import (
@@ -31,7 +31,8 @@ __all__ = [
     "gate_fused",
     "num_tiles_bound",
     "num_wide_bound",
-    "pack_backward",
+    "pack_backward_dy",
+    "pack_backward_x",
     "pack_expand",
     "pack_glu_backward",
     "pack_lora",

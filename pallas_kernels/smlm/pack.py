@@ -1,7 +1,7 @@
 """LoRA of training packs: every pack is of one adapter, so the products are batched.
 
-The forward in two halves, `pack_shrink` and `pack_expand`, the backward as one op, and `pack_lora`, all of them
-together, for autodiff.
+The forward in two halves, `pack_shrink` and `pack_expand`, the backward in two, `pack_backward_dy` and
+`pack_backward_x`, and all of them together, `pack_lora`, for autodiff.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.smlm.pack_triton import pack_backward_triton
+from pallas_kernels.smlm.pack_triton import backward_dy, backward_x
 from pallas_kernels.smlm.plan import RANK_PAGE
 
 F32 = jnp.float32
@@ -45,41 +45,63 @@ def pack_expand(
     return jnp.einsum("glmr,gmro->glo", _by_page(S), b, preferred_element_type=S.dtype)
 
 
-def pack_backward(
-    x: Float[Array, "G L in"],
-    A: Float[Array, "G MP nR in"],
+def pack_backward_dy(
     B: Float[Array, "G MP R out"],
     S: Float[Array, "G L n MP R"],
     dy: Float[Array, "G L out"],
     out_features: tuple[int, ...],
     *,
-    dx: Float[Array, "G L in"] | None = None,
     implementation: str | None = None,
-) -> tuple[Array, Array, Array]:
-    """dX, dA and dB of the delta S B with S = x A^T; sums in float32, operands in x's dtype.
+) -> tuple[Float[Array, "G L MP nR"], Float[Array, "G MP R out"]]:
+    """dS = dY B^T and dB = S^T dY of the delta S B: the half of the backward that reads dY.
+
+    Sums in float32, operands in S's dtype.
 
     Args:
-        x: Inputs of the forward; dropout, where there is any, already applied.
-        A: Pages of the n stacked targets; absent pages are zero. Pass float32 (a bfloat16 page cast to float32
-            computes the same values) to get gradients that were never rounded.
-        B: Pages with scaling folded in; absent pages are zero.
-        S: `pack_shrink` of x and A, or what `smlm` kept of it, in x's dtype.
+        B: Pages with scaling folded in; absent pages are zero. Pass float32 (a bfloat16 page cast to float32
+            computes the same values) to get a gradient that was never rounded.
+        S: What `smlm` kept of x A^T, or `pack_shrink`.
         dy: Gradient of the delta.
         out_features: Columns of each target.
-        dx: What dX is added to, x's dtype: the gradient of x through the base projection. The kernels write the sum
-            over it where XLA may reuse the buffer.
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
 
     Returns:
-        Gradients of x, A and B in their own dtypes.
+        dS in S's dtype, its ranks in the order of A's pages; dB in B's dtype.
 
     Raises:
-        ValueError: shapes disagree, or the implementation is unknown; both values are named.
+        ValueError: the implementation is unknown.
     """
-    out_features = tuple(out_features)
-    check_pages(x, A, B, out_features)
-    function = pack_backward_triton if choose(implementation) == "triton" else pack_backward_xla
-    return function(x, A, B, S, dy, out_features, dx)
+    function = backward_dy if choose(implementation) == "triton" else backward_dy_xla
+    return function(B, S, dy, tuple(out_features))
+
+
+def pack_backward_x(
+    x: Float[Array, "G L in"],
+    A: Float[Array, "G MP nR in"],
+    dS: Float[Array, "G L MP nR"],
+    dx: Float[Array, "G L in"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "G L in"], Float[Array, "G MP nR in"]]:
+    """dX = dS A and dA = dS^T X of S = x A^T: the half of the backward that reads x.
+
+    Sums in float32, operands in x's dtype.
+
+    Args:
+        x: Inputs of the forward; dropout, where there is any, already applied.
+        A: Pages of the n stacked targets, float32 likewise; absent pages are zero.
+        dS: Of `pack_backward_dy`.
+        dx: What dX is added to, x's dtype: the gradient of x through the base projection. The kernels write the sum
+            over it where XLA may reuse the buffer.
+        implementation: As for `pack_backward_dy`.
+
+    Returns:
+        dX in x's dtype, dA in A's.
+
+    Raises:
+        ValueError: the implementation is unknown.
+    """
+    return (backward_x if choose(implementation) == "triton" else backward_x_xla)(x, A, dS, dx)
 
 
 def pack_lora(
@@ -92,10 +114,10 @@ def pack_lora(
 ) -> Float[Array, "G L out"]:
     """The LoRA delta of G packs of L rows, pack g under the adapter whose pages are A[g], B[g]. Differentiable.
 
-    For research: a training step has S from its forward, and `pack_backward`. Packs never mix.
+    For research: a training step has S from its forward, and the two halves of the backward. Packs never mix.
 
     Args:
-        x, A, B, out_features: As for `pack_backward`.
+        x, A, B, out_features: As for the two halves.
         implementation: Of the backward.
 
     Returns:
@@ -103,16 +125,6 @@ def pack_lora(
 
     Raises:
         ValueError: shapes disagree, or the implementation is unknown; both values are named.
-    """
-    check_pages(x, A, B, tuple(out_features))
-    return _pack_lora(x, A, B, tuple(out_features), choose(implementation))
-
-
-def check_pages(x: Array, A: Array, B: Array, out_features: tuple[int, ...]) -> None:
-    """The pages have the shapes that x and out_features imply.
-
-    Raises:
-        ValueError: they have not.
     """
     G, _, size = x.shape
     want_A = (G, A.shape[1], len(out_features) * RANK_PAGE, size)
@@ -122,6 +134,7 @@ def check_pages(x: Array, A: Array, B: Array, out_features: tuple[int, ...]) -> 
             f"A, B: got shapes {A.shape}, {B.shape}, expected {want_A}, {want_B} "
             f"for x {x.shape} and out_features {out_features}"
         )
+    return _pack_lora(x, A, B, tuple(out_features), choose(implementation))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -139,7 +152,10 @@ def _forward(
 def _backward(
     out_features: tuple[int, ...], implementation: str, kept: tuple[Array, ...], dy: Array
 ) -> tuple[Array, Array, Array]:
-    return pack_backward(*kept, dy, out_features, implementation=implementation)
+    x, A, B, S = kept
+    dS, dB = pack_backward_dy(B, S, dy, out_features, implementation=implementation)
+    dX, dA = pack_backward_x(x, A, dS, implementation=implementation)
+    return dX, dA, dB
 
 
 _pack_lora.defvjp(_forward, _backward)
@@ -163,24 +179,26 @@ def _by_page(S: Float[Array, "G L n MP R"]) -> Float[Array, "G L MP nR"]:
     return S.swapaxes(2, 3).reshape(*S.shape[:2], S.shape[3], -1)
 
 
-def pack_backward_xla(
-    x: Float[Array, "G L in"],
-    A: Float[Array, "G MP nR in"],
-    B: Float[Array, "G MP R out"],
-    S: Float[Array, "G L n MP R"],
-    dy: Float[Array, "G L out"],
-    out_features: tuple[int, ...],
-    dx: Float[Array, "G L in"] | None = None,
-) -> tuple[Array, Array, Array]:
-    """dS = dY B^T, dX = dS A, dA = dS^T X, dB = S^T dY; dX is rounded to x's dtype, then added to dx.
-
-    Args and result are those of `pack_backward`.
-    """
-    a, b, dy = A.astype(x.dtype), _spread(B.astype(x.dtype), out_features), dy.astype(x.dtype)
-    dS = jnp.einsum("glo,gmro->glmr", dy, b, preferred_element_type=F32).astype(x.dtype)
-    dX = jnp.einsum("glmr,gmri->gli", dS, a, preferred_element_type=x.dtype)
-    dA = jnp.einsum("glmr,gli->gmri", dS, x, preferred_element_type=F32)
+def backward_dy_xla(B: Array, S: Array, dy: Array, out_features: tuple[int, ...]) -> tuple[Array, Array]:
+    """`pack_backward_dy` as batched products."""
+    b, dy = _spread(B.astype(S.dtype), out_features), dy.astype(S.dtype)
+    dS = jnp.einsum("glo,gmro->glmr", dy, b, preferred_element_type=F32).astype(S.dtype)
     dB = jnp.einsum("glmr,glo->gmro", _by_page(S), dy, preferred_element_type=F32)
     dB = dB.reshape(*B.shape[:2], len(out_features), *B.shape[2:])
-    dB = jnp.where(_blocks(out_features), dB, jnp.zeros((), F32)).sum(axis=2)
-    return dX if dx is None else dx + dX, dA.astype(A.dtype), dB.astype(B.dtype)
+    return dS, jnp.where(_blocks(out_features), dB, jnp.zeros((), F32)).sum(axis=2).astype(B.dtype)
+
+
+def backward_x_xla(x: Array, A: Array, dS: Array, dx: Array | None = None) -> tuple[Array, Array]:
+    """`pack_backward_x` as batched products; dX is rounded to x's dtype, then added to dx."""
+    dX = jnp.einsum("glmr,gmri->gli", dS, A.astype(x.dtype), preferred_element_type=x.dtype)
+    dA = jnp.einsum("glmr,gli->gmri", dS, x, preferred_element_type=F32)
+    return dX if dx is None else dx + dX, dA.astype(A.dtype)
+
+
+def pack_backward_xla(
+    x: Array, A: Array, B: Array, S: Array, dy: Array, out_features: tuple[int, ...], dx: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """dX, dA and dB: `backward_dy_xla`, then `backward_x_xla`."""
+    dS, dB = backward_dy_xla(B, S, dy, out_features)
+    dX, dA = backward_x_xla(x, A, dS, dx)
+    return dX, dA, dB

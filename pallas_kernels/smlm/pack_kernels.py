@@ -227,6 +227,7 @@ def _value_and_slope(activation: Callable[[Array], Array], x: Array) -> tuple[Ar
 
 def glu(
     activation: Callable[[Array], Array],
+    parts: int,
     cut: Cut,
     pack: Array,
     index: Array,
@@ -237,11 +238,15 @@ def glu(
     g_ref: Any,
     o_ref: Any,
 ) -> None:
-    """Through act = activation(gate) * up: d = dact + s w; o = d(gate) | d(up) of d; g[ranks, columns] = s^T act.
+    """Through act = activation(gate) * up: d = dact + s w; o = d(gate) | d(up) of d; g[part, ranks, columns] = s^T act.
 
+    `parts` programs share the rows of a block of columns, part after part.
     The activation is computed in float32 and rounded before the product with up, as the forward does; d is not rounded.
     """
     side, block, dtype = cut.side, cut.block, o_ref.dtype
+    part, index = (f(index, jnp.int32(cut.strips)) for f in (lax.div, lax.rem))
+    tiles = pl.cdiv(side.rows, block.rows)
+    steps = pl.cdiv(tiles, parts)
     _, start, end = side.block(index, block.columns)
     columns, inside = _columns(start, block.columns, end, cut.whole)
     ups = columns + side.sizes[0]
@@ -264,7 +269,9 @@ def glu(
         return tuple(total + _dot(one, act, 0, 0) for total, one in zip(sums, s, strict=True))
 
     sums = tuple(jnp.zeros((size, block.columns), F32) for _, size in cut.ranks)
-    sums = lax.fori_loop(0, pl.cdiv(side.rows, block.rows), step, sums)
+    last = tiles if parts == 1 else jnp.minimum((part + 1) * steps, tiles)
+    sums = lax.fori_loop(0 if parts == 1 else part * steps, last, step, sums)
     for (at, size), total in zip(cut.ranks, sums, strict=True):
         ranks = side.ranks_of(pack, at, size)
-        plt.store(g_ref.at[ranks[:, None], columns[None, :]], total, mask=None if inside is None else inside[None, :])
+        mask = None if inside is None else inside[None, :]
+        plt.store(g_ref.at[part, ranks[:, None], columns[None, :]], total, mask=mask)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels.smlm.pack_kernels import Cut, Side, expand, gradient, shrink
-from pallas_kernels.smlm.pack_tuning import PackConfig, default_pack_config
+from pallas_kernels.smlm.pack_tuning import DyConfig, XConfig, default_dy_config, default_x_config
 from pallas_kernels.smlm.plan import RANK_PAGE
 from pallas_kernels.smlm.triton_tiles import whole
 
@@ -26,8 +26,6 @@ F32 = jnp.float32
 MAX_ELEMENTS = 2**31  # the kernels address with 32 bits
 
 
-# Jitted so that the layers of a model trace and lower the kernels once a shape.
-@functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret"))
 def pack_backward_triton(
     x: Float[Array, "G L in"],
     A: Float[Array, "G MP nR in"],
@@ -37,35 +35,101 @@ def pack_backward_triton(
     out_features: tuple[int, ...],
     dx: Float[Array, "G L in"] | None = None,
     *,
-    config: PackConfig | None = None,
-    interpret: bool | None = None,
+    dy_config: DyConfig | None = None,
+    x_config: XConfig | None = None,
 ) -> tuple[Array, Array, Array]:
-    """`pack.pack_backward` by kernels; dX + dx is rounded once.
+    """`pack.pack_backward` by kernels: `backward_dy`, then `backward_x`."""
+    dS, dB = backward_dy(B, S, dy, out_features, config=dy_config)
+    dX, dA = backward_x(x, A, dS, dx, config=x_config)
+    return dX, dA, dB
+
+
+# Jitted so that the layers of a model trace and lower the kernels once a shape.
+@functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret"))
+def backward_dy(
+    B: Float[Array, "G MP R out"],
+    S: Float[Array, "G L n MP R"],
+    dy: Float[Array, "G L out"],
+    out_features: tuple[int, ...],
+    *,
+    config: DyConfig | None = None,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "G L MP nR"], Float[Array, "G MP R out"]]:
+    """`pack.pack_backward_dy` by kernels: one launch, and the sum of its shares of dS.
 
     Every sum has one order that does not depend on the other packs; nothing crosses packs.
 
     Args:
-        x, A, B, S, dy, out_features, dx: As for `pack_backward`.
-        config: How the launches are cut; by default chosen from the shapes.
+        B, S, dy, out_features: As there.
+        config: How the launch is cut; by default chosen from the shapes.
         interpret: Run as plain XLA operations; by default on the CPU only.
 
     Returns:
-        Gradients of x, A and B in their own dtypes: those of float32 pages are never rounded.
+        dS in S's dtype, dB in B's: of a float32 page it is never rounded.
+
+    Raises:
+        ValueError: an operand has 2^31 elements or more.
+    """
+    packs, rows, targets, pages, _ = S.shape
+    check_elements(dy=dy)
+    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    config = config or default_dy_config(packs * rows, out_features, pages, S.dtype)
+    flat = rows_of(S.dtype, B=B, dY=dy, S=S.reshape(packs, rows, -1))
+    side = Side(packs, rows, out_features, pages * RANK_PAGE)
+    outs = {
+        "dB": jax.ShapeDtypeStruct(flat["B"].shape, F32),
+        "shares": jax.ShapeDtypeStruct((side.blocks(config.dS.span), packs * rows, side.ranks), F32),
+    }
+    works = []
+    for ranks in side.windows:
+        dB, dS = Cut(side, config.dB, ranks), Cut(side, config.dS, ranks)
+        works.append(Work(gradient, dB, dB.strips, ("dY", "S", "dB")))
+        works.append(Work(shrink, dS, dS.tiles, ("dY", "B", "shares")))
+    params = plt.CompilerParams(num_warps=config.warps, num_stages=config.stages)
+    found = launch("pack_backward_dy", works, flat, outs, params, interpret, turns=config.turns)
+    dS = _add_shares(found["shares"], side, config.dS.span).astype(S.dtype)
+    return dS.reshape(packs, rows, pages, targets * RANK_PAGE), found["dB"].reshape(B.shape).astype(B.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def backward_x(
+    x: Float[Array, "G L in"],
+    A: Float[Array, "G MP nR in"],
+    dS: Float[Array, "G L MP nR"],
+    dx: Float[Array, "G L in"] | None = None,
+    *,
+    config: XConfig | None = None,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "G L in"], Float[Array, "G MP nR in"]]:
+    """`pack.pack_backward_x` by kernels: one launch; dX takes the place of dx, rounded once.
+
+    Args:
+        x, A, dS, dx: As there.
+        config, interpret: As for `backward_dy`.
+
+    Returns:
+        dX in x's dtype, dA in A's.
 
     Raises:
         ValueError: an operand has 2^31 elements or more.
     """
     packs, rows, size = x.shape
-    pages, targets, dtype = A.shape[1], len(out_features), x.dtype
-    check_elements(x=x, dy=dy)
+    check_elements(x=x)
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
-    config = config or default_pack_config(packs * rows, out_features, pages, dtype)
-    flat = rows_of(dtype, x=x, A=A, B=B, dY=dy, S=S.reshape(packs, rows, -1))
-    if dx is not None:
-        flat |= rows_of(dtype, dx=dx)
-    dB, flat["dS"] = read_dy(Side(packs, rows, out_features, pages * RANK_PAGE), flat, config, interpret)
-    dA, dX = _read_x(Side(packs, rows, (size,), targets * pages * RANK_PAGE), flat, config, interpret)
-    return tuple(d.reshape(a.shape).astype(a.dtype) for d, a in ((dX, x), (dA, A), (dB, B)))
+    side = Side(packs, rows, (size,), A.shape[1] * A.shape[2])
+    config = config or default_x_config(side.ranks, x.dtype)
+    given = {} if dx is None else {"dx": dx}
+    flat = rows_of(x.dtype, x=x, A=A, dS=dS.reshape(packs, rows, -1), **given)
+    outs = {"dA": jax.ShapeDtypeStruct(flat["A"].shape, F32), "dX": jax.ShapeDtypeStruct(flat["x"].shape, x.dtype)}
+    works = []
+    for ranks in side.windows:
+        dA = Cut(side, config.dA, ranks)
+        works.append(Work(gradient, dA, dA.strips, ("x", "dS", "dA")))
+    dX = Cut(side, config.dX, side.chunks)
+    works.append(Work(expand, dX, dX.tiles, ("dS", "A", *given, "dX")))
+    params = plt.CompilerParams(num_warps=config.warps, num_stages=config.stages)
+    found = launch("pack_backward_x", works, flat, outs, params, interpret, {"dX": "dx"} if given else None)
+    return found["dX"].reshape(x.shape), found["dA"].reshape(A.shape).astype(A.dtype)
 
 
 def check_elements(**arrays: Array) -> None:
@@ -82,38 +146,6 @@ def check_elements(**arrays: Array) -> None:
 def rows_of(dtype: jnp.dtype, **arrays: Array) -> dict[str, Array]:
     """Operands as the kernels take them: in one dtype, the rows of all packs one below the other."""
     return {name: a.astype(dtype).reshape(-1, a.shape[-1]) for name, a in arrays.items()}
-
-
-def read_dy(side: Side, flat: dict[str, Array], config: PackConfig, interpret: bool) -> tuple[Array, Array]:
-    """(dB, dS): the first launch and the sum of its shares."""
-    rows, dtype = flat["dY"].shape[0], flat["dY"].dtype
-    outs = {
-        "dB": jax.ShapeDtypeStruct(flat["B"].shape, F32),
-        "shares": jax.ShapeDtypeStruct((side.blocks(config.dS.span), rows, side.ranks), F32),
-    }
-    works = []
-    for ranks in side.windows:
-        dB, dS = Cut(side, config.dB, ranks), Cut(side, config.dS, ranks)
-        works.append(Work(gradient, dB, dB.strips, ("dY", "S", "dB")))
-        works.append(Work(shrink, dS, dS.tiles, ("dY", "B", "shares")))
-    params = plt.CompilerParams(num_warps=config.first_warps, num_stages=config.first_stages)
-    found = launch("pack_backward_dy", works, flat, outs, params, interpret, turns=config.turns)
-    return found["dB"], _add_shares(found["shares"], side, config.dS.span).astype(dtype)
-
-
-def _read_x(side: Side, flat: dict[str, Array], config: PackConfig, interpret: bool) -> tuple[Array, Array]:
-    """(dA, dX): the second launch; dX takes the place of dx where there is one."""
-    x, given = flat["x"], ("dx",) if "dx" in flat else ()
-    outs = {"dA": jax.ShapeDtypeStruct(flat["A"].shape, F32), "dX": jax.ShapeDtypeStruct(x.shape, x.dtype)}
-    works = []
-    for ranks in side.windows:
-        dA = Cut(side, config.dA, ranks)
-        works.append(Work(gradient, dA, dA.strips, ("x", "dS", "dA")))
-    dX = Cut(side, config.dX, side.chunks)
-    works.append(Work(expand, dX, dX.tiles, ("dS", "A", *given, "dX")))
-    params = plt.CompilerParams(num_warps=config.second_warps, num_stages=config.second_stages)
-    found = launch("pack_backward_x", works, flat, outs, params, interpret, {"dX": "dx"} if given else None)
-    return found["dA"], found["dX"]
 
 
 @dataclass(frozen=True)

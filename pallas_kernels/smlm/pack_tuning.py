@@ -26,67 +26,124 @@ class Block:
 
 
 @dataclass(frozen=True)
-class PackConfig:
-    """How the two launches are cut.
+class DyConfig:
+    """How the launch that reads dY is cut.
 
     Attributes:
-        dB, dS: Work of the first launch; the span of dS decides the order of its sums.
-        dA, dX: Work of the second.
-        turns: Pieces of each kind of work of the first launch that come by turns.
-        first_warps, first_stages, second_warps, second_stages: Triton's.
+        dB, dS: Its two kinds of work; the span of dS decides the order of its sums.
+        warps, stages: Triton's.
+        turns: Pieces of each kind of work that come by turns.
     """
 
     dB: Block = Block(64, 64)
     dS: Block = Block(64, 64, 512)
-    dA: Block = Block(64, 64)
-    dX: Block = Block(64, 64, 256)
-    first_warps: int = 4
-    first_stages: int = 4
-    second_warps: int = 4
-    second_stages: int = 4
+    warps: int = 4
+    stages: int = 3
     turns: int = 1
 
+    def shared_bytes(self, ranks: int, dtype: jnp.dtype) -> int:
+        """Shared memory: what a turn of a loop loads, times the stages.
 
-def default_pack_config(rows: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype) -> PackConfig:
+        Args:
+            ranks: Ranks that a column of dY meets.
+            dtype: Of dY.
+        """
+        ranks = min(MAX_RANKS, ranks)
+        most = max(self.dB.rows * (self.dB.columns + ranks), self.dS.columns * (self.dS.rows + ranks))
+        return jnp.dtype(dtype).itemsize * most * self.stages
+
+
+@dataclass(frozen=True)
+class XConfig:
+    """How the launch that reads x is cut.
+
+    Attributes:
+        dA, dX: Its two kinds of work.
+        warps, stages: Triton's.
+    """
+
+    dA: Block = Block(64, 64)
+    dX: Block = Block(64, 64, 256)
+    warps: int = 4
+    stages: int = 4
+
+    def shared_bytes(self, ranks: int, dtype: jnp.dtype) -> int:
+        """Shared memory, likewise.
+
+        Args:
+            ranks: Of all targets.
+            dtype: Of x.
+        """
+        turns = self.stages if self.dX.span > self.dX.columns else 1  # one block of columns is no loop
+        most = self.dA.rows * (self.dA.columns + min(MAX_RANKS, ranks)) * self.stages
+        most = max(most, ranks * self.dX.rows + (ranks + self.dX.rows) * self.dX.columns * turns)
+        return jnp.dtype(dtype).itemsize * most
+
+
+@dataclass(frozen=True)
+class GluConfig:
+    """How the launch of a gated activation is cut.
+
+    Attributes:
+        block: Rows that a program takes at a time, and its columns.
+        parts: Programs that share the rows of a block of columns; dA is the sum of theirs.
+        warps, stages: Triton's.
+    """
+
+    block: Block
+    parts: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+def default_dy_config(rows: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype) -> DyConfig:
     """The configuration of a shape class, tuned on an H200, of moderate shared memory anywhere.
 
     Args:
-        rows: Of all packs: G * L. Few rows are few programs, each of which must have more loads under way.
+        rows: Of all packs: G * L.
         out_features: Columns of each target. Of many, dS has fewer shares, each of more columns.
         pages: MP.
-        dtype: Of x.
+        dtype: Of dY.
     """
-    few, wide = rows <= 1024, sum(out_features) > 8192
-    config = PackConfig()
     if jnp.dtype(dtype).itemsize > 2:  # float32: twice the bytes, no wgmma
-        config = PackConfig(Block(32, 32), Block(32, 32, 512), Block(32, 32), Block(32, 32, 32), 4, 2, 4, 2)
-    elif wide and few:
-        config = replace(config, dS=Block(64, 64, 1024), first_stages=3)
-    elif wide:
-        config = replace(config, dB=Block(32, 128), dS=Block(64, 64, 1024), first_stages=5)
-    ranks = min(MAX_RANKS, pages * RANK_PAGE)
-    while config.first_stages > 1 and shared_bytes(config, ranks, ranks, dtype)[0] > MAX_SHARED_BYTES:
-        config = replace(config, first_stages=config.first_stages - 1)
-    stacked = len(out_features) * pages * RANK_PAGE
-    if stacked > 2 * MAX_RANKS:  # dX holds all ranks of its rows: fewer rows, and no loop to load ahead for
-        config = replace(config, dX=Block(config.dX.rows // 2, config.dX.columns, config.dX.columns))
-    while config.second_stages > 1 and shared_bytes(config, ranks, stacked, dtype)[1] > MAX_SHARED_BYTES:
-        config = replace(config, second_stages=config.second_stages - 1)
+        config = DyConfig(Block(32, 32), Block(32, 32, 512), stages=2)
+    elif sum(out_features) <= 8192:
+        config = DyConfig()
+    elif rows <= 1024:
+        config = DyConfig(Block(64, 128), Block(128, 64, 1024), turns=2)
+    else:
+        config = DyConfig(Block(128, 64), Block(64, 128, 1024), turns=28)
+    while config.stages > 1 and config.shared_bytes(pages * RANK_PAGE, dtype) > MAX_SHARED_BYTES:
+        config = replace(config, stages=config.stages - 1)
     return config
 
 
-def shared_bytes(config: PackConfig, ranks: int, stacked: int, dtype: jnp.dtype) -> tuple[int, int]:
-    """Shared memory of the two launches: what a turn of a loop loads, times the stages.
+def default_x_config(ranks: int, dtype: jnp.dtype) -> XConfig:
+    """The configuration of a shape class, likewise.
 
     Args:
-        config: The configuration.
-        ranks: Ranks that a column of dY meets, at most MAX_RANKS.
-        stacked: Ranks of all targets.
+        ranks: Of all pages of all targets.
         dtype: Of x.
     """
-    dB, dS, dA, dX = config.dB, config.dS, config.dA, config.dX
-    first = max(dB.rows * (dB.columns + ranks), dS.columns * (dS.rows + ranks)) * config.first_stages
-    second = dA.rows * (dA.columns + min(MAX_RANKS, stacked)) * config.second_stages
-    turns = config.second_stages if dX.span > dX.columns else 1  # one block of columns is no loop
-    second = max(second, stacked * (dX.rows + dX.columns * turns))
-    return jnp.dtype(dtype).itemsize * first, jnp.dtype(dtype).itemsize * second
+    config = XConfig()
+    if jnp.dtype(dtype).itemsize > 2:
+        config = XConfig(Block(32, 32), Block(32, 32, 32), stages=2)
+    if ranks > 2 * MAX_RANKS:  # dX holds all ranks of its rows: fewer rows, and no loop to load ahead for
+        config = replace(config, dX=Block(config.dX.rows // 2, config.dX.columns, config.dX.columns))
+    while config.stages > 1 and config.shared_bytes(ranks, dtype) > MAX_SHARED_BYTES:
+        config = replace(config, stages=config.stages - 1)
+    return config
+
+
+def default_glu_config(rows: int, ranks: int, dtype: jnp.dtype) -> GluConfig:
+    """The configuration of a shape class, likewise.
+
+    Args:
+        rows: Of all packs. Few rows are few programs: two share a block of columns.
+        ranks: Of all pages.
+        dtype: Of gate and up.
+    """
+    if jnp.dtype(dtype).itemsize > 2 or ranks > MAX_RANKS:
+        return GluConfig(Block(32, 32), stages=1)
+    stages = 3 if ranks <= MAX_RANKS // 2 else 2
+    return GluConfig(Block(32, 64), 2, stages=stages) if rows <= 1024 else GluConfig(Block(64, 64), stages=stages)

@@ -10,12 +10,23 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels.smlm import pack_backward, pack_lora, pack_shrink
-from pallas_kernels.smlm.pack_triton import pack_backward_triton
-from pallas_kernels.smlm.pack_tuning import MAX_SHARED_BYTES, Block, PackConfig, default_pack_config, shared_bytes
+from pallas_kernels.smlm import pack_lora, pack_shrink
+from pallas_kernels.smlm.pack import pack_backward_xla
+from pallas_kernels.smlm.pack_triton import backward_dy, backward_x, pack_backward_triton
+from pallas_kernels.smlm.pack_tuning import (
+    MAX_SHARED_BYTES,
+    Block,
+    DyConfig,
+    XConfig,
+    default_dy_config,
+    default_x_config,
+)
 from tests.tolerances import assert_close
 
-SMALL = PackConfig(Block(16, 32), Block(32, 32, 64), Block(16, 32), Block(32, 16, 32))
+SMALL = {
+    "dy_config": DyConfig(Block(16, 32), Block(32, 32, 64), turns=2),
+    "x_config": XConfig(Block(16, 32), Block(32, 16, 32)),
+}
 
 
 @dataclass(frozen=True)
@@ -65,10 +76,10 @@ def reference(case: Case, x: jax.Array, A: jax.Array, B: jax.Array, dy: jax.Arra
 
 
 def gradients(
-    case: Case, x: jax.Array, A: jax.Array, B: jax.Array, dy: jax.Array, config: PackConfig | None = SMALL
+    case: Case, x: jax.Array, A: jax.Array, B: jax.Array, dy: jax.Array, **config: object
 ) -> tuple[jax.Array, ...]:
     """dX, dA, dB of the kernels."""
-    return pack_backward_triton(x, A, B, pack_shrink(x, A), dy, case.outs, config=config)
+    return pack_backward_triton(x, A, B, pack_shrink(x, A), dy, case.outs, **(config or SMALL))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,9 +108,9 @@ def test_bfloat16_rows_give_float32_gradients_of_float32_pages(name: str) -> Non
 def test_dx_is_added_to_what_is_given(name: str, implementation: str) -> None:
     case = CASES[name]
     x, A, B, dy = case.arrays()
-    given, options = jnp.sin(x), {"implementation": implementation}
-    want = pack_backward(x, A, B, pack_shrink(x, A), dy, case.outs, **options)
-    got = pack_backward(x, A, B, pack_shrink(x, A), dy, case.outs, dx=given, **options)
+    given, function = jnp.sin(x), {"xla": pack_backward_xla, "triton": pack_backward_triton}[implementation]
+    want = function(x, A, B, pack_shrink(x, A), dy, case.outs)
+    got = function(x, A, B, pack_shrink(x, A), dy, case.outs, given)
     assert_close(got[0], given + want[0], "f32")
     for one, other in zip(got[1:], want[1:], strict=True):
         np.testing.assert_array_equal(one, other)
@@ -109,8 +120,8 @@ def test_the_sum_with_a_given_dx_is_rounded_once() -> None:
     case = CASES["one pack"]
     x, A, B, dy = case.arrays(jnp.bfloat16)
     S, given = pack_shrink(x, A), (8 * x).astype(jnp.bfloat16)
-    got = pack_backward_triton(x, A, B, S, dy, case.outs, given, config=SMALL)[0]
-    wide = pack_backward_triton(*(a.astype(jnp.float32) for a in (x, A, B, S, dy)), case.outs, config=SMALL)[0]
+    got = pack_backward_triton(x, A, B, S, dy, case.outs, given, **SMALL)[0]
+    wide = pack_backward_triton(*(a.astype(jnp.float32) for a in (x, A, B, S, dy)), case.outs, **SMALL)[0]
     want = given.astype(jnp.float32) + wide
     assert float(jnp.abs(got.astype(jnp.float32) - want).max() / jnp.abs(want).max()) < 2**-8
 
@@ -190,8 +201,9 @@ def test_lowers_for_cuda(name: str, dtype: jnp.dtype) -> None:
         jax.ShapeDtypeStruct((case.packs, case.rows, out), dtype),
     ]
 
-    def f(*args: jax.Array) -> tuple[jax.Array, ...]:
-        return pack_backward_triton(*args[:5], case.outs, args[5], interpret=False)
+    def f(x: jax.Array, A: jax.Array, B: jax.Array, S: jax.Array, dy: jax.Array, dx: jax.Array) -> object:
+        dS, dB = backward_dy(B, S, dy, case.outs, interpret=False)
+        return backward_x(x, A, dS, dx, interpret=False), dB
 
     with pretend_gpu():
         traced = jax.jit(f, donate_argnums=5).trace(*shapes, shapes[0])
@@ -205,15 +217,16 @@ def test_default_blocks_fit_the_device(name: str) -> None:
     case = SHAPES[name]
     ranks, stacked = case.pages * 16, len(case.outs) * case.pages * 16
     for dtype in (jnp.bfloat16, jnp.float32):
-        config = default_pack_config(case.packs * case.rows, case.outs, case.pages, dtype)
-        assert max(shared_bytes(config, ranks, stacked, dtype)) <= MAX_SHARED_BYTES
+        config = default_dy_config(case.packs * case.rows, case.outs, case.pages, dtype)
+        assert config.shared_bytes(ranks, dtype) <= MAX_SHARED_BYTES
+        assert default_x_config(stacked, dtype).shared_bytes(stacked, dtype) <= MAX_SHARED_BYTES
 
 
 @pytest.mark.gpu
 def test_repeats_give_one_bit_pattern() -> None:
     case = Case(2, 512, 1024, (1024, 512), 2)
     x, A, B, dy = case.arrays(jnp.bfloat16)
-    f = jax.jit(lambda *a: gradients(case, *a, config=None))
+    f = jax.jit(lambda *a: gradients(case, *a, x_config=None))
     want = f(x, A, B, dy)
     for _ in range(50):
         for one, other in zip(f(x, A, B, dy), want, strict=True):
