@@ -33,7 +33,8 @@ def smlm(
     with scaling folded into B. Products take operands in the arrays' dtype (S = x A^T is rounded to it) and
     sum in float32, in an order that depends on the input size alone; nothing crosses from tile to tile.
 
-    Differentiable in x, A, B and y, through the reference `smlm_ref`: for research; training has `pack_lora`.
+    Differentiable in x, A, B and y, through the reference `smlm_ref`: for research; training has `pack_backward_dy` and
+    `pack_backward_x`.
 
     Args:
         x: Inputs, bfloat16, float16 or float32.
@@ -44,7 +45,7 @@ def smlm(
         y: What the delta is added to, x's dtype. Under jit the kernels write it in place where XLA may reuse
             it (donate it, or let it be a temporary). None: the delta alone, zero for rows without adapter.
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
-        S_rows: K; if any, S of the first K rows is returned too, which `pack_backward` takes. The call is then not
+        S_rows: K; if any, S of the first K rows is returned too, which `pack_backward_dy` takes. The call is then not
             differentiable.
 
     Returns:

@@ -13,8 +13,6 @@ from jaxtyping import Array, Int32
 from pallas_kernels.smlm.pack import choose
 from pallas_kernels.smlm.triton_tiles import whole
 
-BLOCK = 1024  # elements of a page that a program adds up
-
 
 def add_gradients(pools: Any, pool_ids: Int32[Array, "G MP"], deltas: Any, *, implementation: str | None = None) -> Any:
     """pool[pool_ids[g, m]] += delta[g, m], pack after pack: two packs of one job add in the job's own order.
@@ -48,11 +46,21 @@ def add_gradients_triton(
     pool_ids: Int32[Array, "G MP"],
     deltas: Any,
     *,
-    block: int = BLOCK,
+    block: int = 1024,
     warps: int = 4,
     interpret: bool | None = None,
 ) -> Any:
-    """`add_gradients` in one launch, with the same bits but for page 0, which is left alone."""
+    """`add_gradients` in one launch, with the same bits but for page 0, which is left alone.
+
+    Args:
+        pools, pool_ids, deltas: As there.
+        block: Elements of a page that a program adds up.
+        warps: Triton's.
+        interpret: Run as plain XLA operations; by default on the CPU only.
+
+    Returns:
+        The tree of pools.
+    """
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
     leaves, tree = jax.tree.flatten(pools)
     slots, count = pool_ids.size, len(leaves)

@@ -164,6 +164,19 @@ def test_lowers_for_cuda(name: str, activation: str, dtype: jnp.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_numerics_on_the_device(name: str, dtype: jnp.dtype) -> None:
+    arrays = SHAPES[name].arrays(dtype)
+    with jax.default_matmul_precision("highest"):
+        got = jax.jit(lambda *a: gradients(jax.nn.silu, *a, config=None))(*arrays)
+        want = jax.jit(lambda *a: reference(jax.nn.silu, *a))(*arrays)
+    for one, other in zip(got, want, strict=True):
+        scale = float(jnp.abs(other).max())
+        assert_close(one.astype(F32) / scale, other / scale, "logits_f32" if dtype == F32 else "bf16_grad")
+
+
+@pytest.mark.gpu
 def test_repeats_give_one_bit_pattern() -> None:
     arrays = Case(2, 512, 2048, 1024, 2).arrays(jnp.bfloat16)
     f = jax.jit(lambda *a: gradients(jax.nn.silu, *a, config=None))

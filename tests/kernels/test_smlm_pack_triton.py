@@ -223,6 +223,22 @@ def test_default_blocks_fit_the_device(name: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_numerics_on_the_device(name: str, dtype: jnp.dtype) -> None:
+    case = SHAPES[name]
+    x, A, B, dy = case.arrays(dtype)
+    with jax.default_matmul_precision("highest"):
+        S = pack_shrink(x, A)
+        got = jax.jit(lambda *a: pack_backward_triton(*a, case.outs, x))(x, A, B, S, dy)
+    dX, dA, dB = reference(case, x, A, B, dy)
+    for one, other in zip(got, (x.astype(jnp.float32) + dX, dA, dB), strict=True):
+        scale = float(jnp.abs(other).max())
+        tolerance = "logits_f32" if dtype == jnp.float32 else "bf16_grad"
+        assert_close(one.astype(jnp.float32) / scale, other / scale, tolerance)
+
+
+@pytest.mark.gpu
 def test_repeats_give_one_bit_pattern() -> None:
     case = Case(2, 512, 1024, (1024, 512), 2)
     x, A, B, dy = case.arrays(jnp.bfloat16)

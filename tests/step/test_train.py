@@ -136,9 +136,10 @@ def test_any_subset_of_kept_activations_gives_the_gradient(spec, keep):
             np.testing.assert_allclose(got[name]["lora_A"] / scale, want[name]["lora_A"] / scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["all kept", "nothing kept", "dropout"])
+@pytest.mark.parametrize("how", ["all kept", "nothing kept", "dropout", "gemma"])
 def test_the_triton_kernels_give_the_same_gradients(how):
-    spec = tiny_spec(num_hidden_layers=1, sliding_window=(None,))
+    family = {"norm_plus_one": True, "hidden_act": "gelu_pytorch_tanh"} if how == "gemma" else {}
+    spec = tiny_spec(num_hidden_layers=1, sliding_window=(None,), **family)
     rate, kept = 0.3 * (how == "dropout"), {"keep": ()} if how == "nothing kept" else {}
     train = [dataclasses.replace(item, dropout=rate) for item in mixed_items(np.random.default_rng(4)).train]
     triton, xla = (make_world(spec, tiny_config(smlm=name, **kept)) for name in ("triton", "xla"))
