@@ -1,4 +1,4 @@
-"""The backward of `pack_lora` alone, on one GPU: dX, dA and dB of training packs, against XLA and torch matmuls.
+"""The backward of packs alone, on one GPU: dX, dA and dB of training packs, against XLA and torch matmuls.
 
     python -m benchmarks.kernels.smlm_backward      # prints the records; benchmarks.kernels.smlm writes them
 

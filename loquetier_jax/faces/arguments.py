@@ -14,9 +14,10 @@ A = TypeVar("A")
 
 def path_of(value: Any, name: str, expected: str, error: type[LoquetierError]) -> Path:
     """A path given as text or as a path; otherwise raises `error`, naming the argument."""
-    if not isinstance(value, (str, os.PathLike)) or not str(value):
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path:
         raise error(f"{name}: got {value!r:.200}, expected the path of {expected}")
-    return Path(value)
+    return Path(path)
 
 
 def prompts_of(value: Any, name: str) -> list[Prompt]:

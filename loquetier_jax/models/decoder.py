@@ -91,7 +91,7 @@ def layer(
         w: Weights of this layer; only its norms are read here.
         x: Residual stream.
         rope: `rope_tables` of the rows.
-        ops: The projections and the attention of this layer.
+        ops: The projections, the attention and the MLP of this layer.
 
     Returns:
         The residual stream after attention and MLP, in the dtype of x.

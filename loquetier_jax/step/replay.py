@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from loquetier_jax.batch.segments import TrainRows
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.models.decoder import ACTIVATIONS, base_linear, gated
+from loquetier_jax.models.decoder import base_linear, gated
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from loquetier_jax.step.ops import attend_packs, shrunk
@@ -131,6 +131,5 @@ class ReplayOps:
         self, dy: jax.Array, gate_up: jax.Array, lora_A: jax.Array, lora_B: jax.Array
     ) -> Gradients:
         dS, dB, dact = self._both_transposes("down_proj", dy, lora_B)
-        activation = ACTIVATIONS[self.spec.hidden_act]
-        d, dA = pack_glu_backward(self._packs(gate_up), lora_A, dS, self._packs(dact), activation)
+        d, dA = pack_glu_backward(self._packs(gate_up), lora_A, dS, self._packs(dact), self.spec.hidden_act)
         return d.reshape(gate_up.shape), dA, dB

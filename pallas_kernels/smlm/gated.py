@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.smlm.activation import ACTIVATIONS, gated
+from pallas_kernels.smlm.activation import ACTIVATIONS, check_activation, gated
 from pallas_kernels.smlm.api import _check_arrays, _check_plan, _choose
+from pallas_kernels.smlm.checks import check_rank
 from pallas_kernels.smlm.plan import WIDE, SmlmPlan
 from pallas_kernels.smlm.triton import Launch, first_rows
 from pallas_kernels.smlm.triton_kernels import F32, load_S, product
@@ -77,8 +78,8 @@ def smlm_gated(
             activation.
         TypeError: dtypes disagree.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, expected one of {tuple(ACTIVATIONS)}")
+    check_activation(activation)
+    check_rank("y", y, 2)
     half = y.shape[1] // 2
     _check_arrays(x, A, B, y, (half, half))
     _check_plan(plan, x.shape[0])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.smlm.checks import check_rank, check_shapes
 from pallas_kernels.smlm.pack_triton import backward_dy, backward_x
 from pallas_kernels.smlm.plan import RANK_PAGE
 
@@ -69,8 +70,11 @@ def pack_backward_dy(
         dS in S's dtype, its ranks in the order of A's pages; dB in B's dtype.
 
     Raises:
-        ValueError: the implementation is unknown.
+        ValueError: shapes disagree, or the implementation is unknown; both values are named.
     """
+    check_rank("S", S, 5)
+    (G, L, _, MP, R), out = S.shape, sum(out_features)
+    check_shapes(S=(S, (G, L, len(out_features), MP, RANK_PAGE)), B=(B, (G, MP, R, out)), dy=(dy, (G, L, out)))
     function = backward_dy if choose(implementation) == "triton" else backward_dy_xla
     return function(B, S, dy, tuple(out_features))
 
@@ -99,8 +103,12 @@ def pack_backward_x(
         dX in x's dtype, dA in A's.
 
     Raises:
-        ValueError: the implementation is unknown.
+        ValueError: shapes disagree, or the implementation is unknown; both values are named.
     """
+    check_rank("x", x, 3)
+    check_rank("A", A, 4)
+    (G, L, size), (_, MP, ranks, _) = x.shape, A.shape
+    check_shapes(A=(A, (G, MP, ranks, size)), dS=(dS, (G, L, MP, ranks)), dx=(x if dx is None else dx, x.shape))
     return (backward_x if choose(implementation) == "triton" else backward_x_xla)(x, A, dS, dx)
 
 
@@ -126,14 +134,12 @@ def pack_lora(
     Raises:
         ValueError: shapes disagree, or the implementation is unknown; both values are named.
     """
-    G, _, size = x.shape
-    want_A = (G, A.shape[1], len(out_features) * RANK_PAGE, size)
-    want_B = (G, A.shape[1], RANK_PAGE, sum(out_features))
-    if A.shape != want_A or B.shape != want_B:
-        raise ValueError(
-            f"A, B: got shapes {A.shape}, {B.shape}, expected {want_A}, {want_B} "
-            f"for x {x.shape} and out_features {out_features}"
-        )
+    check_rank("x", x, 3)
+    check_rank("A", A, 4)
+    (G, _, size), MP = x.shape, A.shape[1]
+    check_shapes(
+        A=(A, (G, MP, len(out_features) * RANK_PAGE, size)), B=(B, (G, MP, RANK_PAGE, sum(out_features)))
+    )
     return _pack_lora(x, A, B, tuple(out_features), choose(implementation))
 
 

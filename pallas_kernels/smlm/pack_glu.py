@@ -5,13 +5,14 @@ up, and dA. A program takes a block of columns and goes through rows, so that dA
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
+from pallas_kernels.smlm.activation import check_activation
+from pallas_kernels.smlm.checks import check_rank, check_shapes
 from pallas_kernels.smlm.pack_kernels import Cut, Side, glu
 from pallas_kernels.smlm.pack_triton import Work, check_elements, launch, rows_of
 from pallas_kernels.smlm.pack_tuning import GluConfig, default_glu_config
@@ -27,7 +28,7 @@ def pack_glu_backward(
     A: Float[Array, "G MP R F"],
     dS: Float[Array, "G L MP R"],
     dact: Float[Array, "G L F"],
-    activation: Callable[[Array], Array],
+    activation: str,
     *,
     config: GluConfig | None = None,
     interpret: bool | None = None,
@@ -39,7 +40,7 @@ def pack_glu_backward(
         A: Pages of the projection's adapter, float32 for gradients that are never rounded; absent ones are zero.
         dS: Of `pack_backward_dy`, in gate_up's dtype.
         dact: Gradient of act through the base projection, gate_up's dtype.
-        activation: Elementwise, of float32; one that Pallas-Triton lowers (no erf).
+        activation: A key of `activation.ACTIVATIONS`.
         config: How the launch is cut; by default chosen from the shapes.
         interpret: Run as plain XLA operations; by default on the CPU only.
 
@@ -47,13 +48,21 @@ def pack_glu_backward(
         Gradients of gate_up and A in their own dtypes; sums in float32.
 
     Raises:
-        ValueError: an operand has 2^31 elements or more.
+        ValueError: shapes disagree, no kernel has the activation, or an operand has 2^31 elements or more.
     """
+    check_rank("dact", dact, 3)
+    check_rank("A", A, 4)
     packs, rows, size = dact.shape
+    check_shapes(
+        gate_up=(gate_up, (packs, rows, 2 * size)),
+        A=(A, (packs, A.shape[1], RANK_PAGE, size)),
+        dS=(dS, (packs, rows, A.shape[1], RANK_PAGE)),
+    )
+    check_activation(activation)
     dtype, side = gate_up.dtype, Side(packs, rows, (size,), A.shape[1] * RANK_PAGE)
     check_elements(gate_up=gate_up)
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
-    config = config or default_glu_config(packs * rows, side.ranks, dtype)
+    config = config or default_glu_config(rows, side.ranks, dtype)
     flat = rows_of(dtype, gate_up=gate_up, A=A, dS=dS.reshape(packs, rows, -1), dact=dact)
     cut = Cut(side, config.block, side.chunks)
     outs = {

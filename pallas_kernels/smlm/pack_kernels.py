@@ -7,21 +7,19 @@ chunks that are powers of two. Indices are arrays in every dimension: a masked l
 not run in interpret mode.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
+from pallas_kernels.smlm.activation import value_and_slope
 from pallas_kernels.smlm.pack_tuning import MAX_RANKS, Block
 
 F32 = jnp.float32
-LOG2_E = 1.4426950408889634
 Chunks = tuple[tuple[int, int], ...]  # (first rank, ranks)
 
 
@@ -214,19 +212,8 @@ def expand(cut: Cut, pack: Array, index: Array, s_ref: Any, w_ref: Any, *refs: A
     lax.fori_loop(0, pl.cdiv(block.span, block.columns), step, None)
 
 
-def _value_and_slope(activation: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
-    """An elementwise function and its derivative."""
-    if activation is not jax.nn.silu:
-        return jax.jvp(activation, (x,), (jnp.ones_like(x),))
-    # 1 / (1 + e) as rsqrt squared: one instruction where a division takes eight, which this kernel would wait for.
-    root = lax.rsqrt(1.0 + jnp.exp2(x * -LOG2_E))
-    sigmoid = root * root
-    value = x * sigmoid
-    return value, sigmoid + value * (1.0 - sigmoid)
-
-
 def glu(
-    activation: Callable[[Array], Array],
+    activation: str,
     parts: int,
     cut: Cut,
     pack: Array,
@@ -260,7 +247,7 @@ def glu(
         d = _load(dact_ref, rows, columns, mask).astype(F32)
         for one, other in zip(s, w, strict=True):
             d += _dot(one, other, 1, 0)
-        value, slope = _value_and_slope(activation, gate)
+        value, slope = value_and_slope(activation, gate)
         value = value.astype(dtype).astype(F32)
         plt.store(o_ref.at[rows[:, None], columns[None, :]], (d * up * slope).astype(dtype), mask=mask)
         plt.store(o_ref.at[rows[:, None], ups[None, :]], (d * value).astype(dtype), mask=mask)

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int32
 
+from pallas_kernels.smlm.checks import check_shapes
 from pallas_kernels.smlm.pack import choose
 from pallas_kernels.smlm.triton_tiles import whole
 
@@ -24,11 +25,13 @@ def add_gradients(pools: Any, pool_ids: Int32[Array, "G MP"], deltas: Any, *, im
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
 
     Returns:
-        The tree of pools. Page 0 is a bin: what it holds stays finite where gradients are, and nobody reads it.
+        The tree of pools. Page 0 is a bin that nobody reads: the kernel leaves it alone, XLA adds to it.
 
     Raises:
-        ValueError: the implementation is unknown.
+        ValueError: shapes disagree, or the implementation is unknown; both values are named.
     """
+    for number, (pool, delta) in enumerate(zip(jax.tree.leaves(pools), jax.tree.leaves(deltas), strict=True)):
+        check_shapes(**{f"deltas[{number}]": (delta, (*pool_ids.shape, *pool.shape[1:]))})
     if choose(implementation) == "triton":
         return add_gradients_triton(pools, pool_ids, deltas)
     return jax.tree.map(functools.partial(_scatter, pool_ids), pools, deltas)

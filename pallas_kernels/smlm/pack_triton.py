@@ -38,7 +38,7 @@ def pack_backward_triton(
     dy_config: DyConfig | None = None,
     x_config: XConfig | None = None,
 ) -> tuple[Array, Array, Array]:
-    """`pack.pack_backward` by kernels: `backward_dy`, then `backward_x`."""
+    """dX, dA and dB by kernels: `backward_dy`, then `backward_x`."""
     dS, dB = backward_dy(B, S, dy, out_features, config=dy_config)
     dX, dA = backward_x(x, A, dS, dx, config=x_config)
     return dX, dA, dB
@@ -57,7 +57,7 @@ def backward_dy(
 ) -> tuple[Float[Array, "G L MP nR"], Float[Array, "G MP R out"]]:
     """`pack.pack_backward_dy` by kernels: one launch, and the sum of its shares of dS.
 
-    Every sum has one order that does not depend on the other packs; nothing crosses packs.
+    Every sum has one order, which depends on the pack's own shape and not on how many there are; nothing crosses packs.
 
     Args:
         B, S, dy, out_features: As there.
@@ -73,7 +73,7 @@ def backward_dy(
     packs, rows, targets, pages, _ = S.shape
     check_elements(dy=dy)
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
-    config = config or default_dy_config(packs * rows, out_features, pages, S.dtype)
+    config = config or default_dy_config(packs, rows, out_features, pages, S.dtype)
     flat = rows_of(S.dtype, B=B, dY=dy, S=S.reshape(packs, rows, -1))
     side = Side(packs, rows, out_features, pages * RANK_PAGE)
     outs = {

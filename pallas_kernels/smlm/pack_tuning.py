@@ -96,11 +96,14 @@ class GluConfig:
     stages: int = 3
 
 
-def default_dy_config(rows: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype) -> DyConfig:
+def default_dy_config(
+    packs: int, rows: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype
+) -> DyConfig:
     """The configuration of a shape class, tuned on an H200, of moderate shared memory anywhere.
 
     Args:
-        rows: Of all packs: G * L.
+        packs: G; it decides nothing that could move a sum.
+        rows: L, of a pack.
         out_features: Columns of each target. Of many, dS has fewer shares, each of more columns.
         pages: MP.
         dtype: Of dY.
@@ -110,7 +113,7 @@ def default_dy_config(rows: int, out_features: tuple[int, ...], pages: int, dtyp
     elif sum(out_features) <= 8192:
         config = DyConfig()
     elif rows <= 1024:
-        config = DyConfig(Block(64, 128), Block(128, 64, 1024), turns=2)
+        config = DyConfig(Block(64, 128), Block(128, 64, 1024), turns=2 if packs == 1 else 28)
     else:
         config = DyConfig(Block(128, 64), Block(64, 128, 1024), turns=28)
     while config.stages > 1 and config.shared_bytes(pages * RANK_PAGE, dtype) > MAX_SHARED_BYTES:
@@ -130,8 +133,12 @@ def default_x_config(ranks: int, dtype: jnp.dtype) -> XConfig:
         config = XConfig(Block(32, 32), Block(32, 32, 32), stages=2)
     if ranks > 2 * MAX_RANKS:  # dX holds all ranks of its rows: fewer rows, and no loop to load ahead for
         config = replace(config, dX=Block(config.dX.rows // 2, config.dX.columns, config.dX.columns))
-    while config.stages > 1 and config.shared_bytes(ranks, dtype) > MAX_SHARED_BYTES:
-        config = replace(config, stages=config.stages - 1)
+    while config.shared_bytes(ranks, dtype) > MAX_SHARED_BYTES:
+        if config.stages > 1:
+            config = replace(config, stages=config.stages - 1)
+        else:
+            rows, columns = config.dX.rows // 2, max(16, config.dX.columns // 2)
+            config = replace(config, dX=Block(rows, columns, columns))
     return config
 
 
@@ -139,7 +146,7 @@ def default_glu_config(rows: int, ranks: int, dtype: jnp.dtype) -> GluConfig:
     """The configuration of a shape class, likewise.
 
     Args:
-        rows: Of all packs. Few rows are few programs: two share a block of columns.
+        rows: L, of a pack. Few rows are few programs: two share a block of columns.
         ranks: Of all pages.
         dtype: Of gate and up.
     """

@@ -217,9 +217,18 @@ def test_default_blocks_fit_the_device(name: str) -> None:
     case = SHAPES[name]
     ranks, stacked = case.pages * 16, len(case.outs) * case.pages * 16
     for dtype in (jnp.bfloat16, jnp.float32):
-        config = default_dy_config(case.packs * case.rows, case.outs, case.pages, dtype)
+        config = default_dy_config(case.packs, case.rows, case.outs, case.pages, dtype)
         assert config.shared_bytes(ranks, dtype) <= MAX_SHARED_BYTES
         assert default_x_config(stacked, dtype).shared_bytes(stacked, dtype) <= MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("rank", [64, 256, 384, 512])
+@pytest.mark.parametrize("targets", [1, 2, 3])
+def test_default_blocks_fit_for_any_rank(targets: int, rank: int) -> None:
+    for dtype in (jnp.bfloat16, jnp.float32):
+        config = default_x_config(targets * rank, dtype)
+        assert config.shared_bytes(targets * rank, dtype) <= MAX_SHARED_BYTES
+        assert min(config.dX.rows, config.dX.columns) >= 4
 
 
 @pytest.mark.gpu

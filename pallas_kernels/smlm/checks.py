@@ -1,0 +1,24 @@
+"""Shapes that ops refuse before a kernel would read or write beside an array."""
+
+from typing import Any
+
+
+def check_shapes(**arrays: tuple[Any, tuple[int, ...]]) -> None:
+    """Every named (array, expected shape) agrees.
+
+    Raises:
+        ValueError: one does not; both shapes are named.
+    """
+    for name, (array, shape) in arrays.items():
+        if tuple(array.shape) != shape:
+            raise ValueError(f"{name}: got shape {tuple(array.shape)}, expected {shape}")
+
+
+def check_rank(name: str, array: Any, dimensions: int) -> None:
+    """The array has that many dimensions.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if array.ndim != dimensions:
+        raise ValueError(f"{name}: got shape {tuple(array.shape)}, expected {dimensions} dimensions")
