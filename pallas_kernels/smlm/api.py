@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.smlm.checks import IMPLEMENTATIONS, check_count, check_rank, choose
 from pallas_kernels.smlm.plan import RANK_PAGE, SmlmPlan, plan_shapes
 from pallas_kernels.smlm.ref import smlm_ref
 from pallas_kernels.smlm.triton import smlm_triton
 from pallas_kernels.smlm.xla import smlm_xla
-
-IMPLEMENTATIONS = ("xla", "triton")
 
 
 def smlm(
@@ -61,8 +60,7 @@ def smlm(
     out_features = tuple(int(size) for size in out_features)
     _check_arrays(x, A, B, y, out_features)
     _check_plan(plan, x.shape[0])
-    if not 0 <= S_rows <= x.shape[0]:
-        raise ValueError(f"S_rows: got {S_rows}, expected 0 to x's {x.shape[0]} rows")
+    check_count("S_rows", S_rows, x.shape[0])
     implementation = _choose(implementation)
     if S_rows:
         function = smlm_triton if implementation == "triton" else smlm_xla
@@ -71,20 +69,15 @@ def smlm(
 
 
 def _choose(implementation: str | None) -> str:
-    if implementation is None:
-        return "triton" if jax.default_backend() == "gpu" else "xla"
     if implementation == "mosaic":
         raise NotImplementedError(f"implementation: got 'mosaic', expected one of {IMPLEMENTATIONS} or None")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: got {implementation!r}, expected one of {IMPLEMENTATIONS} or None")
-    return implementation
+    return choose(implementation)
 
 
 def _check_arrays(x: Any, A: Any, B: Any, y: Any, out_features: tuple[int, ...]) -> None:
     """Every array has the shape that x and out_features imply, and x's dtype."""
     for name, array, rank in (("x", x, 2), ("A", A, 3), ("B", B, 3)):
-        if array.ndim != rank:
-            raise ValueError(f"{name}: got shape {array.shape}, expected {rank} dimensions")
+        check_rank(name, array, rank)
     if not out_features or any(size < 16 or size % 16 for size in out_features):
         raise ValueError(f"out_features: got {out_features}, expected positive multiples of 16")
     if x.shape[1] == 0 or x.shape[1] % 16:

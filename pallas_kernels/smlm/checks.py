@@ -1,6 +1,33 @@
-"""Shapes that ops refuse before a kernel would read or write beside an array."""
+"""What ops refuse before they compute: shapes beside which a kernel would read or write, implementations not there."""
 
 from typing import Any
+
+import jax
+
+IMPLEMENTATIONS = ("xla", "triton")
+
+
+def choose(implementation: str | None) -> str:
+    """The implementation of an op: None is triton on a GPU and xla elsewhere.
+
+    Raises:
+        ValueError: the implementation is unknown.
+    """
+    if implementation is None:
+        return "triton" if jax.default_backend() == "gpu" else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: got {implementation!r}, expected one of {IMPLEMENTATIONS} or None")
+    return implementation
+
+
+def check_count(name: str, value: int, rows: int) -> None:
+    """The number of leading rows is one that x has.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 <= value <= rows:
+        raise ValueError(f"{name}: got {value}, expected 0 to x's {rows} rows")
 
 
 def check_shapes(**arrays: tuple[Any, tuple[int, ...]]) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.smlm.activation import ACTIVATIONS, check_activation, gated
 from pallas_kernels.smlm.api import _check_arrays, _check_plan, _choose
-from pallas_kernels.smlm.checks import check_rank
+from pallas_kernels.smlm.checks import check_count, check_rank
 from pallas_kernels.smlm.plan import WIDE, SmlmPlan
 from pallas_kernels.smlm.triton import Launch, first_rows
 from pallas_kernels.smlm.triton_kernels import F32, load_S, product
@@ -83,8 +83,7 @@ def smlm_gated(
     half = y.shape[1] // 2
     _check_arrays(x, A, B, y, (half, half))
     _check_plan(plan, x.shape[0])
-    if not 0 <= keep_rows <= x.shape[0]:
-        raise ValueError(f"keep_rows: got {keep_rows}, expected 0 to x's {x.shape[0]} rows")
+    check_count("keep_rows", keep_rows, x.shape[0])
     plan = SmlmPlan(*map(jnp.asarray, plan))
     return smlm_gated_triton(x, A, B, plan, y, activation, keep_rows, keep_y)
 

@@ -11,25 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.smlm.checks import check_rank, check_shapes
+from pallas_kernels.smlm.checks import check_rank, check_shapes, choose
 from pallas_kernels.smlm.pack_triton import backward_dy, backward_x
 from pallas_kernels.smlm.plan import RANK_PAGE
 
 F32 = jnp.float32
-IMPLEMENTATIONS = ("xla", "triton")
-
-
-def choose(implementation: str | None) -> str:
-    """The implementation of a backward op: None is triton on a GPU and xla elsewhere.
-
-    Raises:
-        ValueError: the implementation is unknown.
-    """
-    if implementation is None:
-        return "triton" if jax.default_backend() == "gpu" else "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: got {implementation!r}, expected one of {IMPLEMENTATIONS} or None")
-    return implementation
 
 
 def pack_shrink(x: Float[Array, "G L in"], A: Float[Array, "G MP nR in"]) -> Float[Array, "G L n MP R"]:

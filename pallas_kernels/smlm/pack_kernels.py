@@ -18,8 +18,9 @@ from jaxtyping import Array
 
 from pallas_kernels.smlm.activation import value_and_slope
 from pallas_kernels.smlm.pack_tuning import MAX_RANKS, Block
+from pallas_kernels.smlm.triton_kernels import F32, product
+from pallas_kernels.smlm.triton_tiles import block_of
 
-F32 = jnp.float32
 Chunks = tuple[tuple[int, int], ...]  # (first rank, ranks)
 
 
@@ -66,15 +67,7 @@ class Side:
 
     def block(self, index: Array, width: int) -> tuple[Array, Array, Array]:
         """(target, first column, end of the target's columns) of a block."""
-        target, column, end = jnp.int32(0), index * width, jnp.int32(self.sizes[0])
-        blocks, start = 0, 0
-        for t, size in enumerate(self.sizes[:-1], start=1):
-            blocks, start = blocks + pl.cdiv(size, width), start + size
-            here = index >= blocks
-            target = jnp.where(here, jnp.int32(t), target)
-            column = jnp.where(here, start + (index - blocks) * width, column)
-            end = jnp.where(here, jnp.int32(start + self.sizes[t]), end)
-        return target, column, end
+        return block_of(index, self.sizes, width)
 
     def in_s(self, start: int, size: int, target: Array) -> Array:
         """Where ranks start.. of a target are in a row of S, or of dS for the one target of x."""
@@ -142,11 +135,6 @@ def _load(ref: Any, rows: Array, columns: Array, mask: Array | None) -> Array:
     return plt.load(at) if mask is None else plt.load(at, mask=mask, other=0.0)
 
 
-def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == F32 else None  # else Triton takes TF32
-    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision, preferred_element_type=F32)
-
-
 def shrink(cut: Cut, pack: Array, index: Array, y_ref: Any, w_ref: Any, h_ref: Any) -> None:
     """h[part, tile, ranks] = y w^T over a span of columns: a share of dS, of dY and B."""
     side, block = cut.side, cut.block
@@ -158,7 +146,7 @@ def shrink(cut: Cut, pack: Array, index: Array, y_ref: Any, w_ref: Any, h_ref: A
         new = []
         for (at, size), total in zip(cut.ranks, sums, strict=True):
             w = _load(w_ref, side.ranks_of(pack, at, size), columns, _mask(None, inside))
-            new.append(total + _dot(y, w, 1, 1))
+            new.append(total + product(y, w, 1))
         return tuple(new)
 
     sums = tuple(jnp.zeros((block.rows, size), F32) for _, size in cut.ranks)
@@ -183,7 +171,7 @@ def gradient(cut: Cut, pack: Array, index: Array, y_ref: Any, s_ref: Any, g_ref:
         new = []
         for (at, size), total in zip(cut.ranks, sums, strict=True):
             s = _load(s_ref, rows, side.in_s(at, size, target), _mask(ok, None))
-            new.append(total + _dot(y, s, 0, 0))
+            new.append(total + product(y, s, 0, contract_a=0))
         return tuple(new)
 
     sums = tuple(jnp.zeros((block.columns, size), F32) for _, size in cut.ranks)
@@ -206,7 +194,7 @@ def expand(cut: Cut, pack: Array, index: Array, s_ref: Any, w_ref: Any, *refs: A
         for ref in y_ref:
             total += _load(ref, rows, columns, mask).astype(F32)
         for (at, size), one in zip(cut.ranks, s, strict=True):
-            total += _dot(one, _load(w_ref, side.ranks_of(pack, at, size), columns, _mask(None, inside)), 1, 0)
+            total += product(one, _load(w_ref, side.ranks_of(pack, at, size), columns, _mask(None, inside)), 0)
         plt.store(o_ref.at[rows[:, None], columns[None, :]], total.astype(o_ref.dtype), mask=mask)
 
     lax.fori_loop(0, pl.cdiv(block.span, block.columns), step, None)
@@ -246,14 +234,14 @@ def glu(
         s = [_load(s_ref, rows, side.in_s(at, size, jnp.int32(0)), _mask(ok, None)) for at, size in cut.ranks]
         d = _load(dact_ref, rows, columns, mask).astype(F32)
         for one, other in zip(s, w, strict=True):
-            d += _dot(one, other, 1, 0)
+            d += product(one, other, 0)
         value, slope = value_and_slope(activation, gate)
         value = value.astype(dtype).astype(F32)
         plt.store(o_ref.at[rows[:, None], columns[None, :]], (d * up * slope).astype(dtype), mask=mask)
         plt.store(o_ref.at[rows[:, None], ups[None, :]], (d * value).astype(dtype), mask=mask)
         act = (value * up).astype(dtype)
         # The ranks first: act stays as it is in registers, transposing it took 30 us more of 85.
-        return tuple(total + _dot(one, act, 0, 0) for total, one in zip(sums, s, strict=True))
+        return tuple(total + product(one, act, 0, contract_a=0) for total, one in zip(sums, s, strict=True))
 
     sums = tuple(jnp.zeros((size, block.columns), F32) for _, size in cut.ranks)
     last = tiles if parts == 1 else jnp.minimum((part + 1) * steps, tiles)

@@ -10,8 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int32
 
-from pallas_kernels.smlm.checks import check_shapes
-from pallas_kernels.smlm.pack import choose
+from pallas_kernels.smlm.checks import check_shapes, choose
 from pallas_kernels.smlm.triton_tiles import whole
 
 

@@ -34,10 +34,10 @@ def tree_sum(parts: list[Array]) -> Array:
     return parts[0]
 
 
-def product(a: Array, b: Array, contract_b: int) -> Array:
-    """The matrix product over a's second dimension and b's dimension `contract_b`, float32."""
+def product(a: Array, b: Array, contract_b: int, contract_a: int = 1) -> Array:
+    """The matrix product over a's dimension `contract_a` and b's dimension `contract_b`, float32."""
     precision = lax.Precision.HIGHEST if a.dtype == F32 else None  # else Triton takes TF32
-    return lax.dot_general(a, b, (((1,), (contract_b,)), ((), ())), precision, preferred_element_type=F32)
+    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision, preferred_element_type=F32)
 
 
 def _partial_sums(

@@ -20,16 +20,22 @@ def whole(a: Any) -> pl.BlockSpec:
     return pl.BlockSpec(a.shape, lambda *_: (0,) * rank)
 
 
-def column_block(index: Array, out_features: tuple[int, ...], block_n: int) -> tuple[Array, Array, Array]:
-    """(target, columns [1, block_n], which of them belong to the target) of a block of outputs."""
-    target, column, end = jnp.int32(0), index * block_n, jnp.int32(out_features[0])
+def block_of(index: Array, sizes: tuple[int, ...], width: int) -> tuple[Array, Array, Array]:
+    """(target, first column, end of the target's columns) of a block of `width` columns; none straddles two targets."""
+    target, column, end = jnp.int32(0), index * width, jnp.int32(sizes[0])
     blocks, start = 0, 0
-    for i, size in enumerate(out_features[:-1], start=1):
-        blocks, start = blocks + pl.cdiv(size, block_n), start + size
+    for i, size in enumerate(sizes[:-1], start=1):
+        blocks, start = blocks + pl.cdiv(size, width), start + size
         here = index >= blocks
         target = jnp.where(here, jnp.int32(i), target)
-        column = jnp.where(here, start + (index - blocks) * block_n, column)
-        end = jnp.where(here, jnp.int32(start + out_features[i]), end)
+        column = jnp.where(here, start + (index - blocks) * width, column)
+        end = jnp.where(here, jnp.int32(start + sizes[i]), end)
+    return target, column, end
+
+
+def column_block(index: Array, out_features: tuple[int, ...], block_n: int) -> tuple[Array, Array, Array]:
+    """(target, columns [1, block_n], which of them belong to the target) of a block of outputs."""
+    target, column, end = block_of(index, out_features, block_n)
     columns = column + jnp.arange(block_n, dtype=jnp.int32)[None, :]
     return target, columns, columns < end
 
