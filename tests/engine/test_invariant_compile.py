@@ -75,6 +75,7 @@ def test_a_random_mix_compiles_nothing(engine, tmp_path):
     check_nothing(compiled)
 
 
+@pytest.mark.slow
 def test_serving_compiles_nothing_from_the_first_request_on(make_engine, tmp_path):
     """Ready means ready: the first load, request, scoring and eviction of an engine's life included."""
     engine = make_engine(

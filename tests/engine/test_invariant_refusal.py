@@ -293,7 +293,7 @@ def check_nothing_left(engine):
     assert set(owners(engine).values()) == {0} and not engine.adapters.versions()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_pages_slots_and_versions_add_up_at_every_step(engine, seed):
     jobs = random_game(engine, seed)
     assert jobs and {j.status for j in jobs} <= {"succeeded", "cancelled"}
