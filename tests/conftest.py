@@ -34,13 +34,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 TESTS = Path(__file__).parent
 PARITY = {"test_parity_families", "test_parity_peft", "test_parity_training"}
-APART = {"test_kill", "test_invariant_compile"}
 EMBEDDED = {"test_examples", "test_demo"}
 
 
 def worker_group(path: Path) -> str:
     """The tests that one worker should run, because they share compiled functions (see tests/worlds.py)."""
-    if path.parent == TESTS / "engine" and path.stem not in APART:
+    if path.parent == TESTS / "engine":
         return "1-families" if path.stem in PARITY else "0-engine"
     if path.stem in EMBEDDED:
         return "1-embedded"

@@ -57,14 +57,16 @@ DEEP_ROWS = (64, 128, 192, 320)
 DEEP_SHAPES = ((256, 768),)  # sums this long need the rows of a whole step
 
 
-@functools.cache
 def compiler_options() -> dict[str, str]:
     """Options for `lower(...).compile(...)` and for an outermost `jax.jit`; empty on any other device than a CPU.
 
     Names that this jaxlib does not know are left out: what it computes then, `rows_keep_their_bits` finds out.
     """
-    if jax.default_backend() != "cpu":
-        return {}
+    return dict(_cpu_options()) if jax.default_backend() == "cpu" else {}
+
+
+@functools.cache
+def _cpu_options() -> dict[str, str]:
     given = os.environ.get("XLA_FLAGS", "")
     options = {name: "" for name in FUSIONS if not re.search(rf"{name}=\S", given)}
     lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), jnp.float32))

@@ -40,6 +40,7 @@ def test_finetune_while_serving(capsys: pytest.CaptureFixture[str]) -> None:
     assert answers["shout"] == answers["from-disk"]  # what was trained and what PEFT files hold
 
 
+@pytest.mark.slow
 def test_own_loss(capsys: pytest.CaptureFixture[str]) -> None:
     load("03").main(steps=3)
     shown = capsys.readouterr().out
