@@ -68,40 +68,59 @@ class _Finder:
         return [Answer(start, max(body, start), max(stop, start))]
 
     def _start(self, i: int) -> int:
-        opened = self._opened(i)
+        opened = self._part(i, generation_prompt=True)
         if opened is not None and self.text.startswith(opened):
             return len(opened)
-        # Not a continuation of what serving would give: then behind the header, or where the words begin.
         words = self._learnable(i)[0]
-        before = self._changed(i - 1) if i else (0, 0)
-        header = self._header(i)
-        found = self.text.rfind(header, before[1], words) if before and header else -1
-        return words if found < 0 else found + len(header)
+        before = self._part(i)
+        if opened and before and all(text.startswith(before) for text in (opened, self.text)):
+            return min(_shared(opened, self.text), words)  # the prompt opens what this turn lacks: a thinking block
+        # Not a continuation of what serving would give: then behind the header, or where the words begin.
+        previous = self._changed(i - 1) if i else (0, 0)
+        found = self.text.rfind(self._header, previous[1], words) if previous and self._header else -1
+        return words - len(self._lead(i, opened, words)) if found < 0 else found + len(self._header)
 
-    def _opened(self, i: int) -> str | None:
-        """What serving would be given to answer with message i; None where the template renders no such beginning."""
-        if i == 0:
+    def _part(self, count: int, generation_prompt: bool = False) -> str | None:
+        """The text of the first messages; None where the template renders none: with no question among them, say."""
+        if not count:
             return None
         try:
-            return self._template.render(self._messages[:i], generation_prompt=True)
-        except ChatError:  # a system prompt and no question: the whole conversation has been rendered all the same
+            return self._template.render(self._messages[:count], generation_prompt=generation_prompt)
+        except ChatError:  # the whole conversation has been rendered all the same
             return None
 
-    def _header(self, i: int) -> str:
+    @cached_property
+    def _header(self) -> str:
         """The generation prompt."""
-        closed, opened = (self._template.render(self._messages[: i + 1], generation_prompt=g) for g in (False, True))
-        return opened[len(closed) :] if opened.startswith(closed) else ""
+        opened = self._template.render(self._messages, generation_prompt=True)
+        return opened[len(self.text) :] if opened.startswith(self.text) else ""
+
+    def _lead(self, i: int, opened: str | None, words: int) -> str:
+        """What an answer begins with before its own words (a space), if it does so in this text as well."""
+        part = self._part(i + 1)
+        if opened is None or part is None or not part.startswith(opened):
+            return ""
+        lead = part[len(opened) : _difference(part, self._variant(i, self._messages[: i + 1]))[0]]
+        return lead if self.text[:words].endswith(lead) else ""
 
     def _end(self, i: int) -> tuple[int, int]:
         """Where the words of message i end, and where what closes them does."""
         if i + 1 == len(self._messages):
             return len(self.text), len(self.text)
-        part = self._template.render(self._messages[: i + 1])
-        if self.text.startswith(part):
+        part = self._part(i + 1)
+        if part is not None and self.text.startswith(part):
             return len(part), len(part)
         words = self._learnable(i)[1]
-        closing = part[_difference(part, self._variant(i, self._messages[: i + 1]))[1] :]
-        return words, words + _shared(self.text[words:], closing)
+        return words, words + _shared(self.text[words:], self._closing(i, part))
+
+    def _closing(self, i: int, part: str | None) -> str:
+        """What follows the words of message i where nothing else does; of the last answer where that is refused."""
+        if part is not None:
+            return part[_difference(part, self._variant(i, self._messages[: i + 1]))[1] :]
+        last = len(self._messages) - 1
+        if self._messages[last]["role"] != "assistant":
+            raise ChatError(f"messages[{i}]: the chat template does not show where it ends: split the conversation")
+        return self.text[self._learnable(last)[1] :]
 
     def _learnable(self, i: int) -> tuple[int, int]:
         found = self._changed(i)
@@ -143,7 +162,7 @@ def _replaced_call(call: Message, word: str) -> Message:
 def _difference(text: str, other: str) -> tuple[int, int]:
     """(start, stop) of the part of `text` outside the beginning and the end that it shares with `other`."""
     start = _shared(text, other)
-    return start, len(text) - _shared(text[:start:-1], other[:start:-1])
+    return start, len(text) - _shared(text[start:][::-1], other[start:][::-1])
 
 
 def _shared(a: str, b: str) -> int:

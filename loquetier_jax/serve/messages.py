@@ -22,8 +22,9 @@ def normalize_messages(messages: Sequence[Any], name: str = "messages") -> list[
 def normalize_message(message: Any, name: str) -> dict[str, Any]:
     """A copy of an OpenAI message as templates expect it.
 
-    Keys whose value is None are left out. A list of text parts becomes one string. Arguments of tool calls that are
-    JSON text, as OpenAI writes them, become objects. Reasoning is there under the names that templates read.
+    Keys whose value is None and empty tool_calls are left out. A list of text parts becomes one string. Arguments of
+    tool calls that are JSON text, as OpenAI writes them, become objects. Reasoning is there under the names that
+    templates read.
 
     Args:
         message: A mapping with role and content; an assistant's may have tool_calls in place of content.
@@ -35,7 +36,7 @@ def normalize_message(message: Any, name: str) -> dict[str, Any]:
     """
     if not isinstance(message, Mapping):
         raise ChatError(f"{name}: got {short(message)}, expected an object with role and content")
-    plain = {k: v for k, v in plain_json(message, name).items() if v is not None}
+    plain = {k: v for k, v in plain_json(message, name).items() if v is not None and (k, v) != ("tool_calls", [])}
     if "function_call" in plain:
         raise ChatError(f"{name}.function_call: not supported, expected tool_calls")
     if "tool_calls" in plain:
@@ -133,5 +134,8 @@ def _plain(value: Any, name: str) -> Any:
 
 def short(value: Any) -> str:
     """A value in at most 60 characters, for messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

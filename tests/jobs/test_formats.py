@@ -178,7 +178,7 @@ def test_template_that_rewrites_history_is_refused(tokenizer, monkeypatch):
     template = "{% for m in messages %}{{ m.content if loop.last else 'x' }}<eot>{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     record = CASES["two turns"][0]
-    with pytest.raises(DataError, match=r"data\[0\]: messages\[1\].*continuation"):
+    with pytest.raises(DataError, match=r"data\[0\]: messages\[1\].*leaves it out"):
         load_dataset([record], tokenizer, TrainConfig())
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system role') }}")
     with pytest.raises(DataError, match="no system role"):
