@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from jaxtyping import Bool, Int
+
 from loquetier_jax.serve.chat_template import ChatTemplate, Message
 from loquetier_jax.serve.messages import ChatError
 
@@ -19,9 +22,10 @@ class Answer:
     body: int
     stop: int
 
-    def learns(self, start: int, stop: int) -> bool:
-        """Whether a token of these characters is learnt: all that touch the body, and those whole in the closing."""
-        return (start < self.body and stop > self.start) or (self.start <= start < self.stop and stop <= self.stop)
+    def learns(self, start: Int[np.ndarray, " n"], stop: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Which tokens of these characters are learnt: all that touch the body, and those whole in the closing."""
+        body = (start < self.body) & (stop > self.start)
+        return body | ((self.start <= start) & (start < self.stop) & (stop <= self.stop))
 
 
 def find_answers(
@@ -167,4 +171,11 @@ def _difference(text: str, other: str) -> tuple[int, int]:
 
 def _shared(a: str, b: str) -> int:
     """How many characters two texts have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    same, most = 0, min(len(a), len(b))
+    while same < most:  # halves, compared by C: a conversation is long
+        middle = (same + most + 1) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return same

@@ -3,6 +3,8 @@
 from datetime import datetime
 from typing import Any
 
+import numpy as np
+
 from loquetier_jax.errors import DataError
 from loquetier_jax.jobs.answers import find_answers
 from loquetier_jax.jobs.formats import Chat, Completion, Record, Text
@@ -66,8 +68,11 @@ def _chat(record: Chat, tokenizer: Any, now: datetime | None) -> tuple[list[int]
     if not tokenizer.is_fast:
         raise ChatError("messages: the tokenizer does not tell where its tokens stand in the text (it is not fast)")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    learn = [any(answer.learns(*span) for answer in answers) for span in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), learn
+    start, stop = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+    learn = np.zeros(len(start), bool)
+    for answer in answers:
+        learn |= answer.learns(start, stop)
+    return list(encoded["input_ids"]), learn.tolist()
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
