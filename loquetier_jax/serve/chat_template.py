@@ -1,5 +1,6 @@
 """A conversation to text by the tokenizer's chat template: the one way there is, for serving and for training."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +17,9 @@ from loquetier_jax.serve.messages import REASONING, ChatError, plain_json, short
 Message = dict[str, Any]
 # What a render is given by other arguments, or by nobody.
 _RESERVED = ("messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception")
+
+# Renders of a template share its environment, and some versions of transformers keep the marks of one there.
+_rendering = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], generation_prompt: bool, marks: list[tuple[int, int]]) -> str:
         blocks: list[str] = []  # the tracker reads from it how long the text is so far
         try:
-            with self._template.environment.activate_tracker(blocks, marks):
+            with _rendering, self._template.environment.activate_tracker(blocks, marks):
                 for block in self._template.generate(
                     **self._variables,
                     messages=list(messages),
