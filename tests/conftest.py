@@ -24,14 +24,30 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Where pytest-timeout is not installed tests have no limit, and its setting is no error."""
+    if not pluginmanager.has_plugin("timeout"):
+        parser.addini("timeout", "seconds that a test may take; pytest-timeout obeys it")
+
+
+@pytest.hookimpl(tryfirst=True)  # `-m gpu` is to see the marks that are added here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips what this machine has no devices for."""
+    """Skips what this machine has no devices for; where it has a GPU, `also_gpu` is `gpu`."""
     gpu = jax.default_backend() == "gpu"
     for item in items:
+        if item.get_closest_marker("also_gpu") and gpu:
+            item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("multi_device") and jax.device_count() < 2:
             item.add_marker(pytest.mark.skip(reason="needs several devices"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def full_precision() -> None:
+    """Products of float32 are float32's on a GPU too, where XLA would take TF32; in every thread."""
+    if jax.default_backend() == "gpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="session")
