@@ -117,7 +117,7 @@ def test_repeats_give_one_bit_pattern(shape: str, layout: str) -> None:
         return smlm_triton(case.x, case.A, case.B, plan, case.out_features, case.y)
 
     first, differ = once(), jnp.int32(0)
-    count = jax.jit(lambda so_far, a, b: so_far + jnp.any(a != b))  # on the device: nobody waits
+    count = jax.jit(lambda so_far, a, b: so_far + jnp.any(a != b).astype(jnp.int32))  # on the device: nobody waits
     for _ in range(REPEATS):
         differ = count(differ, first, once())
     assert int(differ) == 0

@@ -1,4 +1,4 @@
-"""The Triton backward of packs: blocks that fit, CUDA for its shape classes, and what only a GPU can show."""
+"""The Triton backward of packs: blocks that fit, CUDA for two shape classes, and what only a GPU can show."""
 
 from collections.abc import Callable
 

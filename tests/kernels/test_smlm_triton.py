@@ -1,4 +1,4 @@
-"""The Triton kernels: every configuration gives the same numbers, and every shape class lowers for CUDA."""
+"""The Triton kernels: every configuration gives the same numbers, and two shape classes lower for CUDA."""
 
 from collections.abc import Callable
 
