@@ -33,7 +33,9 @@ def run(case: Case, config: SmlmConfig) -> jax.Array:
     return quick_jit(f)(case.x, case.A, case.B, case.y, *case.plan)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+@pytest.mark.parametrize(
+    "config", [*(pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS[:2]), *CONFIGS[2:]], ids=range(len(CONFIGS))
+)
 def test_every_configuration_is_the_formula(config: SmlmConfig) -> None:
     case = CASES["long"]()
     got = run(case, config)

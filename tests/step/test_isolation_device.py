@@ -27,7 +27,7 @@ CHANGES: dict[str, Callable[[jax.Array], jax.Array]] = {
 def numbers(world: World, change: Callable[[jax.Array], jax.Array]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(of the others, its own): what a mixed step and its backward compute once the adapter at page 1 has changed.
 
-    It has the first of two train packs, and the first of three decode rows.
+    It has one of two train packs, and one of three decode rows; `pack_step` has put all in an order of its own.
     """
     world.state.pages = jax.tree.map(lambda a: a.at[1].set(change(a[1])), world.state.pages)
     items = mixed_items(np.random.default_rng(0))
@@ -36,17 +36,19 @@ def numbers(world: World, change: Callable[[jax.Array], jax.Array]) -> tuple[dic
     passing.take_fused(out, batch, world.functions, world.state)
     while not passing.done:
         passing.run_backward_slice(world.functions, world.state)
-    grads = jax.tree.map(np.asarray, world.state.grads)
+    pack = [item.pages for item in items.train].index((1,))
+    row = [item.served.pages for item in items.decode].index((1,))
+    logp, grads = np.asarray(out.train["logp"]).reshape(-1, PACK), jax.tree.map(np.asarray, world.state.grads)
     sampled = {name: np.asarray(a) for name, a in out.sampled.items()}
     own = {
-        "train": np.asarray(out.train["logp"])[:PACK],
-        "sampled": {name: a[:1] for name, a in sampled.items()},
+        "train": logp[pack],
+        "sampled": {name: a[row] for name, a in sampled.items()},
         "grads": jax.tree.map(lambda a: a[1], grads),
     }
     others = {
-        "train": np.asarray(out.train["logp"])[PACK:],
+        "train": np.delete(logp, pack, axis=0),
         "score": jax.tree.map(np.asarray, out.score),
-        "sampled": {name: a[1:] for name, a in sampled.items()},
+        "sampled": {name: np.delete(a, row, axis=0) for name, a in sampled.items()},
         "grads": jax.tree.map(lambda a: a[[2, 3]], grads),
         "kv": jax.tree.map(lambda a: np.asarray(a)[OTHERS_KV], world.state.kv),
     }
@@ -62,4 +64,6 @@ def test_nothing_of_one_adapter_reaches_another(change: str, dtype: str) -> None
     for part in others:
         jax.tree.map(np.testing.assert_array_equal, others_after[part], others[part])
         assert all(np.isfinite(a.astype(np.float32)).all() for a in jax.tree.leaves(others[part])), part
-    assert (own["train"] != own_after["train"]).any(), "the change is meant to show where it belongs"
+    for part in own:
+        pairs = zip(jax.tree.leaves(own[part]), jax.tree.leaves(own_after[part]), strict=True)
+        assert any((one != other).any() for one, other in pairs), f"{part}: the change is meant to show"
