@@ -1,6 +1,7 @@
 # Needs Python >= 3.11, make and gcc; everything else goes into .venv.
 #   make demo   train two adapters and stream four requests on the embedded model
 #   make test       the quick part of the test suite; make test-slow the rest, make test-all both
+#   make test-gpu   what needs a GPU, or shows something there too; with an interpreter of one's own: BIN=/usr/bin
 #   make lint   ruff
 # Another interpreter: make demo PYTHON=python3.12. Another accelerator: make demo ACCELERATOR=cpu.
 
@@ -21,7 +22,7 @@ comma := ,
 RUNTIME_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,[$(ACCELERATOR)])
 DEV_EXTRA := [dev$(if $(filter cpu,$(ACCELERATOR)),,$(comma)$(ACCELERATOR))]
 
-.PHONY: demo test test-slow test-all lint clean
+.PHONY: demo test test-slow test-all test-gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime-$(ACCELERATOR)
@@ -35,6 +36,10 @@ test-slow: $(VENV)/.dev-$(ACCELERATOR)
 
 test-all: $(VENV)/.dev-$(ACCELERATOR)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+# One process: the GPU's memory is shared by none.
+test-gpu: $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.dev-$(ACCELERATOR))
+	$(BIN)/python3 -m pytest -m gpu $(TESTS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -37,6 +37,12 @@ PARITY = {"test_parity_families", "test_parity_peft", "test_parity_training"}
 EMBEDDED = {"test_examples", "test_demo"}
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Where pytest-timeout is not installed tests have no limit, and its setting is no error."""
+    if not pluginmanager.has_plugin("timeout"):
+        parser.addini("timeout", "seconds that a test may take; pytest-timeout obeys it")
+
+
 def worker_group(path: Path) -> str:
     """The tests that one worker should run, because they share compiled functions (see tests/worlds.py)."""
     if path.parent == TESTS / "engine":
@@ -48,14 +54,19 @@ def worker_group(path: Path) -> str:
     return str(path.relative_to(TESTS))
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # `-m` is to see the marks that are added here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Groups tests by what they compile, the longest groups first; skips what this machine has no devices for."""
+    """Groups tests by what they compile, the longest groups first; skips what this machine has no devices for.
+
+    Where there is a GPU, `also_gpu` is `gpu`.
+    """
     gpu = jax.default_backend() == "gpu"
     for item in items:
         item.add_marker(pytest.mark.xdist_group(worker_group(item.path)))
         if item.name.split("[")[0].endswith("_would_be_seen"):
             item.add_marker(pytest.mark.mutation)
+        if item.get_closest_marker("also_gpu") and gpu:
+            item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("multi_device") and jax.device_count() < 2:
@@ -67,6 +78,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Where rows do not keep their bits, tests of bit-identity fail with that reason."""
     if item.get_closest_marker("bits") and not cpu_bits.rows_keep_their_bits():
         pytest.fail(cpu_bits.BROKEN, pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def full_precision() -> None:
+    """Products of float32 are float32's on a GPU too, where XLA would take TF32; in every thread."""
+    if jax.default_backend() == "gpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="session")

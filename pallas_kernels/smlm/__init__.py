@@ -3,7 +3,7 @@
 from pallas_kernels.smlm.api import smlm
 from pallas_kernels.smlm.delta import add_delta, delta_beside, smlm_delta
 from pallas_kernels.smlm.gated import Gated, gate_fused, smlm_gated
-from pallas_kernels.smlm.pack import pack_backward_dy, pack_backward_x, pack_expand, pack_lora, pack_shrink
+from pallas_kernels.smlm.pack import pack_backward_dy, pack_backward_x, pack_expand
 from pallas_kernels.smlm.pack_glu import pack_glu_backward
 from pallas_kernels.smlm.pack_pool import add_gradients
 from pallas_kernels.smlm.plan import (
@@ -35,8 +35,6 @@ __all__ = [
     "pack_backward_x",
     "pack_expand",
     "pack_glu_backward",
-    "pack_lora",
-    "pack_shrink",
     "plan_shapes",
     "smlm",
     "smlm_delta",

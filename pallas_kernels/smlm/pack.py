@@ -1,12 +1,9 @@
 """LoRA of training packs: every pack is of one adapter, so the products are batched.
 
-The forward in two halves, `pack_shrink` and `pack_expand`, the backward in two, `pack_backward_dy` and
-`pack_backward_x`, and all of them together, `pack_lora`, for autodiff.
+The delta from the S that `smlm` kept, `pack_expand`, and the backward in two halves, `pack_backward_dy` and
+`pack_backward_x`.
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -16,12 +13,6 @@ from pallas_kernels.smlm.pack_triton import backward_dy, backward_x
 from pallas_kernels.smlm.plan import RANK_PAGE
 
 F32 = jnp.float32
-
-
-def pack_shrink(x: Float[Array, "G L in"], A: Float[Array, "G MP nR in"]) -> Float[Array, "G L n MP R"]:
-    """S = x A^T, target by target: summed in float32, rounded to x's dtype."""
-    S = jnp.einsum("gli,gmri->glmr", x, A.astype(x.dtype), preferred_element_type=F32).astype(x.dtype)
-    return S.reshape(*S.shape[:3], -1, RANK_PAGE).swapaxes(2, 3)
 
 
 def pack_expand(
@@ -47,7 +38,7 @@ def pack_backward_dy(
     Args:
         B: Pages with scaling folded in; absent pages are zero. Pass float32 (a bfloat16 page cast to float32
             computes the same values) to get a gradient that was never rounded.
-        S: What `smlm` kept of x A^T, or `pack_shrink`.
+        S: What `smlm` kept of x A^T.
         dy: Gradient of the delta.
         out_features: Columns of each target.
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
@@ -96,61 +87,6 @@ def pack_backward_x(
     (G, L, size), (_, MP, ranks, _) = x.shape, A.shape
     check_shapes(A=(A, (G, MP, ranks, size)), dS=(dS, (G, L, MP, ranks)), dx=(x if dx is None else dx, x.shape))
     return (backward_x if choose(implementation) == "triton" else backward_x_xla)(x, A, dS, dx)
-
-
-def pack_lora(
-    x: Float[Array, "G L in"],
-    A: Float[Array, "G MP nR in"],
-    B: Float[Array, "G MP R out"],
-    out_features: tuple[int, ...],
-    *,
-    implementation: str | None = None,
-) -> Float[Array, "G L out"]:
-    """The LoRA delta of G packs of L rows, pack g under the adapter whose pages are A[g], B[g]. Differentiable.
-
-    For research: a training step has S from its forward, and the two halves of the backward. Packs never mix.
-
-    Args:
-        x, A, B, out_features: As for the two halves.
-        implementation: Of the backward.
-
-    Returns:
-        The delta in x's dtype.
-
-    Raises:
-        ValueError: shapes disagree, or the implementation is unknown; both values are named.
-    """
-    check_rank("x", x, 3)
-    check_rank("A", A, 4)
-    (G, _, size), MP = x.shape, A.shape[1]
-    check_shapes(
-        A=(A, (G, MP, len(out_features) * RANK_PAGE, size)), B=(B, (G, MP, RANK_PAGE, sum(out_features)))
-    )
-    return _pack_lora(x, A, B, tuple(out_features), choose(implementation))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _pack_lora(x: Array, A: Array, B: Array, out_features: tuple[int, ...], implementation: str) -> Array:
-    return _forward(x, A, B, out_features, implementation)[0]
-
-
-def _forward(
-    x: Array, A: Array, B: Array, out_features: tuple[int, ...], implementation: str
-) -> tuple[Array, tuple[Array, ...]]:
-    S = pack_shrink(x, A)
-    return pack_expand(S, B, out_features), (x, A, B, S)
-
-
-def _backward(
-    out_features: tuple[int, ...], implementation: str, kept: tuple[Array, ...], dy: Array
-) -> tuple[Array, Array, Array]:
-    x, A, B, S = kept
-    dS, dB = pack_backward_dy(B, S, dy, out_features, implementation=implementation)
-    dX, dA = pack_backward_x(x, A, dS, implementation=implementation)
-    return dX, dA, dB
-
-
-_pack_lora.defvjp(_forward, _backward)
 
 
 def _blocks(out_features: tuple[int, ...]) -> Bool[np.ndarray, "n 1 out"]:

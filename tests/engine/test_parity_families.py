@@ -11,6 +11,8 @@ from tests.engine.parity import FULL, LIMIT, PREFILL, run, tokens_of, torch_logi
 from tests.models.checkpoints import FAMILIES, hf_model
 
 torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.also_gpu
 LENGTHS = (20, 70, 3)  # one chunk; three chunks, longer than every window; so short that it decodes beside them
 
 

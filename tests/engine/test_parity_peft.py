@@ -15,6 +15,8 @@ from tests.models.checkpoints import hf_model
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.also_gpu
+
 RSLORA = {"r": 8, "lora_alpha": 16, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 PATTERNS = {
     "r": 4,

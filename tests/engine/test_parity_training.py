@@ -18,6 +18,8 @@ from tests.tolerances import assert_close
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.also_gpu
+
 STEPS = 100
 TRAIN = TrainConfig(
     max_steps=STEPS,

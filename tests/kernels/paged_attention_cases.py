@@ -47,6 +47,21 @@ CASES = (
 )
 
 
+DEVICE_CASES = (
+    Case("decode", tuple((97 * i, 1) for i in range(11)), block_rows=1, heads=32, kv_heads=8, head_dim=128),
+    Case("decode window", ((3000, 1), (5, 1)), block_rows=1, heads=32, kv_heads=8, head_dim=128, window=512),
+    Case("decode many keys", ((6000, 1), (700, 1)), block_rows=1, heads=32, kv_heads=8, head_dim=128),
+    Case("decode odd group", ((500, 1), (64, 1)), block_rows=1, heads=14, head_dim=64, page_size=64),
+    Case("decode multi query", ((500, 1), (64, 1)), block_rows=1, heads=8, kv_heads=1, head_dim=256),
+    Case("decode head of 96", ((500, 1), (64, 1)), block_rows=1, heads=32, kv_heads=32, head_dim=96),
+    Case("prefill", ((0, 200), (300, 130), (17, 1)), heads=32, kv_heads=8, head_dim=128),
+    Case("prefill window", ((600, 200), (0, 90)), heads=32, kv_heads=8, head_dim=128, window=512),
+    Case("prefill odd group", ((100, 90),), heads=28, kv_heads=4, head_dim=128, page_size=32),
+    Case("prefill multi query", ((100, 90),), heads=8, kv_heads=1, head_dim=256),
+)
+"""Of real models' sizes."""
+
+
 def build(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, AttentionPlan]:
     """(q, k_pages, v_pages, plan), float32. Unused rows, page tails, unused pages and page 0 hold NaN."""
     rng = np.random.default_rng(seed)
@@ -77,7 +92,7 @@ def build(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def brute_force(case: Case, q: np.ndarray, k_pages: np.ndarray, v_pages: np.ndarray, plan: AttentionPlan) -> np.ndarray:
-    """The definition again, in numpy float64, one row and head at a time."""
+    """The definition again, in numpy float64, one row and kv head at a time."""
     out = np.zeros(q.shape, np.float64)
     group = case.heads // case.kv_heads
     for block, (seq, pos, length) in enumerate(zip(plan.block_seq, plan.block_pos, plan.block_len, strict=True)):
@@ -88,8 +103,9 @@ def brute_force(case: Case, q: np.ndarray, k_pages: np.ndarray, v_pages: np.ndar
             where = plan.tables[seq, t // case.page_size], t % case.page_size
             k, v = (pages[where].astype(np.float64) for pages in (k_pages, v_pages))
             row = block * case.block_rows + offset
-            for head in range(case.heads):
-                scores = k[:, head // group] @ q[row, head].astype(np.float64) * case.head_dim**-0.5
-                weights = np.exp(scores - scores.max())
-                out[row, head] = weights @ v[:, head // group] / weights.sum()
+            for head in range(case.kv_heads):
+                heads = slice(head * group, (head + 1) * group)
+                scores = q[row, heads].astype(np.float64) @ k[:, head].T * case.head_dim**-0.5
+                weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+                out[row, heads] = weights @ v[:, head] / weights.sum(axis=1, keepdims=True)
     return out

@@ -1,7 +1,9 @@
-"""Cases and a brute-force answer for the SMLM tests: numpy in float64, one row and one page at a time."""
+"""Cases of the SMLM ops and brute-force answers: numpy in float64, one segment and one page at a time."""
 
 from dataclasses import dataclass
+from functools import partial
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.smlm import RANK_PAGE, SmlmPlan, build_plan
@@ -30,6 +32,7 @@ def make_case(
     *,
     max_pages: int = 3,
     num_tiles: int = 16,
+    num_wide: int | None = None,
     num_pages: int = 9,
     dtype: np.dtype | type = np.float32,
     seed: int = 0,
@@ -37,7 +40,7 @@ def make_case(
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
-        return (scale * rng.normal(size=shape)).astype(dtype)
+        return (np.float32(scale) * rng.standard_normal(shape, np.float32)).astype(dtype)
 
     A = normal(num_pages, len(out_features) * RANK_PAGE, size, scale=size**-0.5)
     B = normal(num_pages, RANK_PAGE, sum(out_features), scale=0.25)
@@ -47,7 +50,7 @@ def make_case(
         A=A,
         B=B,
         y=normal(rows, sum(out_features)),
-        plan=build_plan(segments, rows, num_tiles, max_pages),
+        plan=build_plan(segments, rows, num_tiles, max_pages, num_wide),
         segments=segments,
         out_features=out_features,
     )
@@ -55,17 +58,36 @@ def make_case(
 
 def brute_force(case: Case) -> np.ndarray:
     """The delta by the formula, float64; knows segments, not plans."""
-    x, A, B = (a.astype(np.float64) for a in (case.x, case.A, case.B))
     delta = np.zeros(case.y.shape, np.float64)
     for first, rows, pages in case.segments:
-        for t in range(first, first + rows):
-            for page in pages:
-                start = 0
-                for i, size in enumerate(case.out_features):
-                    A_i = A[page, i * RANK_PAGE : (i + 1) * RANK_PAGE]
-                    delta[t, start : start + size] += (A_i @ x[t]) @ B[page, :, start : start + size]
-                    start += size
+        own = slice(first, first + rows)
+        x = case.x[own].astype(np.float64)
+        for page in pages:
+            A, B, start = case.A[page].astype(np.float64), case.B[page].astype(np.float64), 0
+            for i, size in enumerate(case.out_features):
+                A_i, columns = A[i * RANK_PAGE : (i + 1) * RANK_PAGE], slice(start, start + size)
+                delta[own, columns] += (x @ A_i.T) @ B[:, columns]
+                start += size
     return delta
+
+
+def brute_S(case: Case, rows: int) -> np.ndarray:
+    """S by the formula, float64; [rows, n, MP, R], zero where there is no page."""
+    S = np.zeros((rows, len(case.out_features), case.plan.tile_pages.shape[1], RANK_PAGE))
+    for first, count, pages in case.segments:
+        own = slice(first, min(rows, first + count))
+        x = case.x[own].astype(np.float64)
+        for m, page in enumerate(pages):
+            S[own, :, m] = (x @ case.A[page].astype(np.float64).T).reshape(len(x), len(case.out_features), RANK_PAGE)
+    return S
+
+
+def rows_of_nobody(case: Case) -> np.ndarray:
+    """The rows that no adapter owns."""
+    owned = np.zeros(len(case.x), bool)
+    for first, rows, pages in case.segments:
+        owned[first : first + rows] = bool(pages)
+    return np.flatnonzero(~owned)
 
 
 # Mixed ranks, a long run, single rows, gaps, a segment without adapter, runs that end off a tile boundary.
@@ -78,3 +100,19 @@ MIXED: Segments = [
     (96, 17, (7,)),
 ]
 MIXED_ROWS = 118
+
+CASES = {
+    "one target": partial(make_case, MIXED, MIXED_ROWS, 64, (48,)),
+    "targets": partial(make_case, MIXED, MIXED_ROWS, 48, (64, 16, 16)),
+    "two halves": partial(make_case, MIXED, MIXED_ROWS, 48, (80, 80)),
+    # 1040 is no multiple of spans or blocks, and 6 pages are more than one product takes side by side.
+    "long": partial(
+        make_case, [*MIXED, (113, 5, (8, 7, 6, 5, 4, 3))], MIXED_ROWS, 1040, (80, 16, 16), max_pages=6
+    ),
+    "one page an adapter": partial(
+        make_case, [(0, 3, (1,)), (3, 1, ()), (4, 20, (2,)), (31, 1, (3,))], 32, 64, (48,), max_pages=1
+    ),
+    "nobody": partial(make_case, [], 16, 64, (48,), max_pages=1),
+    "bf16": partial(make_case, MIXED, MIXED_ROWS, 64, (32, 16), dtype=jnp.bfloat16),
+}
+"""Name -> () -> Case: what every implementation of the op is run over."""

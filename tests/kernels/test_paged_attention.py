@@ -3,13 +3,13 @@
 import dataclasses
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import AttentionPlan, paged_attention, paged_attention_ref
-from tests.kernels.paged_attention_cases import CASES, Case, brute_force, build
+from tests.kernels.paged_attention_cases import CASES, DEVICE_CASES, Case, brute_force, build
+from tests.kernels.quick import quick_jit
 
 IMPLEMENTATIONS = {
     "ref": paged_attention_ref,
@@ -18,23 +18,33 @@ IMPLEMENTATIONS = {
 }
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_matches_the_definition(case: Case, implementation: str) -> None:
+def check(case: Case, implementation: str) -> None:
+    """Against the definition; unused rows are 0."""
     q, k_pages, v_pages, plan = build(case)
     q, k_pages, v_pages = (jnp.asarray(x, case.dtype) for x in (q, k_pages, v_pages))
-    run = jax.jit(
-        partial(
-            IMPLEMENTATIONS[implementation], block_rows=case.block_rows, scale=case.head_dim**-0.5, window=case.window
-        )
-    )
-    out = run(q, k_pages, v_pages, plan)
+    options = {"block_rows": case.block_rows, "scale": case.head_dim**-0.5, "window": case.window}
+    out = quick_jit(partial(IMPLEMENTATIONS[implementation], **options))(q, k_pages, v_pages, plan)
     assert out.dtype == q.dtype
     expected = brute_force(case, *(np.asarray(x, np.float32) for x in (q, k_pages, v_pages)), plan)
     tolerance = 2e-5 if case.dtype == "float32" else 2e-2
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=tolerance, atol=tolerance)
     unused = (np.arange(case.block_rows)[None] >= plan.block_len[:, None]).reshape(-1)
     assert not np.asarray(out, np.float32)[unused].any()
+
+
+@pytest.mark.also_gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_the_definition(case: Case, implementation: str) -> None:
+    check(case, implementation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("case", DEVICE_CASES, ids=lambda case: case.name)
+def test_real_sizes_match_the_definition(case: Case, implementation: str, dtype: str) -> None:
+    check(dataclasses.replace(case, dtype=dtype), implementation)
 
 
 def arguments(**changes: object) -> dict[str, object]:
@@ -80,7 +90,7 @@ def test_triton_refuses_a_head_size_that_xla_takes() -> None:
     arrays = jnp.asarray(q), jnp.asarray(k_pages), jnp.asarray(v_pages)
     with pytest.raises(NotImplementedError, match="head_dim 20"):
         paged_attention(*arrays, plan, block_rows=1, scale=1.0, implementation="triton")
-    out = paged_attention(*arrays, plan, block_rows=1, scale=20**-0.5)
+    out = quick_jit(partial(paged_attention, block_rows=1, scale=20**-0.5))(*arrays, plan)
     np.testing.assert_allclose(out, brute_force(case, q, k_pages, v_pages, plan), rtol=2e-5, atol=2e-5)
 
 

@@ -1,5 +1,7 @@
 """The op against a float64 brute force, every implementation; bits, NaN, gradients, refusals."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,46 +9,80 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.smlm import SmlmPlan, build_plan, smlm, smlm_ref
-from tests.kernels.smlm_cases import MIXED, MIXED_ROWS, Case, brute_force, make_case
+from pallas_kernels.smlm import SmlmPlan, add_delta, build_plan, smlm, smlm_delta, smlm_ref
+from tests.kernels.quick import quick_jit
+from tests.kernels.smlm_cases import CASES, MIXED, MIXED_ROWS, Case, brute_force, brute_S, make_case, rows_of_nobody
 from tests.tolerances import assert_close
 
-SHAPES = [(64, (48,)), (48, (64, 16, 16)), (1040, (80, 80))]
-NO_ADAPTER = [t for t in range(MIXED_ROWS) if not any(f <= t < f + n and p for f, n, p in MIXED)]
+BOTH = pytest.mark.parametrize("implementation", ["xla", "triton"])
+S_ROWS = 90
+
+STATIC = ("out_features", "implementation", "S_rows")
+jitted = jax.jit(smlm, static_argnames=STATIC)
+quick = quick_jit(smlm, static_argnames=STATIC)
 
 
-jitted = jax.jit(smlm, static_argnames=("out_features", "implementation"))
+def run(
+    case: Case, implementation: str, *, y: bool = True, S_rows: int = 0, f: Callable[..., jax.Array] = quick
+) -> np.ndarray | tuple[np.ndarray, ...]:
+    options = {"out_features": case.out_features, "implementation": implementation, "S_rows": S_rows}
+    found = f(case.x, case.A, case.B, case.plan, y=case.y if y else None, **options)
+    return jax.tree.map(np.asarray, found)
 
 
-def run(case: Case, implementation: str | None = None, *, y: bool = True) -> np.ndarray:
-    y = case.y if y else None
-    options = {"out_features": case.out_features, "implementation": implementation}
-    return np.asarray(jitted(case.x, case.A, case.B, case.plan, y=y, **options))
+def tolerance(case: Case) -> str:
+    return "f32" if case.x.dtype == np.float32 else "bf16"
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
-@pytest.mark.parametrize(("size", "out_features"), SHAPES)
-def test_forward_is_the_formula(size: int, out_features: tuple[int, ...], implementation: str) -> None:
-    case = make_case(MIXED, MIXED_ROWS, size, out_features)
-    delta = brute_force(case)
-    assert_close(run(case, implementation), case.y + delta, "f32")
-    without_y = run(case, implementation, y=False)
-    assert_close(without_y, delta, "f32")
-    np.testing.assert_array_equal(without_y[NO_ADAPTER], 0)
-    np.testing.assert_array_equal(run(case, implementation)[NO_ADAPTER], case.y[NO_ADAPTER])
+@pytest.mark.also_gpu
+@BOTH
+@pytest.mark.parametrize("name", CASES)
+def test_the_op_is_the_formula(name: str, implementation: str) -> None:
+    case = CASES[name]()
+    S_rows = min(S_ROWS, len(case.x))
+    y, S = run(case, implementation, S_rows=S_rows)
+    assert y.dtype == S.dtype == case.x.dtype
+    assert_close(y, case.y.astype(np.float64) + brute_force(case), tolerance(case))
+    assert_close(S, brute_S(case, S_rows), tolerance(case))
+    nobody = rows_of_nobody(case)
+    np.testing.assert_array_equal(y[nobody], case.y[nobody])
+    assert not S[nobody[nobody < S_rows]].any()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
-def test_bfloat16(implementation: str) -> None:
-    case = make_case(MIXED, MIXED_ROWS, 64, (32, 16), dtype=jnp.bfloat16)
-    got = run(case, implementation)
-    assert got.dtype == jnp.bfloat16
-    assert_close(got, case.y.astype(np.float64) + brute_force(case), "bf16")
+@pytest.mark.also_gpu
+@pytest.mark.parametrize(("name", "implementation"), [*((name, "triton") for name in CASES), ("targets", "xla")])
+def test_the_delta_beside_the_gemm_is_the_formula(name: str, implementation: str) -> None:
+    case = CASES[name]()
+
+    @quick_jit
+    def added(x: jax.Array, A: jax.Array, B: jax.Array, plan: SmlmPlan, y: jax.Array) -> jax.Array:
+        delta = smlm_delta(x, A, B, plan, out_features=case.out_features, implementation=implementation)
+        return add_delta(y, delta, plan)
+
+    got = np.asarray(added(case.x, case.A, case.B, case.plan, case.y))
+    assert_close(got, case.y.astype(np.float64) + brute_force(case), tolerance(case))
+    nobody = rows_of_nobody(case)
+    np.testing.assert_array_equal(got[nobody], case.y[nobody])
+
+
+@BOTH
+def test_without_y_it_is_the_delta_alone(implementation: str) -> None:
+    case = CASES["one target"]()
+    got = run(case, implementation, y=False)
+    assert_close(got, brute_force(case), "f32")
+    np.testing.assert_array_equal(got[rows_of_nobody(case)], 0)
+
+
+@BOTH
+def test_y_does_not_depend_on_whether_S_is_returned(implementation: str) -> None:
+    case = CASES["one target"]()
+    np.testing.assert_array_equal(run(case, implementation), run(case, implementation, S_rows=S_ROWS)[0])
 
 
 def test_reference_is_the_formula() -> None:
-    case = make_case(MIXED, MIXED_ROWS, 48, (64, 16, 16))
-    assert_close(smlm_ref(case.x, case.A, case.B, case.plan, case.out_features), brute_force(case), "f32")
+    case = CASES["targets"]()
+    found = quick_jit(smlm_ref, static_argnums=4)(case.x, case.A, case.B, case.plan, case.out_features)
+    assert_close(found, brute_force(case), "f32")
 
 
 @settings(max_examples=25, deadline=None)
@@ -67,9 +103,9 @@ def test_any_layout_of_segments(data: st.DataObject) -> None:
         assert_close(run(case, implementation), case.y + brute_force(case), "f32")
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@BOTH
 def test_nan_and_inf_stay_with_their_rows_and_pages(implementation: str) -> None:
-    case = make_case(MIXED, MIXED_ROWS, 64, (32, 16))
+    case = CASES["one target"]()
     clean = run(case, implementation)
     case.A[[3, 8]], case.B[7, 0] = np.nan, np.inf  # page 8 belongs to nobody
     case.x[3], case.x[72], case.x[117] = np.nan, np.inf, np.nan  # the last two have no adapter
@@ -80,13 +116,13 @@ def test_nan_and_inf_stay_with_their_rows_and_pages(implementation: str) -> None
     assert not np.isfinite(got[dirty]).all(axis=1).any()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@BOTH
 @pytest.mark.parametrize("size", [32, 1040])
 def test_a_row_keeps_its_bits_wherever_it_is_placed(size: int, implementation: str) -> None:
     """Alone, among others, anywhere in a tile, under any capacity NT and MP: equal float32 bits."""
     pages = (5, 2)
     base = make_case([(0, 1, pages)], 1, size, (32, 16), num_tiles=1, max_pages=2)
-    expected = run(base, implementation)[0]
+    expected = run(base, implementation, f=jitted)[0]
     crowd = [(0, 21, (1,)), (21, 1, (4, 3, 2)), (24, 13, (2, 5))]
     for offset, num_tiles, max_pages in ((0, 9, 3), (1, 9, 3), (7, 9, 3), (15, 9, 3), (16, 40, 5)):
         segments = [*crowd, (40, offset + 1, pages), (40 + offset + 1, 4, pages), (66, 5, (8,))]
@@ -95,9 +131,10 @@ def test_a_row_keeps_its_bits_wherever_it_is_placed(size: int, implementation: s
         )
         case.A[[*pages]], case.B[[*pages]] = base.A[[*pages]], base.B[[*pages]]
         case.x[40 + offset], case.y[40 + offset] = base.x[0], base.y[0]
-        np.testing.assert_array_equal(run(case, implementation)[40 + offset], expected)
+        np.testing.assert_array_equal(run(case, implementation, f=jitted)[40 + offset], expected)
 
 
+@pytest.mark.also_gpu
 def test_gradients_are_those_of_the_reference_and_of_the_formula() -> None:
     case = make_case(MIXED, MIXED_ROWS, 48, (32, 16))
     dout = np.random.default_rng(5).normal(size=case.y.shape).astype(np.float32)
@@ -109,13 +146,13 @@ def test_gradients_are_those_of_the_reference_and_of_the_formula() -> None:
     def of_ref(x: jax.Array, A: jax.Array, B: jax.Array, y: jax.Array) -> jax.Array:
         return y + smlm_ref(x, A, B, case.plan, case.out_features)
 
-    got, want = (jax.jit(lambda f=f: jax.vjp(f, *arrays)[1](jnp.asarray(dout)))() for f in (of_op, of_ref))
+    got, want = (quick_jit(lambda f=f: jax.vjp(f, *arrays)[1](jnp.asarray(dout)))() for f in (of_op, of_ref))
     for one, other in zip(got, want, strict=True):
         assert_close(one, other, "f32")
     # Linear in B: <dB, B> is the loss. And nothing flows into pages or rows of nobody.
     assert_close(np.vdot(got[2], case.B), np.vdot(dout, brute_force(case)), "f32_buckets")
     np.testing.assert_array_equal(np.asarray(got[1])[[0, 8]], 0)
-    np.testing.assert_array_equal(np.asarray(got[0])[NO_ADAPTER], 0)
+    np.testing.assert_array_equal(np.asarray(got[0])[rows_of_nobody(case)], 0)
 
 
 def test_bad_arguments_are_refused_with_both_values() -> None:

@@ -67,7 +67,7 @@ def test_the_backward_has_the_cases_of_its_peers() -> None:
     assert cases["qkv/r16/4x1024/n4"].weights == 4 * 16 * (3 * 4096 + 6144)
 
 
-@pytest.mark.parametrize("cold", [False, True])
+@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_chain_of_backwards_is_that_many_backwards(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smlm_backward, "ROWS", 16)
     monkeypatch.setattr(smlm_backward, "POOL_BYTES", 10_000)
@@ -85,6 +85,7 @@ def test_the_chain_of_backwards_is_that_many_backwards(cold: bool, monkeypatch: 
         np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=2**-7, atol=2**-5)
 
 
+@pytest.mark.slow
 def test_the_backward_is_checked_timed_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smlm_backward, "ROWS", 16)
     monkeypatch.setattr(smlm_backward, "POOL_BYTES", 4_000)

@@ -1,16 +1,19 @@
 """gate and up with their adapters and the activation in one kernel, against the formula; S for the backward."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import expit
 
-from pallas_kernels.smlm import RANK_PAGE, SmlmPlan, gate_fused, plan_shapes, smlm, smlm_gated
+from pallas_kernels.smlm import RANK_PAGE, Gated, gate_fused, plan_shapes, smlm, smlm_gated
 from pallas_kernels.smlm import triton as launches
 from pallas_kernels.smlm.gated import smlm_gated_triton
-from tests.kernels.smlm_cases import MIXED, MIXED_ROWS, Case, brute_force, make_case
-from tests.kernels.test_smlm_triton import pretend_gpu
+from tests.kernels.quick import quick_jit
+from tests.kernels.smlm_cases import CASES, MIXED, MIXED_ROWS, Case, brute_force, brute_S, make_case
 from tests.tolerances import assert_close
 
 ACTIVATIONS = {
@@ -20,39 +23,33 @@ ACTIVATIONS = {
 }
 
 
-def run(case: Case, activation: str = "silu", keep_rows: int = 0, **options: object) -> tuple:
-    def f(x, A, B, plan, y):
-        return smlm_gated(x, A, B, SmlmPlan(*plan), y=y, activation=activation, keep_rows=keep_rows, **options)
-
-    return jax.jit(f)(case.x, case.A, case.B, tuple(case.plan), case.y)
+KEEP = 90  # of 118 rows: one program for most tests
 
 
-def brute_S(case: Case, rows: int) -> np.ndarray:
-    """S by the formula, float64; [rows, n, MP, R], zero where there is no page."""
-    x, A = case.x.astype(np.float64), case.A.astype(np.float64)
-    S = np.zeros((rows, len(case.out_features), case.plan.tile_pages.shape[1], RANK_PAGE))
-    for first, count, pages in case.segments:
-        for t in range(first, min(rows, first + count)):
-            for m, page in enumerate(pages):
-                S[t, :, m] = (A[page] @ x[t]).reshape(-1, RANK_PAGE)
-    return S
+jitted = quick_jit(smlm_gated, static_argnames=("activation", "keep_rows", "keep_y"))
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+def run(case: Case, activation: str = "silu", keep_rows: int = KEEP, **options: object) -> Gated:
+    return jitted(case.x, case.A, case.B, case.plan, y=case.y, activation=activation, keep_rows=keep_rows, **options)
+
+
+@pytest.mark.also_gpu
+@pytest.mark.parametrize("name", ["silu", pytest.param("relu", marks=pytest.mark.slow), "gelu_pytorch_tanh"])
 def test_the_kernel_is_the_formula(name: str) -> None:
-    case = make_case([*MIXED, (113, 5, (8,))], MIXED_ROWS, 48, (80, 80))
+    case = CASES["two halves"]()
     gate_up = case.y + brute_force(case)
-    found = run(case, name, keep_rows=90)
+    found = run(case, name)
     assert_close(found.out, ACTIVATIONS[name](gate_up[:, :80]) * gate_up[:, 80:], "f32")
-    assert_close(found.kept, gate_up[:90], "f32")
-    assert_close(found.S, brute_S(case, 90), "f32")
+    assert_close(found.kept, gate_up[:KEEP], "f32")
+    assert_close(found.S, brute_S(case, KEEP), "f32")
 
 
 def test_rounds_like_the_kernels_one_after_the_other() -> None:
     """In bfloat16 gate, up, act(gate) and the product are each rounded once: equality, not a tolerance."""
     case = make_case(MIXED, MIXED_ROWS, 64, (96, 96), dtype=jnp.bfloat16)
     found = run(case, keep_rows=MIXED_ROWS)
-    y = smlm(case.x, case.A, case.B, case.plan, y=case.y, out_features=(96, 96), implementation="triton")
+    options = {"out_features": (96, 96), "implementation": "triton"}
+    y = quick_jit(partial(smlm, **options))(case.x, case.A, case.B, case.plan, y=case.y)
     np.testing.assert_array_equal(found.kept, y)
     gate, up = (half.astype(jnp.float32) for half in jnp.split(y, 2, axis=1))
     want = jax.nn.silu(gate).astype(jnp.bfloat16).astype(jnp.float32) * up
@@ -60,9 +57,10 @@ def test_rounds_like_the_kernels_one_after_the_other() -> None:
 
 
 def test_nothing_is_kept_unless_asked_for() -> None:
-    case = make_case(MIXED, MIXED_ROWS, 48, (80, 80))
-    assert run(case)[1:] == (None, None)
-    found = run(case, keep_rows=10, keep_y=False)
+    case = CASES["two halves"]()
+    f, arguments = partial(smlm_gated, y=case.y, activation="silu"), (case.x, case.A, case.B, case.plan)
+    assert jax.eval_shape(f, *arguments)[1:] == (None, None)
+    found = jax.eval_shape(partial(f, keep_rows=10, keep_y=False), *arguments)
     assert found.kept is None
     assert found.S.shape == (10, 2, 3, RANK_PAGE)
 
@@ -76,39 +74,34 @@ def test_every_row_is_computed_whoever_has_an_adapter(segments: list) -> None:
 
 
 def test_a_bad_adapter_stays_with_its_rows() -> None:
-    case = make_case(MIXED, MIXED_ROWS, 48, (80, 80))
-    want = run(case, keep_rows=MIXED_ROWS)
+    case = CASES["two halves"]()
+    want = run(case)
     case.A[2] = np.nan  # the second page of rows 0 to 69
-    found = run(case, keep_rows=MIXED_ROWS)
+    found = run(case)
     for got, expected in zip(found, want, strict=True):
         np.testing.assert_array_equal(got[70:], expected[70:])
     assert np.isnan(found.out[:70]).all()
 
 
+def forget() -> None:
+    """What was traced: a patched constant is no argument of a trace."""
+    jitted.clear_cache()
+    smlm_gated_triton.clear_cache()
+
+
 def test_a_bounded_grid_walks_all_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(MIXED, MIXED_ROWS, 48, (80, 80))
-    want = run(case, keep_rows=60)
+    case = CASES["two halves"]()
+    want = run(case)
     monkeypatch.setattr(launches, "MAX_PROGRAMS", 3)
-    smlm_gated_triton.clear_cache()
-    got = run(case, keep_rows=60)
-    smlm_gated_triton.clear_cache()
+    forget()
+    got = run(case)
+    forget()
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
-@pytest.mark.parametrize(("size", "out_features"), [(64, (48,)), (48, (64, 16, 16)), (1040, (80, 80))])
-def test_smlm_returns_S(size: int, out_features: tuple[int, ...], implementation: str) -> None:
-    case = make_case(MIXED, MIXED_ROWS, size, out_features)
-    options = {"out_features": out_features, "implementation": implementation}
-    y, S = smlm(case.x, case.A, case.B, case.plan, y=case.y, S_rows=90, **options)
-    np.testing.assert_array_equal(y, smlm(case.x, case.A, case.B, case.plan, y=case.y, **options))
-    assert_close(S, brute_S(case, 90), "f32")
-    assert not np.asarray(S)[70:75].any()  # rows without adapter
-
-
 def test_bad_arguments_are_refused() -> None:
-    case = make_case(MIXED, MIXED_ROWS, 48, (80, 80))
+    case = CASES["two halves"]()
     with pytest.raises(ValueError, match="keep_rows: got 119, expected 0 to x's 118 rows"):
         run(case, keep_rows=119)
     with pytest.raises(ValueError, match="S_rows: got -1, expected 0 to x's 118 rows"):
@@ -127,16 +120,15 @@ def test_it_is_for_kernels() -> None:
     assert not gate_fused("gelu", "triton")
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_lowers_for_cuda(name: str, dtype: jnp.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("silu", jnp.bfloat16), ("gelu_pytorch_tanh", jnp.float32)], ids=["bf16_silu", "f32_gelu"]
+)
+def test_lowers_for_cuda(name: str, dtype: jnp.dtype, lower_for_cuda: Callable[..., str]) -> None:
     shapes = [(1568, 4096), (65, 32, 4096), (65, 16, 28672), (1568, 28672)]
     x, A, B, y = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
     def f(x, A, B, plan, y):
         return smlm_gated_triton(x, A, B, plan, y, name, 1024, interpret=False)
 
-    with pretend_gpu():
-        traced = jax.jit(f).trace(x, A, B, plan_shapes(1568, 130, 4, 62), y)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lower_for_cuda(f, x, A, B, plan_shapes(1568, 130, 4, 62), y)
     assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2

@@ -1,5 +1,6 @@
 """Gradients of packs reach their train pages, in order, and no other page."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,6 @@ import pytest
 
 from pallas_kernels.smlm import add_gradients
 from pallas_kernels.smlm.pack_pool import add_gradients_triton
-from tests.kernels.test_smlm_pack_triton import pretend_gpu
 
 IDS = {
     "one pack": [[3]],
@@ -31,7 +31,7 @@ def trees(name: str) -> tuple[Any, jax.Array, Any]:
     return pools, ids, {group: tuple(draw(*ids.shape, *shape) for shape in pair) for group, pair in shapes}
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.also_gpu)])
 @pytest.mark.parametrize("name", IDS)
 def test_the_bits_are_those_of_one_pack_after_the_other(name: str, implementation: str) -> None:
     pools, ids, deltas = trees(name)
@@ -45,6 +45,7 @@ def test_the_bits_are_those_of_one_pack_after_the_other(name: str, implementatio
         assert np.isfinite(one[0]).all()
 
 
+@pytest.mark.also_gpu
 def test_nan_stays_in_its_page() -> None:
     pools, ids, deltas = trees("packs share pages")
     want = add_gradients_triton(pools, ids, deltas)
@@ -54,14 +55,12 @@ def test_nan_stays_in_its_page() -> None:
         np.testing.assert_array_equal(np.asarray(one)[[0, 3, 4, 5, 6]], np.asarray(other)[[0, 3, 4, 5, 6]])
 
 
-def test_lowers_for_cuda_in_place() -> None:
+def test_lowers_for_cuda_in_place(lower_for_cuda: Callable[..., str]) -> None:
     def shaped(*lead: int) -> Any:
         groups = {"qkv": ((48, 4096), (16, 6144)), "down": ((16, 14336), (16, 4096))}
         return {g: tuple(jax.ShapeDtypeStruct((*lead, *s), jnp.float32) for s in pair) for g, pair in groups.items()}
 
-    with pretend_gpu():
-        f = jax.jit(lambda *a: add_gradients_triton(*a, interpret=False), donate_argnums=0)
-        traced = f.trace(shaped(9), jax.ShapeDtypeStruct((4, 2), jnp.int32), shaped(4, 2))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    arguments = shaped(9), jax.ShapeDtypeStruct((4, 2), jnp.int32), shaped(4, 2)
+    text = lower_for_cuda(lambda *a: add_gradients_triton(*a, interpret=False), *arguments, donate_argnums=0)
     assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 1
     assert text.count("output_operand_aliases") == 1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.smlm import add_gradients, pack_backward_dy, pack_backward_x, pack_glu_backward, smlm_gated
+from tests.kernels.quick import quick_jit
 from tests.kernels.smlm_cases import MIXED, MIXED_ROWS, make_case
 
 BOTH = pytest.mark.parametrize("implementation", ["xla", "triton"])
@@ -47,6 +48,15 @@ def test_the_half_that_reads_x(A, dS, dx, message: str, implementation: str) -> 
         pack_backward_x(zeros(1, 32, 48), zeros(*A), zeros(*dS), dx, implementation=implementation)
 
 
+def test_an_unknown_implementation() -> None:
+    with pytest.raises(ValueError, match="implementation: got 'cuda', expected"):
+        pack_backward_dy(
+            zeros(1, 1, 16, 64), zeros(1, 32, 1, 1, 16), zeros(1, 32, 64), (64,), implementation="cuda"
+        )
+    with pytest.raises(ValueError, match="implementation: got 'cuda', expected"):
+        pack_backward_x(zeros(1, 32, 48), zeros(1, 1, 16, 48), zeros(1, 32, 1, 16), implementation="cuda")
+
+
 @BOTH
 def test_the_pool(implementation: str) -> None:
     for ids, delta in (((2, 1), (1, 1, 16, 8)), ((1, 1), (1, 1, 16, 4))):
@@ -68,6 +78,7 @@ def test_the_gated_kernels() -> None:
         smlm_gated(case.x, case.A, case.B, case.plan, y=case.y[0], activation="silu")
 
 
+@pytest.mark.slow
 def test_a_pack_keeps_its_bits_with_the_default_blocks() -> None:
     """In bfloat16, at a length where one pack and three are on two sides of a shape class of all rows."""
     rng, rows, outs = np.random.default_rng(0), 512, (8208,)
@@ -81,5 +92,6 @@ def test_a_pack_keeps_its_bits_with_the_default_blocks() -> None:
         (lambda *a: pack_glu_backward(*a, "silu"), gated),
         (lambda *a: pack_backward_dy(*a, outs, implementation="triton"), dy),
     ):
+        f = quick_jit(f)
         for alone, beside in zip(f(*(a[:1] for a in arrays)), f(*arrays), strict=True):
             np.testing.assert_array_equal(alone[0], beside[0])

@@ -39,6 +39,7 @@ def random_tokens(batch: int = 2, length: int = LENGTH) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 96, (batch, length), dtype=np.int32)
 
 
+@pytest.mark.also_gpu
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]

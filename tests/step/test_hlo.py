@@ -73,6 +73,7 @@ def test_backward_runs_each_base_gemm_once(world):
     assert base_gemms(world, backward_text(world)) == 2 * 4  # 2 layers, 4 fused groups, transposes only
 
 
+@pytest.mark.mutation
 def test_weight_gradient_would_be_seen(world):
     """The check bites: a projection whose weight is differentiated shows a dot of the weight's shape."""
     shape = world.state.params["layers"][0]["o_proj"].shape
@@ -90,6 +91,7 @@ def test_weight_gradient_would_be_seen(world):
         check_backward(world, text)
 
 
+@pytest.mark.mutation
 def test_a_forward_that_is_recomputed_would_be_seen():
     """The count of GEMMs bites: without the kept values, projections are computed again."""
     world = make_world(cfg=tiny_config(keep=()))
@@ -108,6 +110,7 @@ def test_forward_copies_no_cache_and_no_weight(world):
     assert "input_output_alias" in text
 
 
+@pytest.mark.mutation
 def test_a_cache_that_is_not_donated_would_be_seen(world):
     cache = world.state.kv[0][0]
     text = jax.jit(lambda c: c.at[1, 0].set(1.0)).lower(cache).compile().as_text()

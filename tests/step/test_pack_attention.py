@@ -47,6 +47,7 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, positions: np.ndarray, segme
     return jnp.einsum("gnqk,gknh->gqnh", jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf)), v)
 
 
+@pytest.mark.also_gpu
 @pytest.mark.parametrize("window", [None, 11])
 def test_value_and_gradients_are_plain_attentions(window: int | None) -> None:
     q, k, v, positions, segments = make_packs([[70, 30, 28], [13, 90]], 128, 4, 2, 16)
@@ -90,6 +91,33 @@ def serve(
         paged(rows, k_pages, v_pages, plan, block_rows=block_rows, scale=q.shape[-1] ** -0.5, window=window)
     )
     return np.concatenate([out[i * block_rows : i * block_rows + count] for i, (_, count) in enumerate(blocks)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [("cudnn", jnp.bfloat16), ("xla", jnp.bfloat16), ("xla", jnp.float32)]
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (14, 2, 64), (8, 1, 256)])
+@pytest.mark.parametrize("window", [None, 300])
+def test_real_sizes_value_and_gradients(
+    implementation: str, dtype: jnp.dtype, heads: int, kv_heads: int, dim: int, window: int | None
+) -> None:
+    *rows, positions, segments = make_packs([[700, 256, 20], [1024]], 1024, heads, kv_heads, dim)
+    real = segments >= 0  # what padding sees is nobody's business
+    cotangent = np.roll(rows[0], 1) * real[..., None, None]
+    q, k, v, cotangent = (jnp.asarray(a, dtype) for a in (*rows, cotangent))
+    options = {"positions": positions, "segments": segments, "scale": dim**-0.5, "window": window}
+    run = jax.jit(partial(pack_attention, implementation=implementation, **options))
+    exact = jax.jit(lambda q, k, v: plain(q, k, v, positions, segments, window))
+    results = []
+    for f, as_dtype in ((run, dtype), (exact, jnp.float32)):
+        out, transpose = jax.vjp(f, *(a.astype(as_dtype) for a in (q, k, v)))
+        results.append((out[real], *transpose(cotangent.astype(as_dtype))))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == dtype
+        scale = float(jnp.abs(want).max())
+        tolerance = "f32" if dtype == jnp.float32 else "bf16_grad"
+        assert_close(got.astype(jnp.float32) / scale, want / scale, tolerance)
 
 
 SERVING = (  # heads, kv heads, head size, window, pack length, page size, columns of the table

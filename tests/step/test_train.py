@@ -25,6 +25,7 @@ from tests.step.cases import (
 )
 from tests.tolerances import assert_close
 
+SLOW = pytest.mark.slow
 KEY = TrainKey(packs=2, pack_tokens=PACK, pages=2)
 
 
@@ -77,8 +78,14 @@ def spec():
     return tiny_spec()
 
 
+@pytest.mark.also_gpu
 @pytest.mark.parametrize(
-    ("how", "slice_layers"), [("mixed", 0), ("mixed", 2), ("alone", 0), ("alone", 2), ("sliced forward", 2)]
+    ("how", "slice_layers"),
+    [
+        ("mixed", 0),
+        ("sliced forward", 2),
+        *(pytest.param(*some, marks=SLOW) for some in (("mixed", 2), ("alone", 0), ("alone", 2))),
+    ],
 )
 def test_gradients_equal_autodiff_of_the_dense_reference(spec, how, slice_layers):
     world = make_world(spec)
@@ -123,12 +130,15 @@ def test_two_packs_of_one_job_add_up_and_nobody_elses_pages_move(spec):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, world.state.pages), pages_before)
 
 
-@pytest.mark.parametrize("keep", [(), ("attention",), ("qkv_proj", "o_proj")])
-def test_any_subset_of_kept_activations_gives_the_gradient(spec, keep):
+@pytest.mark.parametrize(
+    "keep", [(), pytest.param(("attention",), marks=SLOW), pytest.param(("qkv_proj", "o_proj"), marks=SLOW)]
+)
+def test_any_subset_of_kept_activations_gives_the_gradient(keep):
+    spec = tiny_spec(num_hidden_layers=2, sliding_window=(None,) * 2)  # two: a layer's dX is seen in the one below
     world, full = make_world(spec, tiny_config(keep=keep)), make_world(spec)
-    items = mixed_items(np.random.default_rng(2))
+    items = StepItems(train=mixed_items(np.random.default_rng(2)).train)
     for w in (world, full):
-        run_pass(w, mixed_items(np.random.default_rng(2)), MIXED)
+        run_pass(w, items, TRAIN)
     for item in items.train:
         got, want = page_gradients(world, item), page_gradients(full, item)
         for name in want:
@@ -136,7 +146,9 @@ def test_any_subset_of_kept_activations_gives_the_gradient(spec, keep):
             np.testing.assert_allclose(got[name]["lora_A"] / scale, want[name]["lora_A"] / scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["all kept", "nothing kept", "dropout", "gemma"])
+@pytest.mark.parametrize(
+    "how", ["all kept", *(pytest.param(how, marks=SLOW) for how in ("nothing kept", "dropout", "gemma"))]
+)
 def test_the_triton_kernels_give_the_same_gradients(how):
     family = {"norm_plus_one": True, "hidden_act": "gelu_pytorch_tanh"} if how == "gemma" else {}
     spec = tiny_spec(num_hidden_layers=1, sliding_window=(None,), **family)
