@@ -73,6 +73,11 @@ def train_config(**changes: Any) -> TrainConfig:
     return TrainConfig(**(fields | changes))
 
 
+def quick(**changes: Any) -> TrainConfig:
+    """Three small steps."""
+    return train_config(**({"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3} | changes))
+
+
 def curve(job: JobHandle) -> list[tuple[float, float]]:
     """Loss and gradient norm of every step."""
     return [(line["loss"], line["grad_norm"]) for line in job.metrics if "loss" in line]

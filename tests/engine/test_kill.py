@@ -125,7 +125,6 @@ def test_killed_at_random(
         until, deadline = begin + int(rng.integers(3, 10)), time.monotonic() + PATIENCE
         while last_step(tmp_path) < until and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.003)
-        time.sleep(float(rng.uniform(0, 0.03)))
         os.kill(process.pid, signal.SIGKILL)
         process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL

@@ -2,8 +2,8 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +154,14 @@ def test_opposite_migrations_at_once(
     for engine, job in zip(engines, jobs, strict=True):
         to_the_middle(engine, job)
 
-    def slowly(*args: Any) -> Any:
-        time.sleep(0.5)  # with the lock: time for the other thread to get there, too
+    met = threading.Barrier(2)
+
+    def meets(*args: Any) -> Any:
+        with suppress(threading.BrokenBarrierError):  # the other is kept out by a lock, and comes later
+            met.wait(0.2)
         return take_job_state(*args)
 
-    monkeypatch.setattr(job_handle, "take_job_state", slowly)
+    monkeypatch.setattr(job_handle, "take_job_state", meets)
     moved: dict[int, JobHandle] = {}
     threads = [
         threading.Thread(target=lambda i=i: moved.update({i: jobs[i].migrate(engines[1 - i])}), daemon=True)

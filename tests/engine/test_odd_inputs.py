@@ -18,8 +18,7 @@ from loquetier_jax.errors import (
 from loquetier_jax.presets import engine_config
 from loquetier_jax.serve.params import SamplingParams
 from tests.engine.engines import SERVE, add_random_adapter, greedy, random_data
-from tests.engine.evidence import LORA
-from tests.engine.test_regressions import quick
+from tests.engine.evidence import LORA, quick
 
 HALF = "a\ud800b"  # half a surrogate pair: JSON may hold it, UTF-8 may not
 

@@ -12,15 +12,9 @@ import pytest
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import Bucket
 from loquetier_jax.errors import AdapterError, ConfigError, DataError, EngineError, JobError, RequestError
-from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.serve.params import SamplingParams
 from tests.engine.engines import PACK, SERVE, add_random_adapter, greedy, random_data, reset
-from tests.engine.evidence import LORA
-
-
-def quick(**changes):
-    fields = {"pack_tokens": PACK, "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
-    return TrainConfig(**(fields | changes))
+from tests.engine.evidence import LORA, quick
 
 
 @pytest.mark.parametrize(
