@@ -43,6 +43,11 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         parser.addini("timeout", "seconds that a test may take; pytest-timeout obeys it")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Known without pytest-xdist, too."""
+    config.addinivalue_line("markers", "xdist_group(name): tests that one worker runs")
+
+
 def worker_group(path: Path) -> str:
     """The tests that one worker should run, because they share compiled functions (see tests/worlds.py)."""
     if path.parent == TESTS / "engine":
