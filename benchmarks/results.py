@@ -50,9 +50,9 @@ def write(
     result = {
         "name": name,
         "device": jax.devices()[0].device_kind,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": {"python": platform.python_version()} | versions(),
         "command": " ".join(["python", "-m", _module(), *_arguments(folder)]),
         "config": config,
         "records": records,
@@ -75,7 +75,8 @@ def _module() -> str:
     return spec.name if spec else Path(sys.argv[0]).stem
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on, where they are installed."""
     found = {}
     for package in PACKAGES:
         try:
@@ -85,7 +86,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def commit() -> str:
     """What LOQUETIER_COMMIT says, because git describes the folder a copy lies in; without it, what git says."""
     if named := os.environ.get("LOQUETIER_COMMIT"):
         return named

@@ -1,6 +1,7 @@
 """Engine configuration: frozen dataclasses, each checked as it is made. Imports no jax."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from loquetier_jax.errors import ConfigError
@@ -9,6 +10,8 @@ RANK_PAGE = 16  # ranks in one adapter page
 BLOCK = 16  # rows of one prefill block and of one LoRA tile
 FEW_ROWS = 64  # up to which the LoRA kernels of a decode step pay beside the base GEMMs (measured: 32 yes, 128 no)
 PACK_ALIGN = 64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
+
+DEFAULT_GAPS = 4.0  # times tpot_ms: the longest planned gap where itl_p99_ms is not given
 
 KEPT = ("qkv_proj", "attention", "o_proj", "gate_up_proj")  # names of train-row activations that may be kept
 
@@ -167,16 +170,29 @@ class SLOConfig:
     Attributes:
         ttft_ms: Time to first token, milliseconds from arrival.
         tpot_ms: Mean time per output token after the first, milliseconds.
+        itl_p99_ms: 99 of 100 gaps between two tokens of a request are no longer, milliseconds. Training is planned so
+            that none is; where only a TPOT is promised, that none is longer than DEFAULT_GAPS times it.
     """
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    itl_p99_ms: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ttft_ms", "tpot_ms"):
-            value = getattr(self, name)
-            ok = value is None or (is_number(value) and value > 0)
-            require(ok, f"SLOConfig.{name}", value, "a positive number or null")
+        for name, value in self.promised.items():
+            require(is_number(value) and value > 0, f"SLOConfig.{name}", value, "a positive number or null")
+
+    @property
+    def promised(self) -> dict[str, float]:
+        """The thresholds there are, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    @property
+    def longest_gap_ms(self) -> float:
+        """The longest gap between two tokens that is planned; inf where neither gaps nor their mean are promised."""
+        if self.itl_p99_ms is not None:
+            return self.itl_p99_ms
+        return math.inf if self.tpot_ms is None else DEFAULT_GAPS * self.tpot_ms
 
 
 @dataclass(frozen=True, kw_only=True)

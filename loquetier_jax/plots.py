@@ -20,7 +20,7 @@ def save_timeline(timeline: Timeline, path: str | Path, title: str) -> Path:
 
     Args:
         timeline: Of a finished run.
-        path: A .png file; its folder is made when absent.
+        path: A .png or .svg file; its folder is made when absent.
         title: Above the picture.
 
     Returns:
@@ -35,6 +35,8 @@ def save_timeline(timeline: Timeline, path: str | Path, title: str) -> Path:
     rates = timeline.rates(window_s=max(1.0, timeline.now / 80))
     _draw_rate(trained, *rates["training"], "trained\ntokens/s", COLORS[2])
     _draw_rate(served, *rates["output"], "served\ntokens/s", COLORS[3])
+    for axes in (loss, trained):
+        _draw_compiling(axes, timeline)
     _draw_gaps(gap, timeline)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -75,6 +77,22 @@ def _draw_rate(axes: "Axes", times: np.ndarray, values: np.ndarray, label: str, 
     axes.step(times, values, where="mid", color=color, linewidth=1.2)
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
+
+
+def _draw_compiling(axes: "Axes", timeline: Timeline) -> None:
+    """Says why nothing is there before the first step."""
+    until = timeline.training_since
+    until = timeline.now if until is None else until
+    axes.axvspan(0, until, color=GREY, alpha=0.08, linewidth=0)
+    axes.annotate(
+        "compiling",
+        (until / 2, 0.5),
+        xycoords=axes.get_xaxis_transform(),
+        ha="center",
+        va="center",
+        fontsize=8,
+        color=GREY,
+    )
 
 
 def _draw_gaps(axes: "Axes", timeline: Timeline) -> None:

@@ -66,6 +66,11 @@ class Timeline:
         """Notes an event."""
         self.marks.append((self.now, text))
 
+    @property
+    def training_since(self) -> float | None:
+        """When the first optimizer step of any job had been read: until then its functions compile. None before."""
+        return min((points[0][0] for points in self.losses.values() if points), default=None)
+
     def output_rate(self, window_s: float) -> float:
         """Output tokens per second over the last seconds."""
         since = self.now - window_s

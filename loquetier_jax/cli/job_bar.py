@@ -1,4 +1,4 @@
-"""The progress bar of fine-tuning jobs: step, loss, learning rate, tokens per second."""
+"""The progress bar of fine-tuning jobs and of what runs beside them: step, loss, learning rate, tokens per second."""
 
 import time
 from types import TracebackType
@@ -41,7 +41,7 @@ class JobBar:
         self._tasks: dict[str, int] = {}
         self._seen: dict[str, int] = {}
         self._first: dict[str, tuple[float, int]] = {}  # when the first line of this process came, and its tokens
-        self._next_plain = time.perf_counter() + PLAIN_EVERY_S
+        self._next_plain: dict[str, float] = {}
 
     def __enter__(self) -> "JobBar":
         self._progress.start()
@@ -54,20 +54,26 @@ class JobBar:
 
     def update(self, job: "JobHandle") -> None:
         """Shows where a job is; cheap when nothing has happened."""
-        if job.name not in self._tasks:
-            self._tasks[job.name] = self._progress.add_task(
-                job.name, total=job.total_steps, numbers="compiling", completed=job.step
-            )
+        self._add(job.name, job.step, job.total_steps, "compiling")
         lines = job.metrics
         if len(lines) == self._seen.get(job.name, 0):
             return
         self._seen[job.name] = len(lines)
-        numbers = self._numbers(job.name, lines)
-        self._progress.update(self._tasks[job.name], completed=job.step, numbers=numbers)
-        ended = job.step >= job.total_steps
-        if not self._console.is_terminal and (ended or time.perf_counter() >= self._next_plain):
-            self._next_plain = time.perf_counter() + PLAIN_EVERY_S
-            self._console.print(f"{job.name} {job.step}/{job.total_steps} {numbers}", highlight=False)
+        self.show(job.name, job.step, job.total_steps, self._numbers(job.name, lines))
+
+    def show(self, name: str, completed: int, total: int, numbers: str) -> None:
+        """Shows where something is that has a name and an end."""
+        self._add(name, completed, total, numbers)
+        self._progress.update(self._tasks[name], completed=completed, numbers=numbers)
+        now = time.perf_counter()
+        if not self._console.is_terminal and (completed >= total or now >= self._next_plain[name]):
+            self._next_plain[name] = now + PLAIN_EVERY_S
+            self._console.print(f"{name} {completed}/{total} {numbers}", highlight=False)
+
+    def _add(self, name: str, completed: int, total: int, numbers: str) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, numbers=numbers, completed=completed)
+            self._next_plain[name] = time.perf_counter() + PLAIN_EVERY_S
 
     def _numbers(self, name: str, lines: list[dict]) -> str:
         now = time.perf_counter()

@@ -22,13 +22,14 @@ def summarize(served: Sequence[Served], duration: float, slo: SLOConfig, *, deta
     Args:
         served: All requests, finished or refused.
         duration: Seconds from the start of the replay to its last token.
-        slo: The promise; a request keeps it when its TTFT and its TPOT do.
+        slo: The promise; a request keeps it when its TTFT, its TPOT and the p99 of its gaps do.
         details: Whether to add the lists `input_lens, output_lens, ttfts, itls, errors`, in order of arrival.
 
     Returns:
-        vllm bench's keys (times in ms, throughputs per second); `request_goodput` and `slo_attainment` only with a
-        promise; `adapters`: the counts and latencies of each; `failures`: how many requests failed for each reason,
-        most frequent first; a statistic of nothing is None.
+        vllm bench's keys (times in ms, throughputs per second); `request_goodput`, `slo_attainment`, `slo` (the
+        thresholds) and `slo_missed` (how many completed requests missed each) only with a promise; `adapters`: the
+        counts, latencies and attainment of each; `failures`: how many requests failed for each reason, most frequent
+        first; a statistic of nothing is None.
     """
     done = [s for s in served if _completed(s)]
     tokens = {s.submitted.request_id: _lengths(s) for s in done}
@@ -45,13 +46,14 @@ def summarize(served: Sequence[Served], duration: float, slo: SLOConfig, *, deta
         "total_token_throughput": (total_in + total_out) / duration,
         **latencies(done),
     }
-    if slo.ttft_ms is not None or slo.tpot_ms is not None:
-        kept = sum(keeps(s.submitted.requests[0].metrics, slo) for s in done)
-        result["request_goodput"] = kept / duration
-        result["slo_attainment"] = kept / len(served) if served else None
-        result["slo"] = {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms}
-    names = sorted({s.arrival.adapter for s in done})
-    result["adapters"] = {name: _of_adapter([s for s in done if s.arrival.adapter == name]) for name in names}
+    if slo.promised:
+        misses = [missed(s.submitted.requests[0].metrics, slo) for s in done]
+        result["request_goodput"] = misses.count([]) / duration
+        result["slo_attainment"] = _attainment(served, slo)
+        result["slo"] = slo.promised
+        result["slo_missed"] = {name: sum(name in one for one in misses) for name in slo.promised}
+    names = sorted({s.arrival.adapter for s in served})
+    result["adapters"] = {name: _of_adapter([s for s in served if s.arrival.adapter == name], slo) for name in names}
     return result | (_details(served) if details else {})
 
 
@@ -66,14 +68,28 @@ def _lengths(served: Served) -> tuple[int, int]:
     return len(requests[0].prompt_ids), sum(len(r.output_ids) for r in requests)
 
 
-def _of_adapter(served: Sequence[Served]) -> dict[str, Any]:
-    return {"completed": len(served), "total_output_tokens": sum(_lengths(s)[1] for s in served)} | latencies(served)
+def _of_adapter(served: Sequence[Served], slo: SLOConfig) -> dict[str, Any]:
+    done = [s for s in served if _completed(s)]
+    return {
+        "completed": len(done),
+        "failed": len(served) - len(done),
+        "total_output_tokens": sum(_lengths(s)[1] for s in done),
+        **({"slo_attainment": _attainment(served, slo)} if slo.promised else {}),
+        **latencies(done),
+    }
 
 
-def keeps(metrics: "RequestMetrics", slo: SLOConfig) -> bool:
-    """Whether a finished request kept the promise."""
-    pairs = ((metrics.ttft, slo.ttft_ms), (metrics.tpot, slo.tpot_ms))
-    return all(promise is None or value is None or 1e3 * value <= promise for value, promise in pairs)
+def _attainment(served: Sequence[Served], slo: SLOConfig) -> float | None:
+    """Share of all requests that were completed as promised; None without any."""
+    kept = sum(not missed(s.submitted.requests[0].metrics, slo) for s in served if _completed(s))
+    return kept / len(served) if served else None
+
+
+def missed(metrics: "RequestMetrics", slo: SLOConfig) -> list[str]:
+    """Which thresholds of the promise a finished request missed, by name; a single token has no gap to be late."""
+    values = {"ttft_ms": metrics.ttft, "tpot_ms": metrics.tpot}
+    values["itl_p99_ms"] = float(np.percentile(metrics.itl, 99)) if metrics.itl else None
+    return [name for name, most in slo.promised.items() if values[name] is not None and 1e3 * values[name] > most]
 
 
 def latencies(served: Sequence[Served]) -> dict[str, float | None]:

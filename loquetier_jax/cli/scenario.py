@@ -134,14 +134,16 @@ class Scenario:
     def ask(self) -> dict[str, list[str]]:
         """The answers of the base and of both adapters, as they serve now, to the same questions."""
         who = [(name, question) for name in (BASE, *SKILLS) for question in QUESTIONS]
-        outputs = self.engine.generate(
-            [chat(question) for _, question in who],
-            [None if name == BASE else name for name, _ in who],
-            sampling(),
-        )
+        asked = [
+            self.engine.submit(
+                chat(question), None if name == BASE else name, sampling(), listener=self.timeline.listener()
+            )
+            for name, question in who
+        ]
+        self.engine.wait(lambda: all(one.finished for one in asked))
         answers: dict[str, list[str]] = {}
-        for (name, _), output in zip(who, outputs, strict=True):
-            answers.setdefault(name, []).append(output.outputs[0].text.strip())
+        for (name, _), one in zip(who, asked, strict=True):
+            answers.setdefault(name, []).append(one.output().outputs[0].text.strip())
         return answers
 
     def run(self, show: Callable[["Scenario"], None]) -> None:

@@ -2,12 +2,8 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.table import Table
 
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.cli.finetune import add_job_options
@@ -24,8 +20,9 @@ from loquetier_jax.cli.options import (
     settings,
     stderr_console,
 )
+from loquetier_jax.cli.outcome import show
 from loquetier_jax.cli.replay import Served, replay
-from loquetier_jax.cli.report import LATENCIES, summarize
+from loquetier_jax.cli.report import summarize
 from loquetier_jax.cli.workload import Workload, arrivals
 from loquetier_jax.config import require
 from loquetier_jax.config_file import read_yaml
@@ -39,8 +36,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Replays a workload in real time through the compiled serving loop and reports TTFT, TPOT, ITL, throughput and, with
-a latency promise, how many requests kept it. Results carry the names of `vllm bench serve`. Requests that failed are
-counted with their reasons; the exit code is 1 when none was completed.
+a latency promise, how many requests kept it and which threshold the others missed. Results carry the names of
+`vllm bench serve`. Requests that failed are counted with their reasons; the exit code is 1 when none was completed.
 
   loquetier serve-loop --workload poisson -w rate=8
   loquetier serve-loop --workload trace.jsonl --adapter a=peft/a --adapter b=peft/b --slo interactive
@@ -50,7 +47,7 @@ A workload is a preset of configs/workloads/, a YAML file with the same keys, a 
 "input_length", "output_length"}, Mooncake's form; or "prompt" or "messages" instead of the input length), or a file
 of arrivals, a second a line. Traces carry no adapters: they are dealt out (-w assign=round-robin|uniform|zipf)."""
 
-SHOWN_FAILURES = 5  # reasons on the screen; all are in the JSON
+REFRESH_S = 0.2
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -95,13 +92,17 @@ def run(args: argparse.Namespace) -> int:
     engine = build_engine(args, console)
     load_adapters(engine, args.adapter)
     handles = [_start_job(engine, name, data, lora, train) for name, data in jobs.items()]
-    engine.wait(lambda: all(h.step > 0 or h.status not in ("queued", "running") for h in handles))
     with JobBar(console) as bar:
+        _until_they_step(engine, handles, bar)
         result = measure(engine, asked, handles, sampling, workload.seed, bar, details=bool(args.out))
     result = {"workload": args.workload, "model": args.model} | result
     if args.out:
         Path(args.out).write_text(json.dumps(result) + "\n")
-    _show(args, result)
+    if args.json:
+        keys = ("input_lens", "output_lens", "ttfts", "itls", "errors")  # of --out: too long for a pipe
+        print(json.dumps({key: value for key, value in result.items() if key not in keys}))
+    else:
+        show(result)
     return 1 if result["failed"] and not result["completed"] else 0
 
 
@@ -142,6 +143,17 @@ def _start_job(engine: "Engine", name: str, data: str, lora: dict[str, Any], tra
     )
 
 
+def _until_they_step(engine: "Engine", handles: list["JobHandle"], bar: JobBar) -> None:
+    """Waits until every job has made a step, so that no compile falls into the replay."""
+
+    def stepped() -> bool:
+        for job in handles:
+            bar.update(job)
+        return all(job.step > 0 or job.status not in ("queued", "running") for job in handles)
+
+    engine.wait(stepped)
+
+
 def measure(
     engine: "Engine",
     asked: list[Any],
@@ -153,14 +165,19 @@ def measure(
 ) -> dict[str, Any]:
     """Replays the requests beside the jobs; jobs that outlast them are cancelled. Returns the result."""
     before = {job.name: (job.step, _tokens(job)) for job in handles}
+    start = shown = engine.loop.clock()
 
-    def on_step(_: list[Served]) -> None:
+    def on_step(served: list[Served]) -> None:
+        nonlocal shown
         for job in handles:
             bar.update(job)
+        if (now := engine.loop.clock()) > shown + REFRESH_S:  # a long replay must not pay for it at every step
+            shown = now
+            bar.show("requests served", *_progress(served, len(asked), now - start))
 
-    start = engine.loop.clock()
     served = replay(engine, asked, sampling=sampling, seed=seed, on_step=on_step)
     duration = engine.loop.clock() - start
+    bar.show("requests served", *_progress(served, len(asked), duration))
     result = summarize(served, duration, engine.cfg.slo, details=details)
     result["jobs"] = {job.name: _of_job(job, *before[job.name], duration) for job in handles}
     for job in handles:
@@ -168,6 +185,13 @@ def measure(
             job.cancel()
     engine.drain()
     return result
+
+
+def _progress(served: list[Served], total: int, seconds: float) -> tuple[int, int, str]:
+    """(requests that have ended, all of them, what to say of them)."""
+    ended = sum(one.submitted is None or one.submitted.finished for one in served)
+    tokens = sum(len(r.output_ids) for one in served if one.submitted for r in one.submitted.requests)
+    return ended, total, f"{len(served) - ended} under way  {tokens / max(seconds, 1e-9):,.0f} tok/s"
 
 
 def _tokens(job: "JobHandle") -> int:
@@ -183,28 +207,3 @@ def _of_job(job: "JobHandle", step: int, tokens: int, duration: float) -> dict[s
         "train_throughput": (_tokens(job) - tokens) / duration,
         "loss": losses[-1] if losses else None,
     }
-
-
-def _show(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    if args.json:
-        keys = ("input_lens", "output_lens", "ttfts", "itls", "errors")  # of --out: too long for a pipe
-        print(json.dumps({key: value for key, value in result.items() if key not in keys}))
-        return
-    console = Console()
-    table = Table(title=f"{result['completed']} requests in {result['duration']:.1f} s")
-    for column in ("ms", "mean", "median", "p90", "p99"):
-        table.add_column(column, justify="left" if column == "ms" else "right")
-    for name in LATENCIES:
-        values = (result[f"{key}_{name}_ms"] for key in ("mean", "median", "p90", "p99"))
-        table.add_row(name.upper(), *("-" if value is None else f"{value:,.1f}" for value in values))
-    console.print(table)
-    rates = f"{result['request_throughput']:.2f} requests/s, {result['output_throughput']:,.1f} output tokens/s"
-    kept = f", {100 * result['slo_attainment']:.1f}% kept the promise" if "slo_attainment" in result else ""
-    failed = f", {result['failed']} failed" if result["failed"] else ""
-    sys.stdout.write(f"{rates}{kept}{failed}\n")
-    for message, count in list(result["failures"].items())[:SHOWN_FAILURES]:
-        sys.stdout.write(f"{count} x {message}\n")
-    if len(result["failures"]) > SHOWN_FAILURES:
-        sys.stdout.write(f"and {len(result['failures']) - SHOWN_FAILURES} other reasons\n")
-    for name, job in result["jobs"].items():
-        sys.stdout.write(f"{name}: {job['steps']} steps, {job['train_throughput']:,.0f} training tokens/s beside it\n")

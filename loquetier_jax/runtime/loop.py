@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,14 +22,13 @@ from loquetier_jax.schedule.latency import (
     FORWARD_SLICE,
     OPTIMIZER,
     LatencyModel,
+    Run,
 )
 from loquetier_jax.schedule.policy import PolicyConfig, decide
 from loquetier_jax.schedule.snapshot import Decision, Fairness, Quantum
 from loquetier_jax.serve.request import Request
 from loquetier_jax.step.functions import StepFunctions
 from loquetier_jax.step.state import DeviceState
-
-LatencyKey = tuple[tuple[str, str], int]  # key of the latency model, rows
 
 
 @dataclass
@@ -45,6 +44,7 @@ class Pending:
         optimizers: Optimizer steps.
         tail: More arrays whose readiness means that the iteration has completed.
         forward, quanta: What ran, for the latency model.
+        fused: Whether a training pass starts in the forward: the head of its backward follows, as a part of it.
     """
 
     epoch: int
@@ -57,8 +57,22 @@ class Pending:
     done: RunningPass | None = None
     optimizers: list[OptimizerResult] = field(default_factory=list)
     tail: list[Any] = field(default_factory=list)
-    forward: LatencyKey | None = None
-    quanta: list[LatencyKey] = field(default_factory=list)
+    forward: Run | None = None
+    quanta: list[Run] = field(default_factory=list)
+    fused: bool = False
+
+
+class Forecast(NamedTuple):
+    """What is predicted of the work in flight; now, where there is none.
+
+    Attributes:
+        tokens, ready: When its last tokens come, and when all of it is done: seconds.
+        late_ms: By how much later that is once in a hundred times.
+    """
+
+    tokens: float
+    ready: float
+    late_ms: float
 
 
 @dataclass
@@ -105,6 +119,17 @@ class Loop:
             return True
         # One that could not be admitted after all is no progress: who waits for it would wait for ever.
         return sent or any(r not in self.serving.waiting for r in decision.admit)
+
+    def forecast(self) -> Forecast:
+        """When the work in flight will be done, as predicted."""
+        now, late_ms = self.clock(), 0.0
+        tokens = ready = self._last_ready
+        for pending in self._pending:
+            forward = [pending.forward] if pending.forward is not None else []
+            tokens = max(ready, pending.started) + sum(self.latency.predict(*run) for run in forward) / 1e3
+            ready = tokens + sum(self.latency.predict(*run) for run in pending.quanta) / 1e3
+            late_ms += sum(self.latency.late(*run) for run in (*forward, *pending.quanta))
+        return Forecast(max(now, tokens), max(now, ready), late_ms)
 
     def drain(self) -> None:
         """Reads everything dispatched."""
@@ -177,7 +202,7 @@ class Loop:
             pending.tasks, pending.scores, pending.score_rows = tasks, out.score, bucket.score_tokens
         key = (FORWARD, bucket.name), bucket.rows
         if pending.forward is None:
-            pending.forward = key
+            pending.forward, pending.fused = key, started is not None
         else:
             pending.quanta.append(key)
         if started is not None:
@@ -214,16 +239,13 @@ class Loop:
         pending.tail.append(run.tail)
 
     def read(self) -> None:
-        """Waits for the oldest iteration and hands its results out."""
+        """Waits for the oldest iteration and hands its results out: tokens as soon as they are there."""
         pending = self._pending.pop(0)
-        sampled = {name: np.asarray(value) for name, value in pending.sampled.items()}
+        tokens = self._read_tokens(pending)
         scores = {name: np.asarray(value) for name, value in pending.scores.items()}
         jax.block_until_ready((pending.tail, [o.metrics for o in pending.optimizers]))
-        now = self.clock()
-        ms = 1e3 * (now - max(self._last_ready, pending.started))
-        self._last_ready = now
-        self._observe(pending, ms)
-        self.serving.accept(pending.rows, sampled, now, self.epoch)
+        more = tokens is None or pending.fused or pending.quanta
+        ms = self._observe(pending, tokens, self.clock() if more else tokens)
         self.scoring.accept(pending.tasks, scores, pending.score_rows)
         if pending.done is not None:
             self.training.accept_pass(pending.done)
@@ -234,14 +256,20 @@ class Loop:
         if self.on_iteration is not None:
             self.on_iteration(pending, ms)
 
-    def _observe(self, pending: Pending, ms: float) -> None:
-        """Keeps the latency table true: a forward's time is known, what is left is shared as was predicted."""
-        if pending.forward is not None:
-            if not pending.quanta:
-                self.latency.observe(pending.forward[0], ms, pending.forward[1])
-                return
-            ms -= self.latency.predict(*pending.forward)
-        predicted = [self.latency.predict(*quantum) for quantum in pending.quanta]
-        for (key, rows), share in zip(pending.quanta, predicted, strict=True):
-            if ms > 0:
-                self.latency.observe(key, ms * share / sum(predicted), rows)
+    def _read_tokens(self, pending: Pending) -> float | None:
+        """Hands out the tokens, which do not wait for what runs after the forward; when they came, None without any."""
+        if not pending.rows:
+            return None
+        sampled = {name: np.asarray(value) for name, value in pending.sampled.items()}
+        now = self.clock()
+        self.serving.accept(pending.rows, sampled, now, self.epoch)
+        return now
+
+    def _observe(self, pending: Pending, tokens: float | None, ready: float) -> float:
+        """Keeps the latency table true; returns the milliseconds of the whole iteration."""
+        started = max(self._last_ready, pending.started)
+        self._last_ready = ready
+        ms = 1e3 * (ready - started)
+        forward_ms = None if tokens is None or pending.fused else 1e3 * (tokens - started)
+        self.latency.observe_step(pending.forward, pending.quanta, ms, forward_ms)
+        return ms

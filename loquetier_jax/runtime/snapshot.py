@@ -14,7 +14,7 @@ LOOKAHEAD = 256  # waiting requests shown to one decision
 
 def snapshot(loop: "Loop") -> Snapshot:
     """What a decision depends on, taken now."""
-    serving, training, cfg, now = loop.serving, loop.training, loop.cfg, loop.clock()
+    serving, training, cfg, forecast = loop.serving, loop.training, loop.cfg, loop.forecast()
     running = [r for r in serving.running.values() if 0 < r.num_dispatched < r.params.max_tokens]
     prefilling = [r for r in serving.running.values() if r.num_remaining > 0]
     waiting = list(serving.waiting.values())[:LOOKAHEAD]
@@ -22,9 +22,10 @@ def snapshot(loop: "Loop") -> Snapshot:
     train_buckets = training.buckets()
     serving_buckets = [b for b in cfg.buckets if not b.packs]
     return Snapshot(
-        now=now,
+        now=forecast.ready,
+        late_ms=forecast.late_ms,
         buckets=(*serving_buckets, *train_buckets),
-        running=tuple(_decoding(r, now) for r in running),
+        running=tuple(_decoding(r, forecast.tokens) for r in running),
         prefilling=tuple(
             Prefilling(
                 id=r.id,
@@ -59,13 +60,15 @@ def _reclaimable(store: AdapterStore) -> int:
     return store.pool.num_free + sum(len(v.pages) for v in idle)
 
 
-def _decoding(request: Request, now: float) -> Decoding:
+def _decoding(request: Request, expected: float) -> Decoding:
+    """A running request; a token of it that is in flight is `expected` then."""
     times = request.metrics.token_times
+    in_flight = request.num_dispatched > len(times)
     return Decoding(
         id=request.id,
         sampling=request.params.level,
-        first_token_time=times[0] if times else now,
-        last_token_time=times[-1] if times else now,
+        first_token_time=times[0] if times else expected,
+        last_token_time=expected if in_flight else times[-1],
         num_output=request.num_dispatched,
         remaining=request.params.max_tokens - request.num_dispatched,
         pages=len(request.kv_pages),

@@ -18,16 +18,18 @@ class Budget:
     """What quanta may cost, milliseconds.
 
     Attributes:
-        idle: No request is there: anything goes.
+        idle: No request is there: anything goes that does not keep the next one waiting longer than promised.
         slack: What the promise leaves after the forward; inf when nothing is promised to those here.
         step: What it leaves for the forward itself.
+        margin: Times what one run in a hundred takes longer than predicted: so much of `slack` and `step` is kept.
         credit: Of device time, this step's share included.
-        longest: Longest quantum on credit, if there is any shorter one.
+        longest: Longest quantum on credit or when idle, if there is any shorter one.
     """
 
     idle: bool
     slack: float
     step: float
+    margin: float
     credit: float
     longest: float
 
@@ -35,6 +37,10 @@ class Budget:
     def promised(self) -> bool:
         """Whether a promise limits the quanta."""
         return not self.idle and not math.isinf(self.slack)
+
+    def cost(self, option: Option) -> float:
+        """What a plan that must hold counts for an option."""
+        return option.ms + self.margin * option.late
 
 
 def choose(
@@ -54,7 +60,7 @@ def choose(
     chosen = [first]
     while budget.promised and not chosen[-1].scored:
         snapshot = after(snapshot, chosen[-1])
-        budget = dataclasses.replace(budget, slack=budget.slack - chosen[-1].ms, credit=0.0)
+        budget = dataclasses.replace(budget, slack=budget.slack - budget.cost(chosen[-1]), credit=0.0)
         if snapshot.train_pass is None and all(job.status != "optimizer" for job in snapshot.jobs):
             break
         rest = [o for options in train_options(snapshot, plan, latency, share, max_lead) for o in options]
@@ -72,15 +78,14 @@ def _best(options: Iterable[Option], budget: Budget, forward: float) -> Option |
 
 
 def _allowed(options: Sequence[Option], budget: Budget, forward: float) -> list[Option]:
-    if budget.idle:
-        return list(options)
     if budget.promised:
-        in_time = [o for o in options if o.ms <= budget.slack]
-        in_time = [o for o in in_time if not o.fused or forward + o.ms <= budget.step]
+        in_time = [o for o in options if budget.cost(o) <= budget.slack]
+        in_time = [o for o in in_time if not o.fused or forward + budget.cost(o) <= budget.step]
         if in_time:
             return in_time
-    if budget.credit <= 0:
+    if budget.credit <= 0 and not budget.idle:
         return []
     # A share of time: one quantum, then none until inference has had its share.
-    shortest = min((o.ms for o in options), default=0.0)
-    return [o for o in options if o.ms <= max(budget.longest, shortest)]
+    prices = [budget.cost(o) if budget.idle else o.ms for o in options]
+    longest = max([budget.longest, *sorted(prices)[:1]])
+    return [o for o, price in zip(options, prices, strict=True) if price <= longest]

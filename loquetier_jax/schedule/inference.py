@@ -1,6 +1,7 @@
 """The inference rows of a step: all decodes, and the prompt chunks that are worth their time."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loquetier_jax.config import Bucket, Sampling
@@ -8,9 +9,9 @@ from loquetier_jax.errors import CapacityError
 from loquetier_jax.schedule.admission import highest
 from loquetier_jax.schedule.fairness import FairShare
 from loquetier_jax.schedule.latency import LatencyModel
-from loquetier_jax.schedule.lattice import blocks, cheapest, forward_ms, serving_need
+from loquetier_jax.schedule.lattice import blocks, cheapest, forward_late, forward_ms, serving_need
 from loquetier_jax.schedule.prefill import Filling, rank
-from loquetier_jax.schedule.slack import step_slack
+from loquetier_jax.schedule.slack import first_gap_ms, step_slack
 from loquetier_jax.schedule.snapshot import Snapshot
 
 
@@ -24,6 +25,7 @@ class Plan:
         sampling: Highest level of the rows that sample.
         bucket: The cheapest that covers them; None without rows.
         ms: Its predicted time.
+        late: By how much one such forward in a hundred takes longer.
         head: Whether the fairest candidate for prefill is served.
         share: Prompt tokens served per adapter, afterwards.
         overtaken: See Fairness, afterwards.
@@ -37,6 +39,7 @@ class Plan:
     sampling: Sampling = "greedy"
     bucket: Bucket | None = None
     ms: float = 0.0
+    late: float = 0.0
     head: bool = True
     share: dict[str, float] = field(default_factory=dict)
     overtaken: dict[str, int] = field(default_factory=dict)
@@ -55,13 +58,12 @@ def plan_inference(
     *,
     max_overtakes: int,
     max_prefill_waits: int,
-    gap_factor: float,
 ) -> Plan:
     """Chooses the inference rows of the next step.
 
     All running requests decode. Of the buckets with prefill rows, the one that moves most prompt tokens per
     millisecond is taken, if it ends before the next token of anybody is due; if none does, prefill waits a
-    few steps for slack, then goes anyway. A TPOT that decodes alone cannot keep holds no prompt up. Where no
+    few steps for slack, then goes anyway. A promise that decodes alone cannot keep holds no prompt up. Where no
     bucket holds decodes and a prompt together, they take turns.
 
     Raises:
@@ -70,12 +72,10 @@ def plan_inference(
     decode_only = _decode_plan(snapshot, latency)
     if not snapshot.prefilling and not snapshot.waiting:
         return decode_only
-    able = _prefill_buckets(snapshot)
+    able = prefill_buckets(snapshot.buckets)
     mixed = [b for b in able if b.decode >= len(snapshot.running) and rank(b.sampling) >= rank(decode_only.sampling)]
     waits = snapshot.fairness.prefill_waits
-    slack = step_slack(snapshot, gap_factor)
-    if snapshot.slo.tpot_ms is not None and decode_only.ms > snapshot.slo.tpot_ms:
-        slack = math.inf
+    slack = math.inf if decode_only.ms > first_gap_ms(snapshot.slo) else step_slack(snapshot)
     if mixed:
         plans = [_fill(snapshot, b, latency, decode_only, max_overtakes) for b in mixed]
     else:
@@ -99,9 +99,9 @@ def _rate(plan: Plan) -> float:
     return sum(tokens for _, tokens in plan.prefill) / plan.ms
 
 
-def _prefill_buckets(snapshot: Snapshot) -> list[Bucket]:
+def prefill_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
     """Buckets with prefill rows; those that also carry train or score rows only where no other is there."""
-    able = [b for b in snapshot.buckets if b.prefill]
+    able = [b for b in buckets if b.prefill]
     return [b for b in able if not b.packs and not b.score_packs] or able
 
 
@@ -121,7 +121,7 @@ def _decode_plan(snapshot: Snapshot, latency: LatencyModel) -> Plan:
                 f"decode: got {len(plan.decode)} running requests at level {plan.sampling!r}, expected a "
                 f"bucket that holds them among {[b.name for b in snapshot.buckets]}"
             )
-        plan.ms = forward_ms(plan.bucket, latency)
+        plan.ms, plan.late = forward_ms(plan.bucket, latency), forward_late(plan.bucket, latency)
     return plan
 
 
@@ -140,5 +140,5 @@ def _fill(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan,
     )
     if plan.prefill:
         plan.bucket = cheapest(snapshot.buckets, plan.need, latency)
-        plan.ms = forward_ms(plan.bucket, latency)
+        plan.ms, plan.late = forward_ms(plan.bucket, latency), forward_late(plan.bucket, latency)
     return plan

@@ -1,10 +1,10 @@
-"""How long each compiled function takes: measured at warm-up, kept true by a running mean."""
+"""How long each compiled function takes, and by how much that prediction errs: both from measurements."""
 
-import json
+import math
 import statistics
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from loquetier_jax.config import require
 
@@ -16,24 +16,38 @@ OPTIMIZER = "optimizer_step"  # one job; rows are 1
 
 Key = tuple[str, str]
 """(function, bucket name); for the optimizer (function, job name)."""
+Run = tuple[Key, int]
+"""(key, rows of the function) of one call."""
 
 MS_PER_ROW = 0.03  # before anything is measured: about an 8-billion-parameter forward on one large GPU
 CLIP = 2.0  # one observation counts at most as twice, and at least as half, the mean
+WINDOW = 128  # errors remembered per key: the second largest of them is the 99th percentile
+FIRST_ERROR = 0.1  # what is assumed before errors have been seen, a share of the prediction
+QUANTILE = 0.99
 
 
 @dataclass(slots=True)
 class Entry:
-    """Running mean of one key.
+    """What is known of one key.
 
     Attributes:
         rows: Rows of the function: what unknown keys are scaled by.
-        ms: Mean, milliseconds.
+        ms: Running mean, milliseconds.
         count: Observations in it.
+        errors: By how much the last runs exceeded their predictions, shares of those.
+        late: Their 99th percentile, at least 0.
     """
 
     rows: int
     ms: float
     count: int = 1
+    errors: deque[float] = field(default_factory=lambda: deque([FIRST_ERROR], maxlen=WINDOW))
+    late: float = FIRST_ERROR
+
+    def note_error(self, ms: float) -> None:
+        """Remembers how a run differed from its prediction."""
+        self.errors.append(min(ms / self.ms, CLIP) - 1)
+        self.late = max(0.0, sorted(self.errors)[math.ceil(QUANTILE * len(self.errors)) - 1])
 
 
 class LatencyModel:
@@ -76,8 +90,36 @@ class LatencyModel:
         if entry.count == 2 and ms < entry.ms:
             entry.ms = ms
             return
+        entry.note_error(ms)
         clipped = min(max(ms, entry.ms / CLIP), entry.ms * CLIP)
         entry.ms += max(self.smoothing, 1 / entry.count) * (clipped - entry.ms)
+
+    def observe_step(self, forward: Run | None, quanta: Sequence[Run], ms: float, forward_ms: float | None) -> None:
+        """Observes one iteration.
+
+        Args:
+            forward: What carried the requests, if anything did.
+            quanta: What ran after it.
+            ms: Of the whole iteration.
+            forward_ms: Of its forward; None when that cannot be told apart.
+        """
+        runs = [forward] if forward is not None else []
+        if forward_ms is None:
+            self._observe_together([*runs, *quanta], ms)
+        else:
+            self._observe_together(runs, forward_ms)
+            self._observe_together(quanta, ms - forward_ms)
+
+    def _observe_together(self, runs: Sequence[Run], ms: float) -> None:
+        """Calls that were timed together each took their predicted share; a time <= 0 (a coarse clock) says nothing.
+
+        A key that ran more than once counts as one observation.
+        """
+        if not runs or ms <= 0:
+            return
+        ratio = ms / sum(self.predict(*run) for run in runs)
+        for key, rows in dict.fromkeys(runs):
+            self.observe(key, ratio * self.predict(key, rows), rows)
 
     def predict(self, key: Key, rows: int) -> float:
         """Milliseconds of a key; `rows` only matters when it is unknown.
@@ -98,40 +140,7 @@ class LatencyModel:
         largest = max(known, key=lambda e: (e.rows, e.ms))
         return largest.ms * rows / largest.rows
 
-    def to_json(self) -> str:
-        """The table as JSON text, one entry a line."""
-        lines = [
-            json.dumps({"function": f, "bucket": b, "rows": e.rows, "ms": e.ms, "count": e.count})
-            for (f, b), e in sorted(self._table.items())
-        ]
-        return "[\n" + ",\n".join(lines) + "\n]\n"
-
-    @classmethod
-    def from_json(cls, text: str, smoothing: float = 0.1) -> "LatencyModel":
-        """The reverse of `to_json`.
-
-        Raises:
-            ConfigError: an entry with missing or unknown keys, or with values out of range.
-        """
-        model = cls(smoothing)
-        fields = {"function", "bucket", "rows", "ms", "count"}
-        for i, item in enumerate(json.loads(text)):
-            require(
-                isinstance(item, dict) and set(item) == fields,
-                f"latency[{i}]",
-                item,
-                f"keys {sorted(fields)}",
-            )
-            key = (item["function"], item["bucket"])
-            model.seed(key, [item["ms"]], item["rows"])
-            model._table[key].count = item["count"]
-        return model
-
-    def dump(self, path: str | Path) -> None:
-        """Writes the table to a file."""
-        Path(path).write_text(self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path, smoothing: float = 0.1) -> "LatencyModel":
-        """Reads what `dump` wrote."""
-        return cls.from_json(Path(path).read_text(), smoothing)
+    def late(self, key: Key, rows: int) -> float:
+        """Milliseconds by which one run of the key in a hundred exceeds the prediction."""
+        entry = self._table.get(key)
+        return entry.ms * entry.late if entry is not None else FIRST_ERROR * self.predict(key, rows)

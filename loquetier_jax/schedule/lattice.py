@@ -26,6 +26,11 @@ def forward_ms(bucket: Bucket, latency: LatencyModel) -> float:
     return latency.predict(*_forward_key(bucket))
 
 
+def forward_late(bucket: Bucket, latency: LatencyModel) -> float:
+    """Milliseconds by which one such forward in a hundred takes longer than predicted."""
+    return latency.late(*_forward_key(bucket))
+
+
 def cheapest(buckets: tuple[Bucket, ...], need: Bucket, latency: LatencyModel) -> Bucket | None:
     """The quickest bucket that covers `need`, of equals the smallest; None when none covers it."""
     able = _covering(buckets, need)
@@ -40,12 +45,29 @@ def serving_need(decode: int, sampling: Sampling, prefill: int = 0, chunks: int 
     return Bucket(decode=decode, prefill=prefill, chunks=chunks, sampling=sampling)
 
 
-def slices_ms(backward: bool, packs: int, pack_tokens: int, count: int, slices: int, latency: LatencyModel) -> float:
-    """Predicted milliseconds of `count` of the `slices` slices of a pass; all of them are one call."""
-    shape = Bucket(packs=packs, pack_tokens=pack_tokens)
-    one = (BACKWARD_SLICE if backward else FORWARD_SLICE, shape.name)
-    if backward and count == slices and (latency.known((BACKWARD, shape.name)) or not latency.known(one)):
-        return latency.predict((BACKWARD, shape.name), shape.rows)
-    if not latency.known(one) and latency.known((BACKWARD, shape.name)) and backward:
-        return latency.predict((BACKWARD, shape.name), shape.rows) * count / slices
-    return count * latency.predict(one, shape.rows)
+@functools.lru_cache(maxsize=1024)
+def pass_shape(packs: int, pack_tokens: int) -> Bucket:
+    """The shape of a training pass alone."""
+    return Bucket(packs=packs, pack_tokens=pack_tokens)
+
+
+def slices_times(
+    backward: bool, packs: int, pack_tokens: int, count: int, slices: int, latency: LatencyModel
+) -> tuple[float, float]:
+    """(predicted milliseconds, by how much one in a hundred exceeds them) of `count` of the `slices` slices of a pass.
+
+    All slices of a backward are one call.
+    """
+    key, rows = _slices_key(backward, pass_shape(packs, pack_tokens), count == slices, latency)
+    times = count / slices if key[0] == BACKWARD else count
+    return times * latency.predict(key, rows), times * latency.late(key, rows)
+
+
+def _slices_key(backward: bool, shape: Bucket, all_of_them: bool, latency: LatencyModel) -> tuple[Key, int]:
+    """Which measurement the time of some slices is taken from."""
+    (_, name), rows = _forward_key(shape)
+    one, whole = (BACKWARD_SLICE if backward else FORWARD_SLICE, name), (BACKWARD, name)
+    if not backward:
+        return one, rows
+    best, second = (whole, one) if all_of_them else (one, whole)
+    return (best if latency.known(best) or not latency.known(second) else second), rows

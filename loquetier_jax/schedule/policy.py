@@ -10,13 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loquetier_jax.config import BLOCK, require
+from loquetier_jax.config import BLOCK, Bucket, require
 from loquetier_jax.schedule.admission import highest
 from loquetier_jax.schedule.choose import Budget, choose
-from loquetier_jax.schedule.inference import Plan, plan_inference
+from loquetier_jax.schedule.inference import Plan, plan_inference, prefill_buckets
 from loquetier_jax.schedule.latency import LatencyModel
-from loquetier_jax.schedule.lattice import cheapest, forward_ms, serving_need
-from loquetier_jax.schedule.slack import first_token_budget, step_slack, token_budget
+from loquetier_jax.schedule.lattice import cheapest, forward_late, forward_ms, serving_need
+from loquetier_jax.schedule.slack import arrival_budget, first_token_budget, step_slack, token_budget
 from loquetier_jax.schedule.snapshot import Decision, Fairness, Snapshot
 from loquetier_jax.schedule.training import Option, job_share
 
@@ -30,7 +30,8 @@ class PolicyConfig:
             promised to those, in [0, 1].
         train_floor: The same, guaranteed even where it breaks the promise.
         max_quantum_ms: Longest quantum beside requests when nothing is promised, if there is any shorter one.
-        gap_factor: With a TPOT promise, no single gap between tokens is planned longer than this times it.
+        margin: With a promise, plans leave room for this many times what one run in a hundred takes longer than was
+            predicted, as measured; 0 plans with the mean alone.
         max_lead: Most packs a job may be ahead of the least served job that wants to train.
         max_overtakes: Most later requests admitted before one that does not fit.
         max_prefill_waits: Most steps in a row that prefill waits for slack.
@@ -39,7 +40,7 @@ class PolicyConfig:
     train_share: float = 0.5
     train_floor: float = 0.0
     max_quantum_ms: float = 50.0
-    gap_factor: float = 4.0
+    margin: float = 1.0
     max_lead: int = 1
     max_overtakes: int = 16
     max_prefill_waits: int = 8
@@ -49,7 +50,7 @@ class PolicyConfig:
             value = getattr(self, name)
             require(0 <= value <= 1, name, value, "a number in [0, 1]")
         require(self.max_quantum_ms > 0, "max_quantum_ms", self.max_quantum_ms, "a number > 0")
-        require(self.gap_factor >= 1, "gap_factor", self.gap_factor, "a number >= 1")
+        require(self.margin >= 0, "margin", self.margin, "a number >= 0")
         require(self.max_lead >= 1, "max_lead", self.max_lead, "an integer >= 1")
         for name in ("max_overtakes", "max_prefill_waits"):
             value = getattr(self, name)
@@ -76,7 +77,6 @@ def decide(snapshot: Snapshot, latency: LatencyModel, config: PolicyConfig) -> D
         latency,
         max_overtakes=config.max_overtakes,
         max_prefill_waits=config.max_prefill_waits,
-        gap_factor=config.gap_factor,
     )
     budget = _budget(snapshot, plan, latency, config)
     share = job_share(snapshot)
@@ -121,37 +121,42 @@ def _budget(snapshot: Snapshot, plan: Plan, latency: LatencyModel, config: Polic
     pending = [r for r in snapshot.prefilling if served.get(r.id, 0) < r.remaining]
     pending += [r for r in snapshot.waiting if served.get(r.id, 0) < r.prompt_tokens]
     idle = not snapshot.running and not plan.prefill and not pending
-    next_ms, rows = _next_forward(snapshot, plan, bool(pending), latency)
+    following = _next_forward(snapshot, plan, bool(pending), latency)
+    next_ms, rows = sum(forward_ms(b, latency) for b in following), max((b.prefill for b in following), default=0)
     at = snapshot.now + plan.ms / 1e3
     decoded = bool(plan.decode)
-    slack = min(
-        token_budget(snapshot, decoded, len(plan.finishing), at, next_ms, config.gap_factor),
+    late = config.margin * (snapshot.late_ms + plan.late)
+    due = min(
+        token_budget(snapshot, decoded, len(plan.finishing), at, next_ms),
         first_token_budget(snapshot, pending, plan.admit, at, next_ms, rows),
     )
+    slack = due - late - config.margin * sum(forward_late(b, latency) for b in following)
+    prompt_ms = max((forward_ms(b, latency) for b in prefill_buckets(snapshot.buckets)), default=0.0)
+    unseen = arrival_budget(snapshot.slo.ttft_ms, prompt_ms)
     share = config.train_share if math.isinf(slack) else config.train_floor
     # With no inference row in this step nobody is held up: requests are there, but cannot be admitted.
     earned = math.inf if share == 1 or plan.bucket is None else plan.ms * share / (1 - share)
     return Budget(
         idle=idle,
-        slack=slack,
-        step=step_slack(snapshot, config.gap_factor) if decoded else math.inf,
+        slack=slack if math.isinf(slack) else min(slack, unseen),
+        step=step_slack(snapshot) - late if decoded else math.inf,
+        margin=config.margin,
         credit=snapshot.fairness.credit_ms + earned,
-        longest=config.max_quantum_ms,
+        longest=unseen if idle else min(unseen, config.max_quantum_ms),
     )
 
 
-def _next_forward(snapshot: Snapshot, plan: Plan, pending: bool, latency: LatencyModel) -> tuple[float, int]:
-    """(predicted ms of the forward after this one, its prefill rows)."""
+def _next_forward(snapshot: Snapshot, plan: Plan, pending: bool, latency: LatencyModel) -> list[Bucket]:
+    """The forward after this one; two where prompts and decodes take turns."""
     running = len(snapshot.running) + len(plan.finishing)
     sampling = highest((plan.sampling, *(r.sampling for r in snapshot.running)))
     chunk = (BLOCK, 1) if pending else (0, 0)
     need = serving_need(running, sampling, *chunk)
     if need is None:
-        return 0.0, 0
+        return []
     bucket = cheapest(snapshot.buckets, need, latency)
     if bucket is not None:
-        return forward_ms(bucket, latency), bucket.prefill
+        return [bucket]
     halves = [serving_need(running, sampling), serving_need(0, "greedy", *chunk)]  # they take turns
     found = [cheapest(snapshot.buckets, h, latency) for h in halves if h is not None]
-    found = [b for b in found if b is not None]
-    return sum(forward_ms(b, latency) for b in found), max((b.prefill for b in found), default=0)
+    return [b for b in found if b is not None]

@@ -1,31 +1,37 @@
-"""How much time the promise to requests leaves: milliseconds, inf where nothing is promised."""
+"""How much time the promise to requests leaves: milliseconds, inf where nothing is promised.
+
+All of it is meant on average: who plans with it leaves a margin for what takes longer than predicted.
+"""
 
 import math
 from collections.abc import Collection, Iterable
 
+from loquetier_jax.config import SLOConfig
 from loquetier_jax.schedule.room import Room
 from loquetier_jax.schedule.snapshot import Decoding, Prefilling, Snapshot, Waiting
 
 
-def next_deadline(request: Decoding, tpot_ms: float, gap_factor: float) -> float:
+def first_gap_ms(slo: SLOConfig) -> float:
+    """Longest gap after a first token: it is the mean of all gaps so far."""
+    return min(slo.longest_gap_ms, math.inf if slo.tpot_ms is None else slo.tpot_ms)
+
+
+def next_deadline(request: Decoding, slo: SLOConfig) -> float:
     """When the next token must come, seconds.
 
-    TPOT is a mean, so a request ahead of it has time in hand; but no single gap may be longer than gap_factor
-    times the mean.
+    TPOT is a mean, so a request ahead of it has time in hand, but no single gap may be longer than `longest_gap_ms`.
+    Every token may be the last one, so the mean is kept at each of them: an end token leaves nothing to make up with.
     """
-    mean = request.first_token_time + request.num_output * tpot_ms / 1e3
-    return min(mean, request.last_token_time + gap_factor * tpot_ms / 1e3)
+    mean = math.inf if slo.tpot_ms is None else request.first_token_time + request.num_output * slo.tpot_ms / 1e3
+    return min(mean, request.last_token_time + slo.longest_gap_ms / 1e3)
 
 
-def step_slack(snapshot: Snapshot, gap_factor: float) -> float:
+def step_slack(snapshot: Snapshot) -> float:
     """From now to the earliest moment when a running request must have its next token; may be negative."""
-    tpot = snapshot.slo.tpot_ms
-    if tpot is None or not snapshot.running:
-        return math.inf
-    return 1e3 * (min(next_deadline(r, tpot, gap_factor) for r in snapshot.running) - snapshot.now)
+    return 1e3 * (min((next_deadline(r, snapshot.slo) for r in snapshot.running), default=math.inf) - snapshot.now)
 
 
-def token_budget(snapshot: Snapshot, decoded: bool, finishing: int, at: float, next_ms: float, gap: float) -> float:
+def token_budget(snapshot: Snapshot, decoded: bool, finishing: int, at: float, next_ms: float) -> float:
     """What may be put between this forward and the next one without a token coming late.
 
     Args:
@@ -34,18 +40,15 @@ def token_budget(snapshot: Snapshot, decoded: bool, finishing: int, at: float, n
         finishing: Requests that get their first token in it.
         at: When it ends, seconds.
         next_ms: Predicted time of the next forward.
-        gap: gap_factor.
     """
-    tpot = snapshot.slo.tpot_ms
-    if tpot is None:
-        return math.inf
-    deadlines = [at + tpot / 1e3] if finishing else []
+    slo = snapshot.slo
+    deadlines = [at + first_gap_ms(slo) / 1e3] if finishing else []
     for r in snapshot.running:
         if decoded:
-            mean = r.first_token_time + (r.num_output + 1) * tpot / 1e3
-            deadlines.append(min(mean, at + gap * tpot / 1e3))
+            mean = math.inf if slo.tpot_ms is None else r.first_token_time + (r.num_output + 1) * slo.tpot_ms / 1e3
+            deadlines.append(min(mean, at + slo.longest_gap_ms / 1e3))
         else:
-            deadlines.append(next_deadline(r, tpot, gap))
+            deadlines.append(next_deadline(r, slo))
     return 1e3 * (min(deadlines, default=math.inf) - at) - next_ms
 
 
@@ -81,3 +84,20 @@ def first_token_budget(
             steps += room.reserve(r)
         budget = min(budget, 1e3 * (r.arrival - at) + ttft - steps * next_ms)
     return budget
+
+
+def arrival_budget(ttft_ms: float | None, prompt_ms: float) -> float:
+    """Longest quantum beside which the first token of a request that has not come yet is in time.
+
+    It may come just after a step has been decided, and the host is a step ahead of the device: it waits for two.
+
+    Args:
+        ttft_ms: Promised, if anything is.
+        prompt_ms: Predicted time of a step with a whole prompt in it.
+
+    Returns:
+        Milliseconds; inf also where the prompt alone takes longer than promised: waiting less would not keep it.
+    """
+    if ttft_ms is None or ttft_ms <= prompt_ms:
+        return math.inf
+    return (ttft_ms - prompt_ms) / 2

@@ -18,7 +18,8 @@ class Decoding:
     Attributes:
         id: Of the request.
         sampling: Its sampling level.
-        first_token_time, last_token_time: When its first and its latest token came (or are expected).
+        first_token_time, last_token_time: When its first and its latest token came, or are expected to come out of
+            the work in flight.
         num_output: Tokens dispatched so far, >= 1.
         remaining: Most tokens still to come.
         pages: KV pages that it gives back at its end.
@@ -147,7 +148,9 @@ class Snapshot:
     """All that a decision depends on.
 
     Attributes:
-        now: Seconds on the engine's clock.
+        now: When what is decided can start, seconds on the engine's clock: the host is a step ahead of the device, so
+            that is when the work in flight is predicted to end.
+        late_ms: By how much later that is once in a hundred times.
         buckets: The forwards that are compiled now.
         running: Requests that decode.
         prefilling: Admitted requests with prompt left, in order of arrival.
@@ -164,6 +167,7 @@ class Snapshot:
     """
 
     now: float
+    late_ms: float = 0.0
     buckets: tuple[Bucket, ...]
     running: tuple[Decoding, ...] = ()
     prefilling: tuple[Prefilling, ...] = ()

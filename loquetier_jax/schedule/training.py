@@ -7,7 +7,7 @@ from loquetier_jax.config import Bucket
 from loquetier_jax.schedule.fairness import FairShare, pack_order
 from loquetier_jax.schedule.inference import Plan
 from loquetier_jax.schedule.latency import OPTIMIZER, LatencyModel
-from loquetier_jax.schedule.lattice import cheapest, forward_ms, slices_ms
+from loquetier_jax.schedule.lattice import cheapest, forward_late, forward_ms, pass_shape, slices_times
 from loquetier_jax.schedule.snapshot import JobView, Quantum, Snapshot
 
 
@@ -17,6 +17,7 @@ class Option:
 
     Attributes:
         ms: What it adds to the iteration.
+        late: By how much it adds more once in a hundred times.
         size: Rows, slices or jobs: how much it does; compared between options of one list only.
         fused: The bucket that replaces the plan's, when the rows ride in the same forward.
         packs, score: What rides in it.
@@ -24,6 +25,7 @@ class Option:
     """
 
     ms: float
+    late: float
     size: float
     fused: Bucket | None = None
     packs: tuple[str, ...] = ()
@@ -65,10 +67,11 @@ def train_options(
 
 
 def _optimizer_options(due: list[str], latency: LatencyModel) -> Iterator[Option]:
-    ms = 0.0
+    ms = late = 0.0
     for i, name in enumerate(due, 1):
         ms += latency.predict((OPTIMIZER, name), 1)
-        yield Option(ms=ms, size=i, quantum=Quantum(kind="optimizer", jobs=tuple(due[:i]), ms=ms))
+        late += latency.late((OPTIMIZER, name), 1)
+        yield Option(ms=ms, late=late, size=i, quantum=Quantum(kind="optimizer", jobs=tuple(due[:i]), ms=ms))
 
 
 def _pass_options(snapshot: Snapshot, latency: LatencyModel) -> Iterator[Option]:
@@ -76,8 +79,8 @@ def _pass_options(snapshot: Snapshot, latency: LatencyModel) -> Iterator[Option]
     backward = view.stage == "backward"
     kind = "backward_slice" if backward else "forward_slice"
     for count in range(1, view.slices_left + 1):
-        ms = slices_ms(backward, view.packs, view.pack_tokens, count, view.slices, latency)
-        yield Option(ms=ms, size=count, quantum=Quantum(kind=kind, count=count, ms=ms))
+        ms, late = slices_times(backward, view.packs, view.pack_tokens, count, view.slices, latency)
+        yield Option(ms=ms, late=late, size=count, quantum=Quantum(kind=kind, count=count, ms=ms))
 
 
 def _new_pass_options(
@@ -111,27 +114,31 @@ def _pack_options(
         return
     for limit in sorted(limits):
         packs = order[:limit]
-        need = Bucket(packs=len(packs), pack_tokens=tokens)
-        for fused, bucket, ms in _forwards(snapshot, plan, latency, need):
-            quantum = None if fused else Quantum(kind="forward", packs=packs, bucket=bucket, ms=ms)
-            riding = packs if fused else ()
-            yield Option(ms=ms, size=need.train_rows, fused=bucket if fused else None, packs=riding, quantum=quantum)
+        need = pass_shape(len(packs), tokens)
+        for fused, bucket, ms, late in _forwards(snapshot, plan, latency, need):
+            if fused:
+                yield Option(ms=ms, late=late, size=need.train_rows, fused=bucket, packs=packs)
+            else:
+                quantum = Quantum(kind="forward", packs=packs, bucket=bucket, ms=ms)
+                yield Option(ms=ms, late=late, size=need.train_rows, quantum=quantum)
     for shape in sliced:
         packs = order[: shape.packs]
         for count in range(1, shape.slices + 1):
-            ms = slices_ms(False, shape.packs, tokens, count, shape.slices, latency)
-            bucket = Bucket(packs=shape.packs, pack_tokens=tokens)
+            ms, late = slices_times(False, shape.packs, tokens, count, shape.slices, latency)
+            bucket = pass_shape(shape.packs, tokens)
             quantum = Quantum(kind="forward_slice", count=count, packs=packs, bucket=bucket, ms=ms)
-            yield Option(ms=ms, size=len(packs) * tokens * count / shape.slices, quantum=quantum)
+            yield Option(ms=ms, late=late, size=len(packs) * tokens * count / shape.slices, quantum=quantum)
 
 
 def _forwards(
     snapshot: Snapshot, plan: Plan, latency: LatencyModel, need: Bucket
-) -> Iterator[tuple[bool, Bucket, float]]:
-    """(fused, bucket, added ms) of the cheapest forward with the plan's rows and of the cheapest without."""
+) -> Iterator[tuple[bool, Bucket, float, float]]:
+    """(fused, bucket, added ms, how many more once in a hundred times) of the cheapest forward with the plan's rows
+    and of the cheapest without.
+    """
     alone = cheapest(snapshot.buckets, need, latency)
     if alone is not None:
-        yield False, alone, forward_ms(alone, latency)
+        yield False, alone, forward_ms(alone, latency), forward_late(alone, latency)
     if plan.need is None:
         return
     rows = {n: getattr(need, n) for n in ("packs", "pack_tokens", "score_packs", "score_tokens") if getattr(need, n)}
@@ -139,7 +146,8 @@ def _forwards(
     both = Bucket(**rows, prefill=p.prefill, chunks=p.chunks, decode=p.decode, sampling=p.sampling)
     fused = cheapest(snapshot.buckets, both, latency)
     if fused is not None:
-        yield True, fused, forward_ms(fused, latency) - plan.ms
+        late = max(0.0, forward_late(fused, latency) - plan.late)
+        yield True, fused, forward_ms(fused, latency) - plan.ms, late
 
 
 def score_options(snapshot: Snapshot, plan: Plan, latency: LatencyModel) -> list[Option]:
@@ -153,8 +161,10 @@ def score_options(snapshot: Snapshot, plan: Plan, latency: LatencyModel) -> list
             continue
         ids = tuple(i for i, length in waiting if length <= tokens)[:packs]
         need = Bucket(score_packs=len(ids), score_tokens=tokens)
-        for fused, bucket, ms in _forwards(snapshot, plan, latency, need):
-            quantum = None if fused else Quantum(kind="forward", score=ids, bucket=bucket, ms=ms)
-            riding = ids if fused else ()
-            options.append(Option(ms=ms, size=len(ids), fused=bucket if fused else None, score=riding, quantum=quantum))
+        for fused, bucket, ms, late in _forwards(snapshot, plan, latency, need):
+            if fused:
+                options.append(Option(ms=ms, late=late, size=len(ids), fused=bucket, score=ids))
+            else:
+                quantum = Quantum(kind="forward", score=ids, bucket=bucket, ms=ms)
+                options.append(Option(ms=ms, late=late, size=len(ids), quantum=quantum))
     return options

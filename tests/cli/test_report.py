@@ -54,6 +54,27 @@ def test_a_promise_is_kept_by_requests_whose_ttft_and_tpot_keep_it() -> None:
     assert found["slo_attainment"] == pytest.approx(2 / 5)
     assert found["request_goodput"] == pytest.approx(1.0)
     assert found["failed"] == 1
+    assert found["slo"] == {"ttft_ms": 500, "tpot_ms": 200}
+    assert found["slo_missed"] == {"ttft_ms": 1, "tpot_ms": 1}
+    assert found["adapters"]["base"]["slo_attainment"] == pytest.approx(2 / 5)
+
+
+def test_gaps_are_promised_by_themselves_and_an_adapter_by_itself() -> None:
+    """A mean can be met in bursts; and one tenant's misses must not hide among another's thousands."""
+    bursts = served("bursts", 0.0, [0.1, *(0.1 + 0.3 * (1 + i // 5) for i in range(20))])
+    even = [served(f"{i}", 0.0, [0.1 + 0.1 * k for k in range(21)], "x") for i in range(3)]
+    slow = served("slow", 0.0, [0.1, 0.5, 0.9], "x")
+    found = summarize([bursts, *even, slow], 5.0, SLOConfig(tpot_ms=150, itl_p99_ms=200))
+    assert found["slo_missed"] == {"tpot_ms": 1, "itl_p99_ms": 2}
+    assert found["slo_attainment"] == pytest.approx(3 / 5)
+    assert {name: one["slo_attainment"] for name, one in found["adapters"].items()} == {"base": 0.0, "x": 0.75}
+
+
+def test_an_adapter_whose_requests_all_failed_has_its_row() -> None:
+    runs = [served("a", 0.0, [0.1, 0.2]), served("b", 0.0, [0.1], "x", reason="error")]
+    found = summarize(runs, 1.0, SLOConfig())["adapters"]
+    assert (found["x"]["completed"], found["x"]["failed"], found["x"]["p99_ttft_ms"]) == (0, 1, None)
+    assert "slo_attainment" not in found["x"]
 
 
 def test_details_and_failures() -> None:

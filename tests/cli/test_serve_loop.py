@@ -34,6 +34,28 @@ def test_adapters_a_job_and_a_promise(
     assert result["mean_ttft_ms"] == pytest.approx(1e3 * sum(details["ttfts"]) / 9)
 
 
+def test_the_promise_and_what_missed_it_are_shown_per_adapter(
+    options: list[str], adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It said "0.0% kept the promise": of what, and by whom, was not to be seen; nor that anything went on."""
+    named = ["--adapter", "base", "--adapter", f"a={adapter}"]
+    promise = ["-o", "slo.ttft_ms=1e6", "-o", "slo.tpot_ms=1e-3", "-o", "slo.itl_p99_ms=1e6"]
+    assert main(["serve-loop", *WORKLOAD, *named, *promise, *options]) == 0
+    shown = capsys.readouterr()
+    assert "0.0% kept the promise" in shown.out
+    lines = shown.out.splitlines()
+    assert lines[lines.index("promised: TTFT <= 1e+06 ms, missed by 0 of 9") + 1 :][:2] == [
+        "promised: TPOT <= 0.001 ms, missed by 9 of 9",
+        "promised: p99 of ITL <= 1e+06 ms, missed by 0 of 9",
+    ]
+    rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in lines if line.count("│") > 6}
+    assert {name: [c.strip() for c in rows[name]] for name in ("a", "base")} == {
+        "a": ["4", "0", "0.0%"],
+        "base": ["5", "0", "0.0%"],
+    }
+    assert "requests served 9/9" in shown.err
+
+
 def test_a_trace_with_a_request_that_cannot_fit(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

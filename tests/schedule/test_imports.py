@@ -16,8 +16,9 @@ def test_scheduler_does_not_import_jax() -> None:
         "prefill",
         "progress",
         "simulate",
+        "simulated",
     )
-    names += ("slack", "snapshot", "trace", "training")
+    names += ("slack", "snapshot", "table", "trace", "training")
     modules = ", ".join("loquetier_jax.schedule." + name for name in names)
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

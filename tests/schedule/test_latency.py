@@ -1,13 +1,12 @@
-"""The latency table: seeding, running mean, guesses for unknown keys, JSON."""
+"""Predictions: seeding, running mean, measured errors, guesses for unknown keys."""
 
-from pathlib import Path
-
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loquetier_jax.errors import ConfigError
-from loquetier_jax.schedule.latency import FORWARD, MS_PER_ROW, LatencyModel
+from loquetier_jax.schedule.latency import FIRST_ERROR, FORWARD, MS_PER_ROW, LatencyModel
 
 KEY = (FORWARD, "decode8-greedy")
 
@@ -51,14 +50,34 @@ def test_unknown_keys_are_guessed_from_above() -> None:
     assert model.predict(("backward", "large"), 100) == 100 * MS_PER_ROW  # other functions say nothing
 
 
-def test_json_round_trip(tmp_path: Path) -> None:
+def test_late_is_what_one_run_in_a_hundred_exceeds_the_prediction_by() -> None:
     model = LatencyModel()
-    model.seed(KEY, [5.0, 6.0], 8)
-    model.observe(("backward", "train1x64"), 12.5, 64)
-    model.dump(tmp_path / "latency.json")
-    again = LatencyModel.load(tmp_path / "latency.json")
-    assert again.to_json() == model.to_json()
-    assert again.known(KEY) and again.predict(KEY, 8) == 5.5
+    assert model.late(KEY, 100) == pytest.approx(FIRST_ERROR * 100 * MS_PER_ROW)
+    model.seed(KEY, [10.0] * 10, 8)
+    assert model.late(KEY, 8) == pytest.approx(1.0)  # nothing has been seen yet
+    rng = np.random.default_rng(0)
+    for factor in rng.normal(1, 0.05, 2000):
+        model.observe(KEY, 10.0 * factor, 8)
+    assert model.predict(KEY, 8) == pytest.approx(10.0, rel=0.03)
+    assert model.late(KEY, 8) == pytest.approx(2.33 * 0.5, rel=0.3)
+    model.observe(KEY, 1000.0, 8)  # one stall is no error of the predictions
+    assert model.late(KEY, 8) < 2.0
+    for _ in range(200):
+        model.observe(KEY, 10.0, 8)
+    assert model.late(KEY, 8) < 0.1
+
+
+@pytest.mark.parametrize("forward_ms", [6.0, None])
+def test_a_step_teaches_what_was_timed_apart(forward_ms: float | None) -> None:
+    model, slices, step = LatencyModel(), ("backward_slice", "train1x64"), ("optimizer_step", "a")
+    for key, ms in ((KEY, 5.0), (slices, 10.0), (step, 5.0)):
+        model.seed(key, [ms] * 9, 8)
+    model.observe_step((KEY, 8), [(slices, 8), (slices, 8), (step, 1)], 36.0, forward_ms)
+    ratios = [model.predict(key, 8) / ms - 1 for key, ms in ((KEY, 5.0), (slices, 10.0), (step, 5.0))]
+    assert ratios == pytest.approx([0.02, 0.02, 0.02])  # a tenth of what they were longer, all by a fifth
+    model.observe_step(None, [], 5.0, None)
+    model.observe_step((KEY, 8), [(step, 1)], 5.0, 5.0)  # the clock is too coarse to say anything of the second
+    assert model.predict(step, 1) == pytest.approx(5.1)
 
 
 def test_bad_values_are_refused() -> None:
@@ -68,6 +87,4 @@ def test_bad_values_are_refused() -> None:
     for ms, rows in (([], 8), ([0.0], 8), ([1.0], 0)):
         with pytest.raises(ConfigError, match="expected"):
             model.seed(KEY, ms, rows)
-    with pytest.raises(ConfigError, match=r"latency\[0\]: got .*expected keys"):
-        LatencyModel.from_json('[{"function": "forward", "bucket": "x", "rows": 1, "ms": 1.0}]')
     assert not model.known(KEY)

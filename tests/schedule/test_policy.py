@@ -1,12 +1,13 @@
 """Single decisions, each rule of the policy by itself."""
 
+import copy
 import dataclasses
 
 import pytest
 
 from loquetier_jax.config import Bucket, SLOConfig
 from loquetier_jax.errors import CapacityError, ConfigError
-from loquetier_jax.schedule.latency import LatencyModel
+from loquetier_jax.schedule.latency import FORWARD_SLICE, LatencyModel
 from loquetier_jax.schedule.policy import PolicyConfig, decide
 from loquetier_jax.schedule.snapshot import (
     Decision,
@@ -221,7 +222,10 @@ def test_training_has_its_share_beside_requests(buckets: tuple[Bucket, ...], lat
         assert training / (training + inference) == pytest.approx(share, abs=0.01)
 
 
-def test_a_promise_leaves_what_it_leaves(case: Case, sliced: tuple[SlicedShape, ...]) -> None:
+def test_a_promise_leaves_what_it_leaves(
+    buckets: tuple[Bucket, ...], latency: LatencyModel, sliced: tuple[SlicedShape, ...]
+) -> None:
+    case = Case(buckets, latency, margin=0.0)
     fields = {"jobs": (job("a"),), "running": running(3, tokens=1, last=9.99), "sliced": sliced, "slices": 4}
     # due at 9.99 + 6 ms: late already, nothing but decode
     assert case(**fields, slo=SLOConfig(tpot_ms=6.0)).predicted_ms == pytest.approx(5.08)
@@ -232,6 +236,52 @@ def test_a_promise_leaves_what_it_leaves(case: Case, sliced: tuple[SlicedShape, 
     tight = case(**fields, slo=SLOConfig(tpot_ms=11.5), now=9.993)
     assert tight.packs == () and tight.forward_ms == pytest.approx(5.08)
     assert (tight.quanta[0].kind, tight.quanta[0].count) == ("forward_slice", 3)
+
+
+@pytest.mark.parametrize(("error", "slices"), [(0.01, 3), (0.5, 2), (1.0, 1)])
+def test_a_plan_leaves_room_for_the_error_of_its_own_predictions(
+    buckets: tuple[Bucket, ...], latency: LatencyModel, sliced: tuple[SlicedShape, ...], error: float, slices: int
+) -> None:
+    """9.8 ms are left between two forwards of 5.1 and their own margin: three slices of 2.8 if these are on time."""
+    measured, key = copy.deepcopy(latency), (FORWARD_SLICE, Bucket(packs=1, pack_tokens=256).name)
+    ms = latency.predict(key, 256)
+    measured.seed(key, [ms] * 99, 256)
+    for took in (1 + error, 1 + error, *(126 * [1.0])):
+        measured.observe(key, ms * took, 256)
+    assert measured.predict(key, 256) == pytest.approx(ms, rel=1e-3)
+    fields = {"jobs": (job("a"),), "running": running(3, tokens=1, last=9.99), "sliced": sliced, "slices": 4}
+    fields |= {"slo": SLOConfig(tpot_ms=12.0), "now": 9.993}
+    d = Case(buckets, measured)(**fields)
+    assert (d.quanta[0].kind, d.quanta[0].count) == ("forward_slice", slices)
+    assert Case(buckets, measured)(**fields, late_ms=9.0).quanta == ()  # nor is it sure when this one can start
+
+
+def test_no_gap_is_planned_longer_than_promised(
+    buckets: tuple[Bucket, ...], latency: LatencyModel, sliced: tuple[SlicedShape, ...]
+) -> None:
+    """Requests far ahead of their TPOT: the mean would allow hundreds of milliseconds."""
+    case = Case(buckets, latency, margin=0.0)
+    ahead = (Decoding(id="r", first_token_time=9.0, last_token_time=10.0, num_output=100),)
+    fields = {"jobs": (job("a"),), "running": ahead, "sliced": sliced, "slices": 4}
+    longest = {}
+    for name, slo in (
+        ("default", SLOConfig(tpot_ms=20.0)),
+        ("given", SLOConfig(tpot_ms=20.0, itl_p99_ms=18.0)),
+        ("alone", SLOConfig(itl_p99_ms=18.0)),
+    ):
+        d = case(**fields, slo=slo)
+        longest[name] = d.predicted_ms - d.forward_ms + 5.08  # to the end of the next decode
+    assert longest["given"] == longest["alone"] <= 18.0 < longest["default"] <= 80.0
+
+
+def test_the_next_to_arrive_is_thought_of(case: Case) -> None:
+    """It may come just after a decision, the host is a step ahead: two quanta and 11 ms of prompt within its TTFT."""
+    fields = {"jobs": tuple(job(n) for n in "abcd")}
+    assert case(**fields).predicted_ms > 25
+    assert case(**fields, slo=SLOConfig(ttft_ms=100.0)).predicted_ms > 25
+    assert case(**fields, slo=SLOConfig(ttft_ms=60.0)).predicted_ms <= 24.5
+    beside = {"running": running(3), **fields}
+    assert case(**beside, slo=SLOConfig(ttft_ms=1000.0)) == case(**beside)  # a share of time, as without a promise
 
 
 def test_the_floor_breaks_the_promise(buckets: tuple[Bucket, ...], latency: LatencyModel) -> None:
@@ -258,7 +308,7 @@ def test_who_cannot_be_admitted_does_not_stop_training(case: Case) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    for name, value in (("train_share", 1.1), ("train_floor", -1), ("max_quantum_ms", 0), ("gap_factor", 0.5),
+    for name, value in (("train_share", 1.1), ("train_floor", -1), ("max_quantum_ms", 0), ("margin", -1),
                         ("max_lead", 0), ("max_overtakes", -1), ("max_prefill_waits", -1)):  # fmt: skip
         with pytest.raises(ConfigError, match=f"^{name}: got {value}"):
             PolicyConfig(**{name: value})

@@ -11,7 +11,8 @@ from loquetier_jax.config import BLOCK, SAMPLING_LEVELS, Bucket, SLOConfig
 from loquetier_jax.schedule import trace
 from loquetier_jax.schedule.latency import FORWARD, LatencyModel
 from loquetier_jax.schedule.policy import PolicyConfig, decide
-from loquetier_jax.schedule.simulate import SimJob, SimRequest, Simulator
+from loquetier_jax.schedule.simulate import Simulator
+from loquetier_jax.schedule.simulated import SimJob, SimRequest
 from loquetier_jax.schedule.snapshot import Decision, Quantum, ScoreView, SlicedShape, Snapshot
 
 quick = settings(deadline=None, max_examples=25)
