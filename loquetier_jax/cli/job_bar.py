@@ -58,7 +58,7 @@ class JobBar:
             self._tasks[job.name] = self._progress.add_task(
                 job.name, total=job.total_steps, numbers="compiling", completed=job.step
             )
-        lines = job.metrics
+        lines = [line for line in job.metrics if line["step"]]  # that of step 0 is about the data
         if len(lines) == self._seen.get(job.name, 0):
             return
         self._seen[job.name] = len(lines)

@@ -10,6 +10,7 @@ from loquetier_jax.adapters.version import Version
 from loquetier_jax.errors import CheckpointError, JobError
 from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.jobs.checkpoint import CheckpointStore
+from loquetier_jax.jobs.data import Dataset
 from loquetier_jax.runtime.job_state import JobState, take_job_state
 from loquetier_jax.runtime.trainee import Trainee
 
@@ -47,6 +48,17 @@ class JobHandle:
     def total_steps(self) -> int:
         """Optimizer steps of the whole job, unless it stops early."""
         return self._trainee.job.total_steps
+
+    @property
+    def data(self) -> Dataset:
+        """What it trains on; num_truncated, num_dropped and num_empty say what of the data is not in it."""
+        return self._trainee.job.stream.data
+
+    @property
+    def eval_data(self) -> Dataset | None:
+        """What it is evaluated on, likewise."""
+        evaluation = self._trainee.job.evaluation
+        return None if evaluation is None else evaluation.data
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class JobCalls:
 
         Args:
             name: Of the job and the adapter.
-            data: JSON-lines file or records; see `jobs.formats`.
+            data: A file of JSON lines or of one JSON array, or any iterable of records (a list, a generator, a
+                `datasets.Dataset`); see `jobs.data.load_dataset`. `JobHandle.data` says what was cut or left out.
             lora: Rank, targets, ...; with `init_from` those of that adapter.
             train: Optimizer, schedule, batch, ...
             eval_data: Held-out data.
@@ -76,7 +78,7 @@ class JobCalls:
             replace: Whether an adapter of that name may be replaced (implied when init_from is name).
 
         Raises:
-            DataError: a malformed line, with its number.
+            DataError: a malformed line, with its number; a token id outside the model's vocabulary.
             AdapterError: a name that is none or is taken, nothing to adapt, or a rank too large.
             ConfigError: settings of another type, `lora` beside `init_from`, eval_steps without eval_data.
             JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the
@@ -85,25 +87,30 @@ class JobCalls:
         require(lora is None or init_from is None, "lora", lora, f"None: init_from {init_from!r} has its own")
         cfg, lora = train or TrainConfig(), lora or LoraConfig()
         for argument, value, kind in (("train", cfg, TrainConfig), ("lora", lora, LoraConfig)):
-            require(isinstance(value, kind), argument, value, f"a {kind.__name__}")
+            require(isinstance(value, kind), argument, value, f"a loquetier_jax.{kind.__name__}")
+        cfg.check_dtype(self.cfg.dtype)
         require(eval_data is not None or not cfg.eval_steps, "eval_steps", cfg.eval_steps, "0 without eval_data")
         if cfg.pack_tokens is None:
             longest = self.cfg.longest_pack(scored=eval_data is not None) or cfg.pack_rows
             cfg = dataclasses.replace(cfg, pack_tokens=longest)
-        with self._lock:
+        own = resolve_shape(lora, self.spec) if init_from is None else None
+        evaluates, replace = eval_data is not None, replace or init_from == name
+        fits = partial(self._check_room, name, cfg=cfg, evaluates=evaluates, replace=replace)
+        with self._lock:  # before anything is read or initialized: a rank too large would take minutes and gigabytes
             self._check_job(name)
+            fits(shape=own or self.adapters.get(init_from).shape)
         dataset, held_out = self._read(data, eval_data, cfg)
+        fresh = None if own is None else init_weights(own, lora, self.spec, cfg.seed)
         with self._lock:
             self._check_job(name)
-            if init_from is None:
-                shape = resolve_shape(lora, self.spec)
-                weights = init_weights(shape, lora, self.spec, cfg.seed)
-            else:
+            shape, weights = own, fresh
+            if init_from is not None:
                 version = self.adapters.get(init_from)
                 shape, weights = version.shape, self.adapters.weights(version)
                 lora = version.config or lora
-            self._check_room(name, shape, cfg, eval_data is not None, replace=replace or init_from == name)
+            fits(shape=shape)
             job = Job(name, cfg, dataset, held_out, metrics=_metrics(cfg))
+            job.tell_losses()
             if name not in self.adapters:
                 self.adapters.add(name, weights, shape, config=lora)
             master, opt_state = init_state(weights, cfg.optim)
@@ -139,10 +146,8 @@ class JobCalls:
 
     def _read(self, data: Data, eval_data: Data | None, cfg: TrainConfig) -> tuple[Dataset, Dataset | None]:
         """Both data sets; without the lock, because tokenizing takes long and requests go on meanwhile."""
-        dataset = load_dataset(data, self.tokenizer, cfg)
-        if eval_data is None:
-            return dataset, None
-        return dataset, load_dataset(eval_data, self.tokenizer, cfg, name="eval_data")
+        read = partial(load_dataset, tokenizer=self.tokenizer, cfg=cfg, vocab_size=self.spec.vocab_size)
+        return read(data), None if eval_data is None else read(eval_data, name="eval_data")
 
     def _adopt(self, state: JobState, data: Any, eval_data: Any, loss: Any) -> JobHandle:
         """A job from its state, here."""

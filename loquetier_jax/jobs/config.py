@@ -5,14 +5,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from loquetier_jax.borrowed import borrowing
 from loquetier_jax.config import PACK_ALIGN, is_int, is_number, require
 from loquetier_jax.errors import ConfigError
+from loquetier_jax.jobs.trl_arguments import TRL_ARGUMENTS
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
+TRUNCATIONS = ("right", "left", "drop", "error")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 DEFAULT_PACK_TOKENS = 512
 CALLABLE_LOSS = "callable"  # stands for a loss function in a saved config; restoring is given it again
@@ -42,9 +45,13 @@ _NUMBERS = {  # field: what it is below; all are >= 0
 }
 
 
+@borrowing(TRL_ARGUMENTS)
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How one job trains. Names and meanings: TRL's SFTConfig, transformers' TrainingArguments.
+
+    Their other arguments are taken where they ask for what is done anyway (`warmup_ratio`, `optim="adamw_torch"`,
+    `report_to="none"`, `gradient_checkpointing`), and refused in a sentence otherwise; see `jobs.trl_arguments`.
 
     Attributes:
         learning_rate: Peak learning rate.
@@ -61,11 +68,18 @@ class TrainConfig:
         adam_epsilon: Added to the root of adamw's second moment.
         momentum: Of sgd.
         seed: Of shuffling, dropout and adapter initialization.
-        max_length: Tokens of a sample; a longer one is truncated. None: as many as one pack holds.
+        max_length: Most tokens of a sample. None: as many as one pack holds.
+        truncation: What becomes of a longer sample. "right" keeps its first max_length tokens. Its end is gone then,
+            and its end token with it: none is put in its place, because an answer cut short is no place to learn to
+            stop at. "left" keeps its last tokens, the end token among them, behind its begin token where it has one.
+            "drop" leaves the sample out, "error" refuses the data, naming the line. What is cut or left out is counted,
+            logged, and in the first line of the metrics.
         pack_tokens: Rows of one pack, a multiple of PACK_ALIGN. Packs of a length that a train bucket of the
             engine has can ride beside requests in one forward; others run in forwards of their own. None: the
             engine's longest.
         completion_only_loss: Learn completions and assistant messages only; False learns every token.
+        bf16, fp16: True refuses an engine that computes in another dtype (EngineConfig.dtype); weights and optimizer
+            state of the adapter are float32 in any case. False leaves it to the engine.
         shuffle: A new order each epoch, from (seed, epoch); False keeps the order of the data.
         loss: "cross_entropy", or a function of one pack's (logp [L], weights [L]): the sum of its token
             losses.
@@ -95,8 +109,11 @@ class TrainConfig:
     momentum: float = 0.0
     seed: int = 42
     max_length: int | None = None
+    truncation: Literal["right", "left", "drop", "error"] = "right"
     pack_tokens: int | None = None
     completion_only_loss: bool = True
+    bf16: bool = False
+    fp16: bool = False
     shuffle: bool = True
     loss: str | Callable[[Any, Any], Any] = "cross_entropy"
     eval_steps: int = 0
@@ -106,6 +123,8 @@ class TrainConfig:
     save_steps: int = 0
     save_total_limit: int = 2
     output_dir: str | None = None
+
+    borrowed: ClassVar[frozenset[str]]
 
     def __post_init__(self) -> None:
         for name, least in _INTEGERS.items():
@@ -120,21 +139,14 @@ class TrainConfig:
         self._check_lengths()
 
     def _check_choices(self) -> None:
-        for name in ("completion_only_loss", "shuffle"):
+        for name in ("completion_only_loss", "shuffle", "bf16", "fp16"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a boolean")
         require(self.optim in OPTIMIZERS, "optim", self.optim, f"one of {OPTIMIZERS}")
-        require(
-            self.lr_scheduler_type in SCHEDULES,
-            "lr_scheduler_type",
-            self.lr_scheduler_type,
-            f"one of {SCHEDULES}",
-        )
-        require(
-            self.loss == "cross_entropy" or callable(self.loss),
-            "loss",
-            self.loss,
-            "'cross_entropy' or a function",
-        )
+        schedule, cut, loss = self.lr_scheduler_type, self.truncation, self.loss
+        require(schedule in SCHEDULES, "lr_scheduler_type", schedule, f"one of {SCHEDULES}")
+        require(cut in TRUNCATIONS, "truncation", cut, f"one of {TRUNCATIONS}")
+        require(loss == "cross_entropy" or callable(loss), "loss", loss, "'cross_entropy' or a function")
+        require(not (self.bf16 and self.fp16), "bf16", True, "false beside fp16")
 
     def _check_steps(self) -> None:
         steps = self.max_steps
@@ -195,6 +207,12 @@ class TrainConfig:
             return self.max_steps
         return max(1, math.ceil(self.num_train_epochs * self.steps_per_epoch(num_samples)))
 
+    def check_dtype(self, dtype: str) -> None:
+        """Raises ConfigError where bf16 or fp16 ask for another dtype than `dtype`, the engine's."""
+        for name, wanted in (("bf16", "bfloat16"), ("fp16", "float16")):
+            fits = not getattr(self, name) or dtype == wanted
+            require(fits, name, True, f"false: this engine computes in {dtype}, which EngineConfig.dtype says")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; a loss function becomes the word "callable" and is passed again to `from_dict`."""
         data = dataclasses.asdict(self)
@@ -217,7 +235,7 @@ class TrainConfig:
         """
         known = {f.name for f in dataclasses.fields(cls)}
         for key, value in data.items():
-            require(key in known, key, value, f"one of the keys {sorted(known)}")
+            require(key in known | cls.borrowed, key, value, f"one of the keys {sorted(known)}")
         if data.get("loss") == CALLABLE_LOSS:
             if loss is None:
                 raise ConfigError("loss: got None, expected the loss function this job was started with")

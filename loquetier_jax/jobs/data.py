@@ -1,9 +1,9 @@
-"""Training data: JSON lines or dicts to samples, all checked before anything trains; and their packs."""
+"""Training data: records of every form to samples, all checked before anything trains; and their packs."""
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from jaxtyping import Float32, Int32, UInt32
 from loquetier_jax.errors import DataError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.formats import parse_record
+from loquetier_jax.jobs.records import is_empty, records_of, tokenized
 from loquetier_jax.jobs.tokenize import tokenize
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +76,18 @@ class Dataset:
     Attributes:
         name: Where they came from, for messages.
         samples: In the order of the data.
-        num_truncated: Samples cut to the config's max_length.
+        num_truncated: Samples cut to max_length.
+        num_tokens_cut: Tokens that they lost.
+        num_dropped: Records left out because they are longer (truncation="drop").
+        num_empty: Records left out because their answer is the empty text.
     """
 
     name: str
     samples: tuple[Sample, ...]
     num_truncated: int = 0
+    num_tokens_cut: int = 0
+    num_dropped: int = 0
+    num_empty: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -94,90 +103,175 @@ class Dataset:
         return digest.hexdigest()
 
     @property
+    def losses(self) -> dict[str, int]:
+        """The counts of what was cut and left out that are not 0, by name: a line of metrics."""
+        names = ("num_truncated", "num_tokens_cut", "num_dropped", "num_empty")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+    @property
     def num_targets(self) -> int:
         """Tokens learnt in one pass."""
         return sum(int(np.count_nonzero(s.weights)) for s in self.samples)
 
 
-Data = str | Path | Sequence[Mapping[str, Any]] | Dataset
+Data = str | Path | Iterable[Mapping[str, Any]] | Dataset
 
 
-def load_dataset(data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "data") -> Dataset:
+def load_dataset(
+    data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "data", vocab_size: int | None = None
+) -> Dataset:
     """Reads, checks and tokenizes all of a job's data, so that a bad line is found before training starts.
 
+    What is cut or left out is counted in the Dataset, and logged as a warning.
+
     Args:
-        data: A JSON-lines file, a list of records (see `formats.parse_record`), or a Dataset, taken as it is.
-        tokenizer: A transformers tokenizer.
-        cfg: max_length and completion_only_loss are used.
-        name: What to call a list of records in messages.
+        data: A file of JSON lines or of one JSON array, or any iterable of records: a list, a generator, a
+            `datasets.Dataset`. For what a record is see `formats.parse_record` and, where it holds token ids,
+            `records.tokenized`. A Dataset is taken as it is.
+        tokenizer: A transformers tokenizer; None where all records hold token ids.
+        cfg: max_length, pack_tokens, truncation and completion_only_loss are used.
+        name: What to call data that is no file in messages.
+        vocab_size: Rows of the model's embedding; no token id may lie beyond.
 
     Raises:
         DataError: names the file and line (or the list and index) and what is wrong with it.
     """
     if isinstance(data, Dataset):
-        _check_lengths(data, cfg)
+        _check_dataset(data, cfg, vocab_size)
         return data
-    if not isinstance(data, (str, Path, Sequence)) or isinstance(data, (bytes, bytearray)):
-        raise DataError(f"{name}: got {type(data).__name__}, expected a JSON-lines file or a list of records")
-    if tokenizer is None:
-        raise DataError(f"{name}: got text, expected a Dataset of token ids: this engine has no tokenizer")
-    if isinstance(data, (str, Path)):
-        name, records = str(data), _read_jsonl(Path(data))
-    else:
-        records = ((f"{name}[{i}]", record) for i, record in enumerate(data))
-    samples, truncated = [], 0
-    for where, record in records:
-        record = dict(record) if isinstance(record, Mapping) else record
-        ids, learn = tokenize(
-            parse_record(record, where), tokenizer, completion_only=cfg.completion_only_loss, where=where
-        )
-        truncated += len(ids) > cfg.sample_tokens
-        samples.append(_sample(ids, learn, cfg, where))
-    if not samples:
-        raise DataError(f"{name}: no records")
-    return Dataset(name, tuple(samples), truncated)
+    intake = _Intake(tokenizer, cfg, vocab_size)
+    name = str(data) if isinstance(data, (str, Path)) else name
+    for where, record in records_of(data, name):
+        intake.add(record, where)
+    return intake.dataset(name)
 
 
-def make_sample(ids: Sequence[int], learn: Sequence[bool]) -> Sample:
-    """A sample from token ids and which of them are learnt: inputs are ids[:-1], targets ids[1:]."""
-    tokens = np.asarray(ids, np.int32)
+def make_sample(ids: Sequence[int], learn: Sequence[bool], where: str = "sample") -> Sample:
+    """A sample from token ids and which of them are learnt: inputs are ids[:-1], targets ids[1:].
+
+    Raises:
+        DataError: begins with `where`: ids that are no integers in [0, 2**31).
+    """
+    given = np.asarray(ids)
+    whole = given.dtype.kind in "iu" or not given.size
+    if not whole or given.ndim != 1 or (given.size and not 0 <= given.min() <= given.max() < 2**31):
+        raise DataError(f"{where}: token ids: got {ids!r:.200}, expected a list of integers in [0, 2**31)")
+    tokens = given.astype(np.int32)
     weights = np.asarray(learn, np.float32)[1:]
     return Sample(tokens[:-1].copy(), np.where(weights > 0, tokens[1:], 0).astype(np.int32), weights)
 
 
-def _sample(ids: list[int], learn: list[bool], cfg: TrainConfig, where: str) -> Sample:
-    cut = cfg.sample_tokens
-    if any(learn[1:cut]):
-        return make_sample(ids[:cut], learn[:cut])
-    if any(learn[1:]):
-        raise DataError(f"{where}: nothing to learn is left of {len(ids)} tokens cut to max_length = {cut}")
-    raise DataError(f"{where}: nothing to learn: no assistant message, completion or second token")
+@dataclass
+class _Intake:
+    """Records on their way into a Dataset."""
+
+    tokenizer: Any
+    cfg: TrainConfig
+    vocab_size: int | None
+    samples: list[Sample] = field(default_factory=list)
+    truncated: int = 0
+    tokens_cut: int = 0
+    dropped: int = 0
+    empty: list[str] = field(default_factory=list)
+
+    def add(self, record: Any, where: str) -> None:
+        """Tokenizes and checks a record, and keeps its sample unless it is to be left out."""
+        if isinstance(record, dict) and is_empty(record, where):
+            self.empty.append(where)
+            return
+        ids, learn = self._tokens(record, where)
+        if not any(learn[1:]):
+            raise DataError(f"{where}: nothing to learn: no assistant message, completion or second token")
+        sample, most = make_sample(ids, learn, where), self.cfg.sample_tokens
+        check_token_ids(sample, self.vocab_size, where, self.tokenizer)
+        if len(ids) > most:
+            if self.cfg.truncation == "error":
+                raise DataError(f"{where}: got {len(ids)} tokens, expected at most max_length = {most}")
+            if self.cfg.truncation == "drop":
+                self.dropped += 1
+                return
+            begin = ids[0] == getattr(self.tokenizer, "bos_token_id", None)
+            sample = truncate(sample, most - 1, self.cfg.truncation, keep_begin=begin)
+            self.truncated, self.tokens_cut = self.truncated + 1, self.tokens_cut + len(ids) - most
+            if not np.any(sample.weights):
+                raise DataError(
+                    f"{where}: nothing to learn is left of {len(ids)} tokens cut to max_length = {most} "
+                    f"by truncation = {self.cfg.truncation!r}; 'drop' leaves such samples out"
+                )
+        self.samples.append(sample)
+
+    def _tokens(self, record: Any, where: str) -> tuple[list[int], list[bool]]:
+        completion_only = self.cfg.completion_only_loss
+        if isinstance(record, dict) and "input_ids" in record:
+            return tokenized(record, where, completion_only=completion_only)
+        parsed = parse_record(record, where)
+        if self.tokenizer is None:
+            raise DataError(f"{where}: got text, expected input_ids: this engine has no tokenizer")
+        return tokenize(parsed, self.tokenizer, completion_only=completion_only, where=where)
+
+    def dataset(self, name: str) -> Dataset:
+        """All that was kept; says what was not."""
+        kept, dropped, empty, most = len(self.samples), self.dropped, len(self.empty), self.cfg.sample_tokens
+        total = kept + dropped + empty
+        if not total:
+            raise DataError(f"{name}: no records")
+        if not kept:
+            raise DataError(f"{name}: none of {total} records is left: {dropped} too long, {empty} without an answer")
+        if self.truncated:
+            side, lost = self.cfg.truncation, ""
+            if side == "right":
+                lost = "; their ends, and with them the end tokens, are not learnt"
+            told = f"{self.truncated} of {total} samples are longer than {most} tokens and truncated on the {side}"
+            log.warning("%s: %s, by %d tokens in all%s (max_length, truncation)", name, told, self.tokens_cut, lost)
+        if dropped:
+            log.warning("%s: %d of %d samples are longer than %d tokens and left out", name, dropped, total, most)
+        if empty:
+            told = f"{empty} of {total} records have an empty answer and are left out"
+            log.warning("%s: %s, the first is %s", name, told, self.empty[0])
+        return Dataset(name, tuple(self.samples), self.truncated, self.tokens_cut, dropped, empty)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8")
-                if not line.strip():
-                    continue
-                yield where, json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8: {error}") from error
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON: {error}") from error
+def truncate(sample: Sample, rows: int, side: str, *, keep_begin: bool = False) -> Sample:
+    """The first ("right" is cut) or last ("left") rows of a sample; the last ones behind its first token on demand."""
+    at = slice(rows) if side == "right" else slice(len(sample) - rows, None)
+    cut = Sample(sample.tokens[at].copy(), sample.targets[at].copy(), sample.weights[at].copy())
+    if side == "left" and keep_begin:
+        cut.tokens[0], cut.targets[0], cut.weights[0] = sample.tokens[0], 0, 0
+    return cut
 
 
-def _check_lengths(data: Dataset, cfg: TrainConfig) -> None:
-    """A Dataset built elsewhere must fit this job's packs."""
+def check_token_ids(sample: Sample, vocab_size: int | None, where: str, tokenizer: Any = None) -> None:
+    """Raises DataError, naming the first one, unless all ids of a sample are rows of the model's embedding."""
+    for ids in (sample.tokens, sample.targets):
+        if not len(ids) or (ids.min() >= 0 and (vocab_size is None or ids.max() < vocab_size)):
+            continue
+        bad = int(next(i for i in ids if not 0 <= i < (vocab_size or 2**31)))
+        token = None if tokenizer is None or bad < 0 else tokenizer.convert_ids_to_tokens(bad)
+        text = "" if token is None else f" ({token!r})"
+        raise DataError(f"{where}: got token id {bad}{text}, expected ids in [0, {vocab_size}), the model's vocabulary")
+
+
+def _check_dataset(data: Dataset, cfg: TrainConfig, vocab_size: int | None) -> None:
+    """A Dataset built elsewhere must fit this job's packs and this engine's model."""
     if not data.samples:
         raise DataError(f"{data.name}: no records")
+    rows = cfg.sample_tokens - 1
     for i, sample in enumerate(data.samples):
-        if len(sample) > cfg.pack_rows or not np.any(sample.weights):
+        where = f"{data.name}[{i}]"
+        _check_arrays(sample, where)
+        if len(sample) > rows or not np.any(sample.weights):
+            limit = f"max_length - 1 = {rows}" if cfg.max_length else f"pack_tokens = {rows}"
             raise DataError(
-                f"{data.name}[{i}]: got {len(sample)} rows with {np.count_nonzero(sample.weights)} targets, "
-                f"expected at most pack_tokens = {cfg.pack_rows} rows and at least one target"
+                f"{where}: got {len(sample)} rows with {np.count_nonzero(sample.weights)} targets, "
+                f"expected at most {limit} rows and at least one target"
             )
+        check_token_ids(sample, vocab_size, where)
+
+
+def _check_arrays(sample: Any, where: str) -> None:
+    arrays = [getattr(sample, key, None) for key in ("tokens", "targets", "weights")]
+    shapes = {getattr(array, "shape", None) for array in arrays}
+    kinds = [getattr(getattr(array, "dtype", None), "kind", "?") for array in arrays]
+    flat = len(shapes) == 1 and len(next(iter(shapes)) or ()) == 1
+    if not flat or kinds[0] not in "iu" or kinds[1] not in "iu" or kinds[2] != "f" or not np.isfinite(arrays[2]).all():
+        raise DataError(f"{where}: got {sample!r:.200}, expected a Sample: three arrays of one length, weights finite")
