@@ -32,7 +32,13 @@ VLLM_ARGUMENTS: dict[str, Rule] = {
     "use_beam_search": only(False, why="beam search is not built; use n with temperature > 0"),
     "length_penalty": only(1.0, why="beam search is not built"),
     "early_stopping": only(False, why="beam search is not built"),
-    **dict.fromkeys(("output_kind", "output_text_buffer_length", "flat_logprobs", "use_cache", "user"), anything),
+    "no_repeat_ngram_size": only(None, 0, why="use repetition_penalty"),
+    "echo": only(None, False, why="a RequestOutput has prompt and prompt_token_ids beside its outputs"),
+    **dict.fromkeys(
+        ("output_kind", "output_text_buffer_length", "flat_logprobs", "skip_clone", "use_cache", "pad_token_id",
+         "user"),
+        anything,
+    ),
     # What is not here.
     **dict.fromkeys(
         ("structured_outputs", "guided_decoding", "response_format", "allowed_token_ids", "bad_words",
@@ -45,5 +51,6 @@ VLLM_ARGUMENTS: dict[str, Rule] = {
     "extra_args": absent("every argument here has its own name"),
     "thinking_token_budget": only(None, why="use max_tokens"),
     "repetition_detection": absent("use repetition_penalty"),
-    "skip_clone": anything,
+    "max_length": only(None, why="use max_tokens, which counts the output alone"),
+    "model": only(None, why="adapter is an argument of the call"),
 }  # fmt: skip
