@@ -110,7 +110,7 @@ class JobCalls:
                 lora = version.config or lora
             fits(shape=shape)
             job = Job(name, cfg, dataset, held_out, metrics=_metrics(cfg))
-            job.tell_losses()
+            job.tell_left_out()
             if name not in self.adapters:
                 self.adapters.add(name, weights, shape, config=lora)
             master, opt_state = init_state(weights, cfg.optim)

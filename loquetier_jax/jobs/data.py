@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,7 +104,7 @@ class Dataset:
         return digest.hexdigest()
 
     @property
-    def losses(self) -> dict[str, int]:
+    def left_out(self) -> dict[str, int]:
         """The counts of what was cut and left out that are not 0, by name: a line of metrics."""
         names = ("num_truncated", "num_tokens_cut", "num_dropped", "num_empty")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
@@ -140,7 +141,7 @@ def load_dataset(
         _check_dataset(data, cfg, vocab_size)
         return data
     intake = _Intake(tokenizer, cfg, vocab_size)
-    name = str(data) if isinstance(data, (str, Path)) else name
+    name = str(data) if isinstance(data, (str, os.PathLike)) else name
     for where, record in records_of(data, name):
         intake.add(record, where)
     return intake.dataset(name)
@@ -228,7 +229,8 @@ class _Intake:
         if empty:
             told = f"{empty} of {total} records have an empty answer and are left out"
             log.warning("%s: %s, the first is %s", name, told, self.empty[0])
-        return Dataset(name, tuple(self.samples), self.truncated, self.tokens_cut, dropped, empty)
+        counts = {"num_truncated": self.truncated, "num_tokens_cut": self.tokens_cut}
+        return Dataset(name, tuple(self.samples), **counts, num_dropped=dropped, num_empty=empty)
 
 
 def truncate(sample: Sample, rows: int, side: str, *, keep_begin: bool = False) -> Sample:

@@ -103,11 +103,11 @@ class Job(Lifecycle):
         due = every > 0 and self.step > 0 and (self.step % every == 0 or done)
         return due and self._saved_step != self.step and self.status not in ("failed", "cancelled")
 
-    def tell_losses(self) -> None:
+    def tell_left_out(self) -> None:
         """Writes what was cut or left out of its data as the line of step 0, if anything was."""
-        line: dict[str, Any] = dict(self.stream.data.losses)
+        line: dict[str, Any] = dict(self.stream.data.left_out)
         if self.evaluation is not None:
-            line |= {f"eval_{name}": count for name, count in self.evaluation.data.losses.items()}
+            line |= {f"eval_{name}": count for name, count in self.evaluation.data.left_out.items()}
         if line:
             self._write(line)
 

@@ -55,7 +55,7 @@ def test_what_was_cut_is_in_the_handle_and_first_in_the_metrics(tiny_engine):
     assert (line["step"], line["num_truncated"], line["eval_num_empty"]) == (0, 2, 1)
     job.cancel()
     whole = tiny_engine.finetune("whole", random_data(0), lora=LORA, train=quick())
-    assert whole.metrics == [] and whole.eval_data is None and whole.data.losses == {}
+    assert whole.metrics == [] and whole.eval_data is None and whole.data.left_out == {}
     whole.cancel()
 
 

@@ -119,7 +119,7 @@ def test_records_without_an_answer_are_left_out_and_counted(tokenizer):
         {"text": ""},
     ]
     data = load_dataset([*empty, *ROWS], tokenizer, CFG)
-    assert len(data) == 2 and data.losses == {"num_empty": 4}
+    assert len(data) == 2 and data.left_out == {"num_empty": 4}
     for record in ({"completion": ""}, {"prompt": 3, "completion": ""}, {"prompt": [], "completion": ""}):
         with pytest.raises(DataError, match=r"data\[0\]: "):
             load_dataset([record, *ROWS], tokenizer, CFG)

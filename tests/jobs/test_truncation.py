@@ -57,14 +57,14 @@ def test_a_sample_that_fits_is_as_it_was(tokenizer):
     length = len(whole_ids(tokenizer, LONG))
     for truncation in ("right", "left", "drop", "error"):
         data = load(tokenizer, [LONG], truncation, length)
-        assert ids_of(data.samples[0]) == whole_ids(tokenizer, LONG) and data.losses == {}
+        assert ids_of(data.samples[0]) == whole_ids(tokenizer, LONG) and data.left_out == {}
 
 
 def test_drop_leaves_out_and_error_names_the_line(tokenizer, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "ab"}\n{"text": "' + "a" * 50 + '"}\n')
     data = load_dataset(path, tokenizer, TrainConfig(max_length=10, truncation="drop"))
-    assert len(data) == 1 and data.losses == {"num_dropped": 1}
+    assert len(data) == 1 and data.left_out == {"num_dropped": 1}
     with pytest.raises(DataError, match=r"d\.jsonl:2: got 52 tokens, expected at most max_length = 10"):
         load_dataset(path, tokenizer, TrainConfig(max_length=10, truncation="error"))
     with pytest.raises(DataError, match=r"data: none of 2 records is left: 2 too long"):
@@ -92,10 +92,10 @@ def test_a_job_writes_it_first_in_its_metrics(tokenizer):
         (whole, cut, {"eval_num_truncated": 1, "eval_num_tokens_cut": 18}),
     ):
         job = Job("job", cfg, data, eval_data, clock=lambda: 0.0)
-        job.tell_losses()
+        job.tell_left_out()
         assert job.record.lines == [{"step": 0, "time": 0.0, "epoch": 0.0} | expected]
     job = Job("job", cfg, whole, whole)
-    job.tell_losses()
+    job.tell_left_out()
     assert job.record.lines == []
 
 
