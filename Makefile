@@ -1,13 +1,13 @@
 # Needs Python >= 3.11, make and gcc; everything else goes into .venv.
 #   make demo   train two adapters and stream four requests on the embedded model
-#   make test   the test suite
+#   make test       the quick part of the test suite; make test-slow the rest, make test-all both
 #   make lint   ruff
 # Another interpreter: make demo PYTHON=python3.12. Another accelerator: make demo ACCELERATOR=cpu.
 
 PYTHON ?= python3
 VENV ?= .venv
-# Files in their order: sorted by number of tests, the longest ones would come last and alone.
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Groups of tests that share compiled functions (tests/conftest.py), in their order: the longest ones first.
+PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 TESTS ?= tests
 BIN := $(VENV)/bin
 
@@ -21,13 +21,19 @@ comma := ,
 RUNTIME_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,[$(ACCELERATOR)])
 DEV_EXTRA := [dev$(if $(filter cpu,$(ACCELERATOR)),,$(comma)$(ACCELERATOR))]
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime-$(ACCELERATOR)
 	$(BIN)/loquetier demo
 
 test: $(VENV)/.dev-$(ACCELERATOR)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not mutation" $(TESTS)
+
+test-slow: $(VENV)/.dev-$(ACCELERATOR)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "slow or mutation" $(TESTS)
+
+test-all: $(VENV)/.dev-$(ACCELERATOR)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 lint: $(VENV)/.lint

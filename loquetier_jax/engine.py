@@ -34,7 +34,12 @@ from loquetier_jax.runtime.score_requests import ScoreRequests
 from loquetier_jax.runtime.scoring import Scoring
 from loquetier_jax.runtime.serving import Serving
 from loquetier_jax.runtime.training import Training
-from loquetier_jax.runtime.warmup import BackgroundCompiler, compile_serving, enable_compilation_cache
+from loquetier_jax.runtime.warmup import (
+    BackgroundCompiler,
+    compile_serving,
+    enable_compilation_cache,
+    tell_of_broken_bits,
+)
 from loquetier_jax.schedule.latency import LatencyModel
 from loquetier_jax.schedule.policy import PolicyConfig
 from loquetier_jax.serve.tokenizer import load_tokenizer
@@ -72,6 +77,7 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         name: str = "",
     ) -> None:
         enable_compilation_cache(cfg.compilation_cache_dir)
+        tell_of_broken_bits()
         self.spec, self.cfg, self.tokenizer, self.name = spec, cfg, tokenizer, name
         self.state = new_state(spec, cfg, params)
         self.functions = StepFunctions(spec, cfg, self.state)

@@ -1,6 +1,7 @@
-"""Settings of the whole suite: strict jax, one shared compilation cache, markers obeyed by backend."""
+"""Settings of the whole suite: strict jax, bits that do not depend on the machine, markers, what runs where."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# One thread for XLA: the suite uses the cores by processes, and sums are the same on every machine.
+os.environ["NPROC"] = "1"
 # Nothing in the suite may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -20,21 +23,61 @@ for variable in ("CI", "BUILD_NUMBER"):
 
 import jax
 
+from pallas_kernels.common import cpu_bits
+from tests.worlds import shared_functions
+
+# Read when the backend starts: plain jax.numpy in tests multiplies as an engine does.
+os.environ["XLA_FLAGS"] = cpu_bits.xla_flags(os.environ.get("XLA_FLAGS", ""))
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+TESTS = Path(__file__).parent
+PARITY = {"test_parity_families", "test_parity_peft", "test_parity_training"}
+EMBEDDED = {"test_examples", "test_demo"}
 
+
+def worker_group(path: Path) -> str:
+    """The tests that one worker should run, because they share compiled functions (see tests/worlds.py)."""
+    if path.parent == TESTS / "engine":
+        return "1-families" if path.stem in PARITY else "0-engine"
+    if path.stem in EMBEDDED:
+        return "1-embedded"
+    if path.parent == TESTS / "cli":
+        return "1-cli"
+    return str(path.relative_to(TESTS))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips what this machine has no devices for."""
+    """Groups tests by what they compile, the longest groups first; skips what this machine has no devices for."""
     gpu = jax.default_backend() == "gpu"
     for item in items:
+        item.add_marker(pytest.mark.xdist_group(worker_group(item.path)))
+        if item.name.split("[")[0].endswith("_would_be_seen"):
+            item.add_marker(pytest.mark.mutation)
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("multi_device") and jax.device_count() < 2:
             item.add_marker(pytest.mark.skip(reason="needs several devices"))
+    items.sort(key=lambda item: min(worker_group(item.path), "2"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Where rows do not keep their bits, tests of bit-identity fail with that reason."""
+    if item.get_closest_marker("bits") and not cpu_bits.rows_keep_their_bits():
+        pytest.fail(cpu_bits.BROKEN, pytrace=False)
 
 
 @pytest.fixture(scope="session")
 def compilation_cache_dir() -> str:
     """The folder of XLA programs shared by all tests and runs; pass it to EngineConfig."""
     return str(CACHE)
+
+
+@pytest.fixture
+def embedded_world(compilation_cache_dir: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Engines made by commands and examples share compiled functions; their cache of XLA programs is the suite's."""
+    monkeypatch.setenv("HOME", str(Path(compilation_cache_dir).parent))
+    with shared_functions():
+        yield

@@ -41,10 +41,11 @@ order, the first one as it grows. With several --adapter each prompt is answered
   loquetier generate --file prompts.jsonl --json > answers.jsonl
 
 A line of a .jsonl file, or an element of the array in a .json file, is {"prompt": TEXT or TOKEN IDS} or
-{"messages": [...]}, with "adapter" and any sampling parameter beside it if it differs; a line of another file is a
-prompt."""
+{"messages": [...]}, with "adapter" and any sampling parameter beside it if it differs, and beside messages "tools" and
+"chat_template_kwargs"; a line of another file is a prompt."""
 
-LINE_KEYS = ("prompt", "adapter")
+CHAT_KEYS = ("tools", "chat_template_kwargs")
+LINE_KEYS = ("prompt", "adapter", *CHAT_KEYS)
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Asked:
     prompt: Any
     adapter: str | None
     params: "SamplingParams"
+    chat: dict[str, Any] = field(default_factory=dict)  # what its template is given besides
     pieces: "deque[StreamPiece]" = field(default_factory=deque)
     submitted: "Submitted | None" = None
 
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     engine = build_engine(args, console)
     load_adapters(engine, args.adapter)
     for one in asked:
-        one.submitted = engine.submit(one.prompt, one.adapter, one.params, listener=one.pieces.append)
+        one.submitted = engine.submit(one.prompt, one.adapter, one.params, **one.chat, listener=one.pieces.append)
     for one in asked:
         if args.json:
             engine.wait(lambda one=one: one.submitted.finished)
@@ -191,7 +193,8 @@ def _ask(line: dict[str, Any], names: list[str], defaults: dict[str, Any], chat:
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     adapters = [line["adapter"] or BASE] if "adapter" in line else names
-    return [Asked(prompt, None if name == BASE else name, params) for name in adapters]
+    given = {key: line[key] for key in CHAT_KEYS if key in line}
+    return [Asked(prompt, None if name == BASE else name, params, given) for name in adapters]
 
 
 def _show(engine: "Engine", one: Asked, console: Console | None) -> None:
@@ -219,7 +222,7 @@ def _refuse_failed(output: "RequestOutput") -> None:
 
 
 def _short(prompt: Any) -> str:
-    text = prompt[-1]["content"] if isinstance(prompt, list) and isinstance(prompt[-1], dict) else str(prompt)
+    text = prompt[-1].get("content", "") if isinstance(prompt, list) and isinstance(prompt[-1], dict) else str(prompt)
     line = " ".join(str(text).split())
     return line if len(line) <= 70 else line[:67] + "..."
 

@@ -37,4 +37,4 @@ def _list_of(value: Any, ok: Any) -> bool:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() >= {"role", "content"}
+    return isinstance(value, dict) and "role" in value and not value.keys().isdisjoint(("content", "tool_calls"))

@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from loquetier_jax.schedule.admission import decode_limits
 from loquetier_jax.serve.output import RequestOutput, StreamPiece
 from loquetier_jax.serve.params import SamplingParams, refuse
 from loquetier_jax.serve.request import Request, collect, make_requests
-from loquetier_jax.serve.tokenizer import Prompt, encode_prompt
+from loquetier_jax.serve.tokenizer import Prompt, encode_prompt, end_token_ids
 from loquetier_jax.token_ids import plain_prompt
 
 
@@ -70,6 +70,8 @@ class RequestCalls:
         adapter: str | None = None,
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         request_id: str | None = None,
         listener: Callable[[StreamPiece], None] | None = None,
     ) -> Submitted:
@@ -79,11 +81,13 @@ class RequestCalls:
             prompt: Text, token ids (a list or an array), chat messages, or vLLM's {"prompt_token_ids": ids}.
             adapter: Name; None is the base model.
             params: How to sample.
+            tools: JSON schemas of the functions that the model may call; for chat messages, as is the next.
+            chat_template_kwargs: Further variables of the chat template, e.g. {"enable_thinking": False}.
             request_id: The caller's name for it; unique among live requests.
             listener: Called with every StreamPiece, from whatever drives the loop.
 
         Raises:
-            RequestError: a prompt that cannot fit, bad parameters, an id in use.
+            RequestError: a prompt that cannot fit or that the chat template refuses, bad parameters, an id in use.
             AdapterError: an unknown adapter. In both cases running requests do not notice.
             EngineError: a step has failed before.
         """
@@ -94,7 +98,8 @@ class RequestCalls:
         refuse(listener is None or callable(listener), "listener", listener, "a function or None")
         prompt = plain_prompt(prompt)
         with self._lock, self._seeds_kept():
-            ids = encode_prompt(self.tokenizer, prompt, self.spec.vocab_size)
+            chat = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+            ids = encode_prompt(self.tokenizer, prompt, self.spec.vocab_size, **chat)
             request_id = request_id or self._new_id()
             requests = make_requests(
                 request_id,
@@ -106,7 +111,7 @@ class RequestCalls:
                 adapter=adapter,
                 prompt=prompt if isinstance(prompt, str) else None,
                 tokenizer=self.tokenizer,
-                eos_token_ids=self.spec.eos_token_ids,
+                eos_token_ids=end_token_ids(self.tokenizer, self.spec.eos_token_ids, self.spec.vocab_size),
             )
             self._check(requests)
             submitted = Submitted(requests)
@@ -170,6 +175,9 @@ class RequestCalls:
         prompts: Sequence[Prompt] | str,
         adapter: str | Sequence[str | None] | None = None,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts and waits for all of them.
 
@@ -177,6 +185,8 @@ class RequestCalls:
             prompts: One text, or a list of texts, token id lists or chats.
             adapter: One for all, or one per prompt.
             params: Likewise.
+            tools: See `submit`; the same for all.
+            chat_template_kwargs: Likewise.
 
         Returns:
             One RequestOutput per prompt, in order.
@@ -187,11 +197,12 @@ class RequestCalls:
         prompts = prompts_of(prompts, "prompts")
         adapters = one_each(adapter, len(prompts), "adapter", (str, type(None)))
         every = one_each(params, len(prompts), "params", (SamplingParams, type(None)))
+        chat = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
         submitted: list[Submitted] = []
         with self._lock, self._seeds_kept():  # no step between them: all are accepted, or none has run
             try:
                 for prompt, name, one in zip(prompts, adapters, every, strict=True):
-                    submitted.append(self.submit(prompt, name, one))
+                    submitted.append(self.submit(prompt, name, one, **chat))
             except Exception:
                 for one in submitted:
                     self.cancel(one.request_id)
@@ -205,7 +216,13 @@ class RequestCalls:
         return [s.output() for s in submitted]
 
     def stream(
-        self, prompt: Prompt, adapter: str | None = None, params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        adapter: str | None = None,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[StreamPiece]:
         """Queues a prompt and yields its output piece by piece; leaving the iteration early cancels the request.
 
@@ -213,7 +230,8 @@ class RequestCalls:
             RequestError, AdapterError: see `submit`; at once, not at the first piece.
         """
         pieces: deque[StreamPiece] = deque()
-        return self._pieces(self.submit(prompt, adapter, params, listener=pieces.append), pieces)
+        chat = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        return self._pieces(self.submit(prompt, adapter, params, **chat, listener=pieces.append), pieces)
 
     def _pieces(self, submitted: Submitted, pieces: deque[StreamPiece]) -> Iterator[StreamPiece]:
         try:
@@ -264,12 +282,7 @@ class RequestCalls:
         in_use = any(r.id in taken for r in requests)
         refuse(not in_use, "request_id", request.request_id, "an id that no live request has")
         pages, room = self.loop.serving.kv.pages_for(request.num_tokens), self.loop.serving.kv.num_pages
-        refuse(
-            pages <= room,
-            "prompt",
-            f"{request.num_tokens} tokens with max_tokens ({pages} KV pages)",
-            f"<= {room}",
-        )
+        refuse(pages <= room, "prompt", f"{request.num_tokens} tokens with max_tokens ({pages} KV pages)", f"<= {room}")
         params.check(
             vocab_size=self.spec.vocab_size, max_logprobs=cfg.max_logprobs, max_logit_bias=cfg.max_logit_bias
         )
@@ -277,12 +290,8 @@ class RequestCalls:
         refuse(held <= MAX_BANNED, "stop_token_ids", f"{held} ids with min_tokens", f"<= {MAX_BANNED}")
         levels = {b.sampling for b in cfg.buckets if b.decode}
         limits = decode_limits(tuple(b for b in cfg.buckets if not b.packs))
-        refuse(
-            limits[params.level] > 0,
-            "params",
-            f"sampling level {params.level!r}",
-            f"at most that of the buckets: {sorted(levels)}",
-        )
+        level, expected = f"sampling level {params.level!r}", f"at most that of the buckets: {sorted(levels)}"
+        refuse(limits[params.level] > 0, "params", level, expected)
         if params.prompt_logprobs is not None and len(request.prompt_ids) - 1 > self._scores.rows:
             raise RequestError(
                 f"prompt_logprobs: got a prompt of {len(request.prompt_ids)} tokens, expected at most "

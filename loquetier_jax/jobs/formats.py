@@ -1,9 +1,12 @@
 """The record formats people have: chat messages, prompt + completion, Alpaca, GSM8K, ShareGPT, plain text."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loquetier_jax.errors import DataError
+from loquetier_jax.serve.messages import ChatError, normalize_message, short
 
 # The two templates of github.com/tatsu-lab/stanford_alpaca, which every Alpaca-trained model has seen.
 ALPACA = (
@@ -26,6 +29,8 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "tool": "tool",
 }
+# Columns that belong to a conversation; beside a format that has no place for them they are refused, not dropped.
+CHAT_COLUMNS = ("system", "history", "tools", "chat_template_kwargs")
 FORMATS = "messages | prompt + completion | instruction + output | question + answer | conversations | text"
 
 
@@ -49,21 +54,26 @@ class Chat:
     """A conversation for the tokenizer's chat template.
 
     Attributes:
-        messages: OpenAI messages; content is a string.
-        train: Whether message i is learnt: assistant messages whose weight is not 0.
+        messages: As `serve.messages.normalize_message` returns them.
+        train: Whether message i is learnt: assistant messages that neither "weight": 0 nor "train": false takes out.
         tools: Tool definitions handed to the template, or None.
+        chat_template_kwargs: Further variables of the template, or None.
     """
 
     messages: tuple[dict[str, Any], ...]
     train: tuple[bool, ...]
     tools: tuple[Any, ...] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 Record = Text | Completion | Chat
 
 
 def parse_record(data: Any, where: str) -> Record:
-    """Recognises the format of one record by its keys; other keys are ignored, as columns of a table are.
+    """Recognises the format of one record by its keys.
+
+    Columns that belong to a conversation (CHAT_COLUMNS) are honoured or refused; others are ignored, as columns of a
+    table are.
 
     Args:
         data: A decoded JSON object. When it fits several formats the first of FORMATS wins (Alpaca files
@@ -71,25 +81,26 @@ def parse_record(data: Any, where: str) -> Record:
         where: File and line, for messages.
 
     Raises:
-        DataError: no known format, a missing half of a pair, or a value of the wrong type.
+        DataError: no known format, a missing half of a pair, a value of the wrong type, or a column that the format
+            has no place for.
     """
     if not isinstance(data, dict):
         raise DataError(f"{where}: got {type(data).__name__}, expected a JSON object")
     if "messages" in data:
-        return _chat(data["messages"], data.get("tools"), where)
+        return _conversation(_chat(data["messages"], where), data, where)
     if "prompt" in data or "completion" in data:
         return _pair(data, where)
     if "instruction" in data or "output" in data:
         fields = {k: _string(data, k, where) for k in ("instruction", "output")}
         context = _string(data, "input", where) if data.get("input") is not None else ""
         template = ALPACA_INPUT if context else ALPACA
-        return Completion(template.format(instruction=fields["instruction"], input=context), fields["output"])
+        prompt = template.format(instruction=fields["instruction"], input=context)
+        return _completion(prompt, fields["output"], data, where)
     if "question" in data or "answer" in data:
-        return Completion(
-            GSM8K.format(question=_string(data, "question", where)), _string(data, "answer", where)
-        )
+        prompt = GSM8K.format(question=_string(data, "question", where))
+        return _completion(prompt, _string(data, "answer", where), data, where)
     if "conversations" in data:
-        return _sharegpt(data["conversations"], where)
+        return _conversation(_sharegpt(data["conversations"], where), data, where)
     if "text" in data:
         return Text(_string(data, "text", where))
     raise DataError(f"{where}: got keys {sorted(map(str, data))}, expected {FORMATS}")
@@ -102,79 +113,102 @@ def _pair(data: dict[str, Any], where: str) -> Record:
     prompt, completion = data["prompt"], data["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         # what stands in the prompt is given, not learnt, whoever said it
-        context = _chat(prompt, data.get("tools"), where, "prompt")
-        learnt = _chat(completion, None, where, "completion")
+        context, learnt = _chat(prompt, where, "prompt"), _chat(completion, where, "completion")
         train = (False,) * len(context.messages) + learnt.train
-        return Chat(context.messages + learnt.messages, train, context.tools)
+        return _conversation(Chat(context.messages + learnt.messages, train), data, where)
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Completion(prompt, _string(data, "completion", where))
+        return _completion(prompt, _string(data, "completion", where), data, where)
     got = f"{type(prompt).__name__} and {type(completion).__name__}"
     raise DataError(
         f"{where}: prompt and completion: got {got}, expected two strings or two lists of messages"
     )
 
 
-def _chat(messages: Any, tools: Any, where: str, name: str = "messages") -> Chat:
+def _completion(prompt: str, completion: str, data: dict[str, Any], where: str) -> Completion:
+    for key in CHAT_COLUMNS:
+        if data.get(key):
+            raise DataError(
+                f"{where}: {key}: got {short(data[key])} beside plain text, which has no place for it: "
+                "write the conversation as messages"
+            )
+    return Completion(prompt, completion)
+
+
+def _conversation(chat: Chat, data: dict[str, Any], where: str) -> Chat:
+    """A conversation with what other columns say about it."""
+    if data.get("history"):
+        raise DataError(f"{where}: history: got {short(data['history'])}, expected it among the messages")
+    if system := data.get("system"):
+        if not isinstance(system, str):
+            raise DataError(f"{where}: system: got {short(system)}, expected a string")
+        if chat.messages[0]["role"] == "system":
+            raise DataError(f"{where}: system: got {short(system)} and a system message, expected one of the two")
+        first = {"role": "system", "content": system}
+        chat = replace(chat, messages=(first, *chat.messages), train=(False, *chat.train))
+    tools, kwargs = _tools(data.get("tools"), where), data.get("chat_template_kwargs")
+    if not isinstance(kwargs, Mapping | None):
+        raise DataError(f"{where}: chat_template_kwargs: got {short(kwargs)}, expected an object")
+    return replace(chat, tools=tools, chat_template_kwargs=kwargs)
+
+
+def _tools(tools: Any, where: str) -> tuple[Any, ...] | None:
+    """A list, or one as JSON text: the columns of a table are of one type, tools are not."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: tools: got {short(tools)}, expected a list: {error}") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise DataError(f"{where}: tools: got {short(tools)}, expected a list")
+    return tuple(tools)
+
+
+def _chat(messages: Any, where: str, name: str = "messages") -> Chat:
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: {name}: got {_short(messages)}, expected a non-empty list of messages")
-    if tools is not None and not isinstance(tools, list):
-        raise DataError(f"{where}: tools: got {_short(tools)}, expected a list")
-    parsed = [_message(m, f"{where}: {name}[{i}]") for i, m in enumerate(messages)]
-    return Chat(
-        tuple(m for m, _ in parsed), tuple(t for _, t in parsed), None if tools is None else tuple(tools)
-    )
+        raise DataError(f"{where}: {name}: got {short(messages)}, expected a non-empty list of messages")
+    try:
+        parsed = [_message(m, f"{name}[{i}]") for i, m in enumerate(messages)]
+    except ChatError as error:
+        raise DataError(f"{where}: {error}") from error
+    return Chat(tuple(m for m, _ in parsed), tuple(t for _, t in parsed))
 
 
-def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: got {_short(message)}, expected an object with role and content")
-    role = message.get("role")
+def _message(message: Any, name: str) -> tuple[dict[str, Any], bool]:
+    """A message without what says whether to learn it, and whether to."""
+    plain = normalize_message(message, name)
+    role = plain["role"]
     if role not in ROLES:
-        raise DataError(f"{where}.role: got {_short(role)}, expected one of {ROLES}")
-    weight = message.get("weight", 1)
-    if weight not in (0, 1) or ("weight" in message and role != "assistant"):
-        raise DataError(f"{where}.weight: got {_short(weight)}, expected 0 or 1, on an assistant message")
-    plain = {k: v for k, v in message.items() if k != "weight"}
-    calls_a_tool = role == "assistant" and bool(message.get("tool_calls"))
-    if not (calls_a_tool and message.get("content") is None):
-        plain["content"] = _content(message.get("content"), f"{where}.content")
-    return plain, role == "assistant" and weight == 1
-
-
-def _content(content: Any, where: str) -> str:
-    """A string, or OpenAI's list of text parts joined."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise DataError(f"{where}: got {_short(content)}, expected a string or a list of text parts")
-    for i, part in enumerate(content):
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise DataError(f"{where}[{i}]: got {_short(part)}, expected {{'type': 'text', 'text': ...}}")
-    return "".join(part["text"] for part in content)
+        raise ChatError(f"{name}.role: got {short(role)}, expected one of {ROLES}")
+    weight, train = plain.pop("weight", None), plain.pop("train", None)
+    if weight is not None and (weight not in (0, 1) or role != "assistant"):
+        raise ChatError(f"{name}.weight: got {short(weight)}, expected 0 or 1, on an assistant message")
+    if train is not None and (not isinstance(train, bool) or (train and role != "assistant")):
+        raise ChatError(f"{name}.train: got {short(train)}, expected false, or true on an assistant message")
+    if "train_detail" in plain:
+        raise ChatError(f"{name}.train_detail: not supported, expected a message to be learnt as a whole (train)")
+    return plain, role == "assistant" and weight != 0 and train is not False
 
 
 def _sharegpt(turns: Any, where: str) -> Chat:
     if not isinstance(turns, list):
-        raise DataError(f"{where}: conversations: got {_short(turns)}, expected a list of turns")
+        raise DataError(f"{where}: conversations: got {short(turns)}, expected a list of turns")
     messages = []
     for i, turn in enumerate(turns):
         role = SHAREGPT_ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             expected = f"from (one of {tuple(SHAREGPT_ROLES)}) and value (a string)"
-            raise DataError(f"{where}: conversations[{i}]: got {_short(turn)}, expected {expected}")
-        messages.append({"role": role, "content": turn["value"]})
-    return _chat(messages, None, where, "conversations")
+            raise DataError(f"{where}: conversations[{i}]: got {short(turn)}, expected {expected}")
+        learnt = {key: turn[key] for key in ("weight", "train", "train_detail") if key in turn}
+        messages.append({"role": role, "content": turn["value"], **learnt})
+    return _chat(messages, where, "conversations")
 
 
 def _string(data: dict[str, Any], key: str, where: str) -> str:
     value = data.get(key)
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key}: got {_short(value)}, expected a string")
+        raise DataError(f"{where}: {key}: got {short(value)}, expected a string")
     if not value and key != "input":
         raise DataError(f"{where}: {key}: got an empty string")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

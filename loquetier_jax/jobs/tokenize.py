@@ -1,42 +1,52 @@
 """Records to token ids and a loss mask, through a Hugging Face tokenizer."""
 
+from datetime import datetime
 from typing import Any
 
-import jinja2
+import numpy as np
 
 from loquetier_jax.errors import DataError
+from loquetier_jax.jobs.answers import find_answers
 from loquetier_jax.jobs.formats import Chat, Completion, Record, Text
+from loquetier_jax.serve.chat_template import ChatTemplate
+from loquetier_jax.serve.messages import ChatError
+from loquetier_jax.serve.tokenizer import encode_text
 
 
 def tokenize(
-    record: Record, tokenizer: Any, *, completion_only: bool, where: str
+    record: Record, tokenizer: Any, *, completion_only: bool, where: str, now: datetime | None = None
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a record, and which of them are to be predicted.
 
-    Text and completions end with the tokenizer's end-of-sequence token, which is learnt; a chat ends as its
-    template says, and the tokens that close an assistant's turn are learnt with it.
+    Text and completions begin as they do when they are served (`serve.tokenizer.encode_text`) and end with the
+    tokenizer's end-of-sequence token, which is learnt. A chat is what its template writes, by the code that serves;
+    every answer is learnt (`answers.find_answers`), and so are the tokens that close it. A token that holds both the
+    end of the generation prompt and the beginning of an answer is learnt.
 
     Args:
         record: What `formats.parse_record` returned.
         tokenizer: A transformers tokenizer; a chat needs its chat template.
         completion_only: False: every token is learnt.
         where: File and line, for messages.
+        now: The date and time of a template that prints them: given it, the tokens depend on the record alone.
+            None is the time of this call.
 
     Returns:
         (ids, learn), of equal length. learn[0] has no effect: nothing precedes the first token.
 
     Raises:
-        DataError: the chat template is missing, refuses the messages, or does not render a conversation as a
-            continuation of its own beginning, so that the assistant's tokens cannot be told apart; text with
+        DataError: the chat template is missing, refuses the messages or has no place for something in them; text with
             half a surrogate pair.
     """
     try:
         if isinstance(record, Text):
-            ids = _ended(_encode(tokenizer, record.text), tokenizer)
+            ids = _ended(encode_text(tokenizer, record.text), tokenizer)
             return ids, [True] * len(ids)
         ids, learn = (
-            _completion(record, tokenizer) if isinstance(record, Completion) else _chat(record, tokenizer, where)
+            _completion(record, tokenizer) if isinstance(record, Completion) else _chat(record, tokenizer, now)
         )
+    except ChatError as error:
+        raise DataError(f"{where}: {error}") from error
     except (TypeError, UnicodeError) as error:  # half a surrogate pair: JSON's "\ud800" alone
         raise DataError(f"{where}: the tokenizer refuses the text: {error}") from error
     return ids, learn if completion_only else [True] * len(ids)
@@ -44,59 +54,25 @@ def tokenize(
 
 def _completion(record: Completion, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Tokens of both parts together, unless a token straddles the boundary: then each part on its own."""
-    prompt = _encode(tokenizer, record.prompt)
-    ids = _encode(tokenizer, record.prompt + record.completion)
+    prompt = encode_text(tokenizer, record.prompt)
+    ids = encode_text(tokenizer, record.prompt + record.completion)
     if ids[: len(prompt)] != prompt:
         ids = prompt + tokenizer(record.completion, add_special_tokens=False)["input_ids"]
     ids = _ended(ids, tokenizer)
     return ids, [i >= len(prompt) for i in range(len(ids))]
 
 
-def _chat(record: Chat, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
-    """Templates every beginning of the conversation; what a learnt message adds to it is learnt."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"{where}: messages need a tokenizer with a chat template, and this one has none")
-    whole = _template(tokenizer, record, len(record.messages), where)
-    learn = [False] * len(whole)
-    for i, train in enumerate(record.train):
-        if not train:
-            continue
-        # the generation prompt ("<assistant>:") is given when serving, so it is not learnt
-        start = _template(tokenizer, record, i, where, add_generation_prompt=True) if i else []
-        stop = _template(tokenizer, record, i + 1, where)
-        if whole[: len(start)] != start or whole[: len(stop)] != stop or len(stop) < len(start):
-            raise DataError(
-                f"{where}: messages[{i}]: the chat template does not render the whole conversation as a "
-                "continuation of its first messages, so the assistant's tokens cannot be told apart; "
-                "split the conversation here"
-            )
-        learn[len(start) : len(stop)] = [True] * (len(stop) - len(start))
-    return whole, learn
-
-
-def _template(
-    tokenizer: Any, record: Chat, count: int, where: str, add_generation_prompt: bool = False
-) -> list[int]:
-    try:
-        text = tokenizer.apply_chat_template(
-            list(record.messages[:count]),
-            tools=None if record.tools is None else list(record.tools),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: the chat template refuses the first {count} messages: {error}") from error
-    # the template holds the special tokens itself
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids with the tokenizer's own leading special tokens; an end token it adds is taken off again."""
-    ids = list(tokenizer(text)["input_ids"])
-    eos = tokenizer.eos_token_id
-    if ids and eos is not None and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
-        ids.pop()
-    return ids
+def _chat(record: Chat, tokenizer: Any, now: datetime | None) -> tuple[list[int], list[bool]]:
+    kwargs = {"tools": record.tools, "chat_template_kwargs": record.chat_template_kwargs, "now": now}
+    text, answers = find_answers(ChatTemplate(tokenizer, **kwargs), record.messages, record.train)
+    if not tokenizer.is_fast:
+        raise ChatError("messages: the tokenizer does not tell where its tokens stand in the text (it is not fast)")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start, stop = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+    learn = np.zeros(len(start), bool)
+    for answer in answers:
+        learn |= answer.learns(start, stop)
+    return list(encoded["input_ids"]), learn.tolist()
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:

@@ -119,8 +119,11 @@ def _as_dict(config: Any) -> dict[str, Any]:
         return read_json(path)
     data = read_json(path / "config.json")
     generation = path / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    return data if eos is None else {**data, "eos_token_id": eos}
+    if not generation.exists():
+        return data
+    # Files disagree (a base's config beside the generation config of its chat model): whichever says so is right.
+    ends = (*_token_ids(data, "eos_token_id"), *_token_ids(read_json(generation), "eos_token_id"))
+    return {**data, "eos_token_id": list(ends)}
 
 
 def _check_supported(config: Mapping[str, Any]) -> str:

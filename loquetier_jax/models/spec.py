@@ -59,7 +59,7 @@ class DecoderSpec:
         rope_theta: Base of the rope frequencies.
         rope_scaling: Llama 3.1's change of them, or None.
         sliding_window: Per layer w (a query at p sees keys t with p - w < t <= p) or None for full attention.
-        eos_token_ids: Tokens that end a text; of generation_config.json when a folder was read.
+        eos_token_ids: Tokens that end a text; of a folder those of config.json and of generation_config.json.
         bos_token_id: Token that begins one, or None.
         pad_token_id: Padding token, or None.
         dtype: Dtype the checkpoint names for its weights ("bfloat16", ...), or None.
@@ -97,7 +97,7 @@ class DecoderSpec:
 
         Args:
             config: A `config.json` as a dict, a `PretrainedConfig`, the file's path, or the model folder;
-                from a folder `eos_token_id` is that of `generation_config.json` when that has one.
+                a folder's `generation_config.json` may add to its `eos_token_id`.
 
         Raises:
             ModelError: an unsupported architecture or feature, or a missing or senseless value; names it.

@@ -18,6 +18,7 @@ from loquetier_jax.jobs.optimizer import build_optimizer_step, hyperparams
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.functions import TrainKey
 from loquetier_jax.step.state import DeviceState
+from pallas_kernels.common import cpu_bits
 
 
 @dataclass(eq=False)
@@ -101,7 +102,7 @@ class Trainee:
         arrays = shapes_of((self.master, self.opt_state))
         self.run_optimizer = step.lower(
             *arrays, state.grads, state.pages, ids, ids, *self._numbers()
-        ).compile()
+        ).compile(cpu_bits.compiler_options())
 
     def _numbers(self) -> tuple[Any, ...]:
         """denom, max_grad_norm and hyperparameters of the step whose packs have all been dispatched."""

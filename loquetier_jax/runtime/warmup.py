@@ -1,5 +1,6 @@
 """Compiling and measuring every bucket ahead of time: serving first, training in the background."""
 
+import functools
 import logging
 import os
 import threading
@@ -24,6 +25,7 @@ from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.schedule.latency import FORWARD, LatencyModel
 from loquetier_jax.step.functions import StepFunctions
 from loquetier_jax.step.state import DeviceState
+from pallas_kernels.common import cpu_bits
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,13 @@ def enable_compilation_cache(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", os.fspath(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@functools.cache
+def tell_of_broken_bits() -> None:
+    """Says once a process, in one line, where rows do not keep their bits (see `pallas_kernels.common.cpu_bits`)."""
+    if not cpu_bits.rows_keep_their_bits():
+        log.warning(cpu_bits.BROKEN)
 
 
 def serving_first(buckets: Iterable[Bucket]) -> list[Bucket]:

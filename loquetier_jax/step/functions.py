@@ -18,19 +18,28 @@ from loquetier_jax.step.loss import Loss
 from loquetier_jax.step.ops import shrunk
 from loquetier_jax.step.sample import admit_slot
 from loquetier_jax.step.state import DeviceState, head_params
+from pallas_kernels.common import cpu_bits
 
 log = logging.getLogger(__name__)
 
 
-def compiler_options(bucket: Bucket) -> dict[str, str] | None:
-    """XLA options of a bucket's forward: with few decode rows, independent kernels run at one time on a GPU.
+def compiler_options(bucket: Bucket) -> dict[str, str]:
+    """XLA options of a bucket's forward: on a CPU those that keep a row's bits (see `cpu_bits`).
 
-    The LoRA kernels (`smlm_delta`) hide behind the base GEMMs, the writes of the cache behind each other. Temporaries
-    then share no memory: nothing at decode, but twice as much (0.5 GB more) in a mixed step or a backward.
+    On a GPU, with few decode rows, independent kernels run at one time: the LoRA kernels (`smlm_delta`) hide behind
+    the base GEMMs, the writes of the cache behind each other. Temporaries then share no memory: nothing at decode, but
+    twice as much (0.5 GB more) in a mixed step or a backward.
     """
     if bucket.few_rows and jax.default_backend() == "gpu":
         return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-    return None
+    return cpu_bits.compiler_options()
+
+
+def _compile(
+    f: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = (), options: dict[str, str] | None = None
+) -> Callable[..., Any]:
+    lowered = jax.jit(f, donate_argnums=donate).lower(*arguments)
+    return lowered.compile(cpu_bits.compiler_options() if options is None else options)
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,8 @@ class StepFunctions:
             template = shapes_of(empty_batch(bucket, self.cfg))
             f = functools.partial(forward.forward, self.spec, self.cfg, bucket, template, dropout)
             flat = self._flat(template)
-            return (
-                jax.jit(f, donate_argnums=(2, 3))
-                .lower(self._params, self._pages, self._kv, self._slots, flat)
-                .compile(compiler_options(bucket))
-            )
+            arguments = self._params, self._pages, self._kv, self._slots, flat
+            return _compile(f, *arguments, donate=(2, 3), options=compiler_options(bucket))
 
         return self._get(("forward", bucket, dropout), build)
 
@@ -109,12 +115,7 @@ class StepFunctions:
         """(slots*, slot, prompt [max_model_len], length) -> slots."""
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
         prompt = jax.ShapeDtypeStruct((self.cfg.max_model_len,), jnp.int32)
-        return self._get(
-            "admit",
-            lambda: (
-                jax.jit(admit_slot, donate_argnums=0).lower(self._slots, scalar, prompt, scalar).compile()
-            ),
-        )
+        return self._get("admit", lambda: _compile(admit_slot, self._slots, scalar, prompt, scalar, donate=(0,)))
 
     def forward_start(self, key: TrainKey) -> Callable[..., Any]:
         """(params, flat) -> x."""
@@ -122,7 +123,7 @@ class StepFunctions:
 
         def build() -> Callable[..., Any]:
             f = functools.partial(forward.forward_start, self.spec, template)
-            return jax.jit(f).lower(self._params, self._flat(template)).compile()
+            return _compile(f, self._params, self._flat(template))
 
         return self._get(("forward_start", key.bucket), build)
 
@@ -138,16 +139,8 @@ class StepFunctions:
             f = functools.partial(
                 forward.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, start
             )
-            return (
-                jax.jit(f)
-                .lower(
-                    self._params["layers"][start:stop],
-                    self._pages[start:stop],
-                    self._hidden(key),
-                    self._flat(template),
-                )
-                .compile()
-            )
+            layers, pages = self._params["layers"][start:stop], self._pages[start:stop]
+            return _compile(f, layers, pages, self._hidden(key), self._flat(template))
 
         where = start if key.dropout else None
         return self._get(("forward_slice", key.bucket, key.dropout, windows, where), build)
@@ -158,9 +151,7 @@ class StepFunctions:
 
         def build() -> Callable[..., Any]:
             f = functools.partial(forward.forward_end, self.spec, self.cfg, template)
-            return (
-                jax.jit(f).lower(head_params(self._params), self._hidden(key), self._flat(template)).compile()
-            )
+            return _compile(f, head_params(self._params), self._hidden(key), self._flat(template))
 
         return self._get(("forward_end", key.bucket), build)
 
@@ -171,11 +162,7 @@ class StepFunctions:
         def build() -> Callable[..., Any]:
             f = functools.partial(backward.backward_start, self.spec, self.cfg, key.packs, key.loss, template)
             logp = jax.ShapeDtypeStruct((key.bucket.train_rows,), jnp.float32)
-            return (
-                jax.jit(f)
-                .lower(head_params(self._params), self._hidden(key), logp, self._flat(template))
-                .compile()
-            )
+            return _compile(f, head_params(self._params), self._hidden(key), logp, self._flat(template))
 
         return self._get(("backward_start", key.bucket, key.loss), build)
 
@@ -195,18 +182,16 @@ class StepFunctions:
                 start,
                 template,
             )
-            return (
-                jax.jit(f, donate_argnums=4)
-                .lower(
-                    self._params["layers"][start:stop],
-                    self._pages[start:stop],
-                    [self._kept(key)] * (stop - start),
-                    self._hidden(key),
-                    self._grads[start:stop],
-                    jax.ShapeDtypeStruct((), jnp.int32),
-                    self._flat(template),
-                )
-                .compile()
+            return _compile(
+                f,
+                self._params["layers"][start:stop],
+                self._pages[start:stop],
+                [self._kept(key)] * (stop - start),
+                self._hidden(key),
+                self._grads[start:stop],
+                jax.ShapeDtypeStruct((), jnp.int32),
+                self._flat(template),
+                donate=(4,),
             )
 
         return self._get(("backward_slice", key.bucket, key.pages, key.dropout, windows), build)

@@ -3,6 +3,7 @@
 Packs ride alone: GEMMs this narrow change their last bits with the number of rows.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.tiny import pretrain
 from loquetier_jax.tiny.export import save_base
+from tests.worlds import shared_functions
 
 SIZES = {
     "hidden_size": 32,
@@ -36,6 +38,13 @@ buckets:
   - {prefill: 48, chunks: 3, decode: 16, sampling: full}
   - {score_packs: 1, score_tokens: 64, prefill: 48, chunks: 3, decode: 16, sampling: full}
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cli_world() -> Iterator[None]:
+    """Commands share what their engines compile."""
+    with shared_functions():
+        yield
 
 
 @pytest.fixture(scope="session")

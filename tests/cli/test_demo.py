@@ -11,11 +11,9 @@ from loquetier_jax.cli.scenario import QUESTIONS, SKILLS
 
 def test_demo(
     tmp_path: Path,
-    compilation_cache_dir: str,
-    monkeypatch: pytest.MonkeyPatch,
+    embedded_world: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("HOME", str(Path(compilation_cache_dir).parent))  # its cache outlives the test
     assert main(["demo", "--steps", "2", "--out", str(tmp_path), "--json"]) == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)

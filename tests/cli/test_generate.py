@@ -63,7 +63,7 @@ def test_jsonl_file_with_its_own_parameters(
     asked = [
         {"prompt": "hello", "max_tokens": 6, "adapter": "a"},
         {"prompt": [104, 105], "max_tokens": 3, "logprobs": 2, "ignore_eos": True},
-        {"messages": [{"role": "user", "content": "hi"}], "temperature": 1.0, "n": 2, "seed": 1},
+        {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {}, "temperature": 1.0, "n": 2},
     ]
     path = tmp_path / "asked.jsonl"
     path.write_text("\n".join(map(json.dumps, asked)))

@@ -1,22 +1,28 @@
-"""Tiny engines for tests: few small buckets, compiled once a process, and the prompts and data to feed them."""
+"""The world of most tests of the engine: a tiny model, few small buckets, and the prompts and data to feed them."""
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-import loquetier_jax.engine as engine_module
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.engine import Engine
 from loquetier_jax.jobs.data import Dataset, make_sample
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.serve.params import SamplingParams
-from loquetier_jax.step.functions import StepFunctions
 from tests.step.cases import random_adapter, tiny_spec
+from tests.worlds import shared_functions
+
+SPEC = tiny_spec(num_hidden_layers=2, intermediate_size=96, sliding_window=(None, 24))
+"""Two layers, one with a sliding window.
+
+Not narrower than 64: XLA on a CPU multiplies 64 x 32 matrices by another routine than larger ones, so a job's bits
+would depend on the bucket.
+"""
 
 PACK = 64
 SERVE = {"prefill": 48, "chunks": 3, "decode": 16}
@@ -35,24 +41,14 @@ def engine_config(cache: str, **changes: Any) -> EngineConfig:
     fields: dict[str, Any] = {
         "max_model_len": 128,
         "max_num_seqs": 16,
-        "max_adapters": 12,
+        "max_adapters": 9,
         "max_lora_rank": 32,
-        "train_pages": 6,
+        "train_pages": 5,
         "logit_chunk": 64,
         "buckets": BUCKETS,
         "compilation_cache_dir": cache,
     }
     return EngineConfig(**(fields | changes))
-
-
-_functions: dict[tuple[DecoderSpec, EngineConfig], StepFunctions] = {}
-
-
-def _shared_functions(spec: DecoderSpec, cfg: EngineConfig, state: Any) -> StepFunctions:
-    """Compiled functions depend on shapes alone."""
-    if (spec, cfg) not in _functions:
-        _functions[spec, cfg] = StepFunctions(spec, cfg, state)
-    return _functions[spec, cfg]
 
 
 @functools.cache
@@ -64,21 +60,19 @@ def base_params(spec: DecoderSpec, seed: int = 0) -> Any:
 def build_engine(
     cache: str, spec: DecoderSpec | None = None, params: Any = None, *, share: bool = True, **changes: Any
 ) -> Engine:
-    """An engine over `tiny_spec()` unless told otherwise.
+    """An engine over `SPEC` unless told otherwise.
 
     Args:
         cache: The fixture `compilation_cache_dir`.
-        spec, params: The base; None: the tiny one, with random parameters of seed 0.
-        share: Whether engines of one spec and config share compiled functions; False where a test patches the step.
+        spec, params: The base; None: SPEC, with random parameters of seed 0.
+        share: Whether it shares compiled functions; False where a test patches the step.
         **changes: `tokenizer`, `policy` and `name` of Engine; every other one is a field of EngineConfig.
     """
-    spec = spec or tiny_spec()
+    spec = spec or SPEC
     own = {key: changes.pop(key) for key in ("tokenizer", "policy", "name") if key in changes}
     cfg = engine_config(cache, **changes)
     params = base_params(spec) if params is None else params
-    with pytest.MonkeyPatch.context() as patch:
-        if share:
-            patch.setattr(engine_module, "StepFunctions", _shared_functions)
+    with shared_functions() if share else nullcontext():
         return Engine(spec, params, cfg, **own)
 
 

@@ -96,8 +96,8 @@ def generate(
 ) -> list[int]:
     """Completion `index` of a prompt: one dense forward over everything so far for each token."""
     lora, output = dense_lora(engine, adapter), []
-    eos = () if p.ignore_eos else engine.spec.eos_token_ids
-    stop_ids = {*eos, *p.stop_token_ids}
+    own = () if engine.tokenizer is None else (engine.tokenizer.eos_token_id,)
+    stop_ids = {*(() if p.ignore_eos else (*engine.spec.eos_token_ids, *own)), *p.stop_token_ids}
     key = jax.random.key(np.uint32(completion_seed(p.seed or 0, index)))
     while len(output) < p.max_tokens:
         logits = dense_logits(engine, [[*prompt, *output]], lora)[0][-1]

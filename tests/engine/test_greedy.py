@@ -13,13 +13,14 @@ from tests.engine.engines import greedy, random_data
 from tests.engine.reference import dense_logits, dense_lora
 from tests.engine.traffic import Work, add_adapters, busy_engine, random_work, run_crowd
 
-REQUESTS = 200
+pytestmark = pytest.mark.bits
+
 CLOSE = 1e-4  # below this gap of logits, f32 may put either of two tokens first
 
 
-@pytest.fixture(scope="module")
-def crowd(make_engine: Callable[..., Engine]) -> list[Work]:
-    """200 requests run beside a job that trains, evaluates and drops out, with adapters evicted all along."""
+@pytest.fixture(scope="module", params=[40, pytest.param(200, marks=pytest.mark.slow)])
+def crowd(make_engine: Callable[..., Engine], request: pytest.FixtureRequest) -> list[Work]:
+    """Requests run beside a job that trains, evaluates and drops out, with adapters evicted all along."""
     engine, rng = busy_engine(make_engine), np.random.default_rng(2024)
     add_adapters(engine)
     job = engine.finetune(
@@ -30,10 +31,10 @@ def crowd(make_engine: Callable[..., Engine]) -> list[Work]:
         train=TrainConfig(max_steps=10_000, pack_tokens=64, eval_steps=4, per_device_train_batch_size=4),
     )
     engine.wait(lambda: job.step >= 1)
-    work = [random_work(rng, cancelled=0.15) for _ in range(REQUESTS)]
+    work = [random_work(rng, cancelled=0.15) for _ in range(request.param)]
     before = job.step
     run_crowd(engine, work, rng)
-    assert job.status == "running" and job.step > before + 5, "the job trained meanwhile"
+    assert job.status == "running" and job.step > before + 2, "the job trained meanwhile"
     job.cancel()
     engine.wait(lambda: not engine.loop.busy and "job" not in engine.loop.training.trainees)
     engine.check_integrity()
@@ -79,12 +80,12 @@ def test_every_request_is_the_arg_max_of_the_dense_model(crowd: list[Work], make
             chosen = np.take_along_axis(rows, np.asarray(one.tokens)[:, None], axis=1)[:, 0]
             assert (rows.max(axis=1) - chosen <= CLOSE).all()
             checked += len(rows)
-    assert checked > 5 * REQUESTS
+    assert checked > 5 * len(crowd)
 
 
 def test_the_crowd_was_one(crowd: list[Work]):
     """What the tests above rest on: cancelled at every age, queued, of all adapters."""
     cancelled = [one for one in crowd if one.submitted.output().outputs[0].finish_reason == "abort"]
-    assert len(cancelled) >= 10
+    assert len(cancelled) >= len(crowd) // 20
     assert any(not one.tokens for one in cancelled) and any(one.tokens for one in cancelled)
     assert len({one.adapter for one in crowd}) == 7

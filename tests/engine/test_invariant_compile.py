@@ -1,5 +1,7 @@
 """Invariant 3: after warm-up nothing compiles; what is outside the list of buckets is refused, not compiled."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,6 +69,7 @@ def random_mix(engine, seed, folder, steps=120):
     return [job.wait() for job in jobs]
 
 
+@pytest.mark.slow  # in small: the soak, on an engine that others have warmed up
 def test_a_random_mix_compiles_nothing(engine, tmp_path):
     with compilations() as compiled:
         jobs = random_mix(engine, 0, tmp_path)
@@ -75,6 +78,7 @@ def test_a_random_mix_compiles_nothing(engine, tmp_path):
     check_nothing(compiled)
 
 
+@pytest.mark.slow
 def test_serving_compiles_nothing_from_the_first_request_on(make_engine, tmp_path):
     """Ready means ready: the first load, request, scoring and eviction of an engine's life included."""
     engine = make_engine(
@@ -91,12 +95,11 @@ def test_serving_compiles_nothing_from_the_first_request_on(make_engine, tmp_pat
     check_nothing(compiled)
 
 
-def test_a_shape_outside_the_list_is_refused(engine):
+def test_a_shape_outside_the_list_is_refused(tiny_engine):
     """The compiled functions take their own shapes only."""
-    bucket, state = BUCKETS[0], engine.state
-    run = engine.functions.forward(bucket)
-    wider = Bucket(**SERVE | {"decode": 32}, sampling="full", score_packs=1, score_tokens=2 * PACK)
-    flat = jnp.asarray(ravel(empty_batch(wider, engine.cfg)))
+    bucket, state = tiny_engine.cfg.buckets[0], tiny_engine.state
+    run = tiny_engine.functions.forward(bucket)
+    flat = jnp.asarray(ravel(empty_batch(replace(bucket, decode=32), tiny_engine.cfg)))
     with pytest.raises(TypeError, match="the types for which this computation was compiled"):
         run(state.params, state.pages, state.kv, state.slots, flat)
 

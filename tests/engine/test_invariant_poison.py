@@ -13,6 +13,8 @@ from tests.engine.engines import BUCKETS, PACK, SERVE, add_random_adapter, greed
 from tests.engine.evidence import LORA, PAIR, finish, owners, prompts, settle, train_config, trained
 from tests.step.cases import random_adapter, tiny_spec
 
+pytestmark = pytest.mark.bits
+
 POISON = [pytest.param(np.nan, id="nan"), pytest.param(np.inf, id="inf")]
 
 

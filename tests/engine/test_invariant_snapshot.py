@@ -10,6 +10,8 @@ from tests.engine.engines import BUCKETS, add_random_adapter, greedy, random_dat
 from tests.engine.evidence import LORA, PAIR, finish, numbers_of, owners, prompts, settle, train_config
 from tests.step.cases import random_adapter
 
+pytestmark = pytest.mark.bits
+
 TOKENS = 40
 PROMPTS = prompts(0, 9, 40, 70)
 

@@ -42,6 +42,7 @@ def losses(job: JobHandle) -> list[float]:
     return [line["loss"] for line in job.metrics if "loss" in line]
 
 
+@pytest.mark.slow  # the soak has jobs of all kinds, too
 def test_jobs_of_all_kinds_run_at_once_and_not_in_lock_step(engine: Engine):
     kinds = {
         "adamw": (LoraConfig(r=8, target_modules="all-linear"), train()),

@@ -25,8 +25,10 @@ from tests.engine.training_process import (
     start_or_resume,
 )
 
+pytestmark = pytest.mark.bits
+
 KILLS = 5
-AFTER = 20  # losses compared after the last kill
+AFTER = 10  # losses compared after the last kill
 PATIENCE = 240  # seconds for one process
 
 
@@ -89,12 +91,17 @@ def finish_here(folder: Path, engine: Engine, reference: list[dict[str, Any]]) -
     assert written == reference, "each step once, whoever wrote it"
 
 
-def test_killed_at_every_fault_point_of_a_save(
-    spawn: Callable[..., BaseProcess], reference: list[dict[str, Any]], tmp_path: Path, engine: Engine
+@pytest.mark.parametrize("points", [FAULT_POINTS[3:5], pytest.param(FAULT_POINTS, marks=pytest.mark.slow)])
+def test_killed_at_fault_points_of_a_save(
+    spawn: Callable[..., BaseProcess],
+    reference: list[dict[str, Any]],
+    tmp_path: Path,
+    engine: Engine,
+    points: tuple[str, ...],
 ):
     """One job, killed at one point after the other, each time on the second save of the process."""
     assert len(FAULT_POINTS) == 7
-    for point in FAULT_POINTS:
+    for point in points:
         before = checkpointed_step(tmp_path)
         process = spawn(tmp_path, point, 2)
         process.join(PATIENCE)
@@ -106,6 +113,7 @@ def test_killed_at_every_fault_point_of_a_save(
     finish_here(tmp_path, engine, reference)
 
 
+@pytest.mark.slow
 def test_killed_at_random(
     spawn: Callable[..., BaseProcess], reference: list[dict[str, Any]], tmp_path: Path, engine: Engine
 ):

@@ -21,14 +21,16 @@ from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data import Dataset
 from loquetier_jax.models.load import init_random
 from loquetier_jax.runtime.job_state import take_job_state
-from tests.engine.engines import greedy, random_data, random_prompt, reset
-from tests.engine.traffic import SERVE, add_adapters, busy_engine
+from tests.engine.engines import SERVE, greedy, random_data, random_prompt, reset
+from tests.engine.traffic import add_adapters, busy_engine
+
+pytestmark = pytest.mark.bits
 
 STEPS = 9
 ONE_PACK = (
     Bucket(**SERVE),
-    Bucket(**SERVE, score_packs=1, score_tokens=64),
-    Bucket(**SERVE, packs=1, pack_tokens=64),
+    Bucket(**SERVE, sampling="full", score_packs=1, score_tokens=128),
+    Bucket(**SERVE, sampling="full", packs=1, pack_tokens=64),
 )
 """Passes of one pack, so that a test can stop after any number of them."""
 DATA, HELD_OUT = random_data(5, low=20), random_data(6, count=4)

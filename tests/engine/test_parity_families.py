@@ -14,7 +14,11 @@ torch = pytest.importorskip("torch")
 LENGTHS = (20, 70, 3)  # one chunk; three chunks, longer than every window; so short that it decodes beside them
 
 
-@pytest.fixture(params=FAMILIES)
+QUICK = ("llama", "gemma")
+"""The other families differ from these in what tests/models/test_parity.py compares for all."""
+
+
+@pytest.fixture(params=[pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES])
 def engine(request: pytest.FixtureRequest, family_engine: Callable[[str], Engine]) -> Engine:
     return family_engine(request.param)
 

@@ -74,6 +74,7 @@ def small(small_engine):
     reset(small_engine)
 
 
+@pytest.mark.slow  # a world of its own
 def test_scoring_without_room_lets_an_evaluation_pass(small):
     """The only page is a job's, whose evaluation was queued behind the scores that wait for the page."""
     engine = small
@@ -89,6 +90,7 @@ def test_scoring_without_room_lets_an_evaluation_pass(small):
     engine.check_integrity()
 
 
+@pytest.mark.slow  # a world of its own
 def test_scores_of_two_lengths_meet_in_the_bucket_of_the_shorter(small):
     """Packs were taken in order of arrival, whether or not they fit the bucket chosen for those that do."""
     done = []
@@ -106,6 +108,7 @@ def _cut(pack):
     return type(pack)(**vars(pack) | {name: getattr(pack, name)[:PACK] for name in rows})
 
 
+@pytest.mark.slow  # a world of its own
 def test_a_job_that_could_never_go_on_is_refused(small, tiny_engine, tmp_path):
     """Evaluation packs longer than any score bucket, and jobs resumed where there is no room, waited for ever."""
     with pytest.raises(JobError, match=f"eval_data: got pack_tokens {4 * PACK}"):

@@ -12,9 +12,9 @@ from loquetier_jax.engine import Engine
 from loquetier_jax.errors import CapacityError, RequestError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.serve.params import SamplingParams
-from tests.engine.engines import add_random_adapter, greedy, random_data, random_prompt, reset
+from tests.engine.engines import SERVE, add_random_adapter, greedy, random_data, random_prompt, reset
 from tests.engine.reference import dense_logits, dense_lora, generate, log_softmax
-from tests.engine.traffic import SERVE, busy_engine
+from tests.engine.traffic import busy_engine
 from tests.step.cases import random_adapter
 
 

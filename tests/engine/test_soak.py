@@ -1,4 +1,4 @@
-"""2,000 steps of everything at once: nothing compiles after warm-up, and the books are right at every step."""
+"""Hundreds of steps of everything at once: nothing compiles after warm-up, and the books are right at every step."""
 
 import logging
 from collections import Counter
@@ -22,7 +22,6 @@ from tests.engine.engines import random_data, random_prompt
 from tests.engine.traffic import RANKS, busy_engine
 from tests.step.cases import random_adapter
 
-STEPS = 2000
 KINDS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"r": 4, "target_modules": "all-linear"}, "adamw"),
     ({"r": 20}, "sgd"),
@@ -200,8 +199,9 @@ class Soak:
         self.engine.drain()
 
 
+@pytest.mark.parametrize("steps", [250, pytest.param(2000, marks=pytest.mark.slow)])
 def test_nothing_compiles_and_the_books_are_right(
-    make_engine: Callable[..., Engine], tmp_path: Path, record_property: Callable[[str, object], None]
+    make_engine: Callable[..., Engine], tmp_path: Path, record_property: Callable[[str, object], None], steps: int
 ):
     engine = busy_engine(make_engine)
     player = Soak(engine, 1, tmp_path)
@@ -218,15 +218,15 @@ def test_nothing_compiles_and_the_books_are_right(
     player.steps = 0
     player.done.clear()
     with compilations() as compiled:
-        while player.steps < STEPS:
+        while player.steps < steps:
             player.play()
         player.finish()
     assert compiled == []
     record_property("steps", player.steps)
     record_property("actions", dict(player.done))
-    assert min(player.done.values()) > 5 and len(player.done) == 12, player.done
+    assert min(player.done.values()) > steps // 400 and len(player.done) >= 12 - (steps < 2000), player.done
     statuses = Counter(job.status for job in engine.jobs.values())
-    assert statuses["succeeded"] > 5 and not statuses["failed"], statuses
+    assert statuses["succeeded"] > steps // 400 and not statuses["failed"], statuses
     pools = engine.loop.serving.kv, engine.loop.serving.slots, engine.loop.training.grad_pool
     assert [p.num_free for p in pools] == [pools[0].num_pages, pools[1].num_slots, pools[2].size]
     with pytest.raises(JobError, match="it is"):

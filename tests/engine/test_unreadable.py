@@ -11,7 +11,7 @@ from tests.engine.engines import add_random_adapter, greedy, random_prompt
 
 @pytest.fixture
 def engine(make_engine):
-    return make_engine(max_host_adapters=0, max_adapters=2)
+    return make_engine(max_host_adapters=0)
 
 
 def on_disk(engine, folder, count: int) -> list[str]:
@@ -26,7 +26,7 @@ def on_disk(engine, folder, count: int) -> list[str]:
 
 
 def test_more_adapters_than_pages_and_host_copies_serve_from_their_folders(engine, tmp_path):
-    names = on_disk(engine, tmp_path, 5)
+    names = on_disk(engine, tmp_path, 12)  # on nine pages
     prompt = random_prompt(np.random.default_rng(0), 12)
     first = {name: engine.generate([prompt], name, greedy(4))[0].outputs[0].token_ids for name in names}
     again = {name: engine.generate([prompt], name, greedy(4))[0].outputs[0].token_ids for name in reversed(names)}

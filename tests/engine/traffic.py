@@ -10,10 +10,8 @@ from loquetier_jax.config import Bucket
 from loquetier_jax.engine import Engine
 from loquetier_jax.faces.requests import Submitted
 from loquetier_jax.serve.params import SamplingParams
-from tests.engine.engines import add_random_adapter, greedy, random_prompt
-from tests.step.cases import tiny_spec
+from tests.engine.engines import SERVE, add_random_adapter, greedy, random_prompt
 
-SERVE = {"prefill": 48, "chunks": 3, "decode": 16}
 BUCKETS = (
     Bucket(prefill=16, chunks=1, decode=8),
     Bucket(**SERVE),
@@ -27,14 +25,8 @@ RANKS = {"r4": 4, "r8": 8, "r16": 16, "r24": 24, "r32": 32, "r12": 12}
 
 
 def busy_engine(make_engine: Callable[..., Engine], **changes: Any) -> Engine:
-    """An engine of two layers, one with a sliding window; too few pages for all of RANKS beside jobs.
-
-    Not narrower than 64: XLA on a CPU multiplies 64 x 32 matrices by another routine than larger ones, so a job's bits
-    would depend on the bucket.
-    """
-    spec = tiny_spec(num_hidden_layers=2, intermediate_size=96, sliding_window=(None, 24))
-    fields: dict[str, Any] = {"buckets": BUCKETS, "max_adapters": 9, "train_pages": 5}
-    return make_engine(spec, **(fields | changes))
+    """An engine with buckets of several sizes; too few pages for all of RANKS beside jobs."""
+    return make_engine(**({"buckets": BUCKETS} | changes))
 
 
 def add_adapters(engine: Engine) -> None:

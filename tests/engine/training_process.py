@@ -9,21 +9,20 @@ from loquetier_jax.engine import Engine
 from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.jobs.checkpoint import CheckpointStore
 from loquetier_jax.jobs.config import TrainConfig
-from tests.engine.engines import build_engine, random_data
-from tests.engine.traffic import SERVE, busy_engine
+from tests.engine.engines import SERVE, build_engine, random_data
 
-STEPS = 96
+STEPS = 48
 SAVE_STEPS = 2
 KILLED = 77  # exit code of a process that a fault point has killed
 BUCKETS = (
-    Bucket(**SERVE, score_packs=1, score_tokens=64),
-    Bucket(packs=1, pack_tokens=64),
+    Bucket(**SERVE, sampling="full", score_packs=1, score_tokens=128),
+    Bucket(**SERVE, sampling="full", packs=1, pack_tokens=64),
 )
 DATA, HELD_OUT = random_data(7, count=24), random_data(8, count=3)
 
 
 def job_engine(cache: str) -> Engine:
-    return busy_engine(lambda spec, **changes: build_engine(cache, spec, **changes), buckets=BUCKETS)
+    return build_engine(cache, buckets=BUCKETS)
 
 
 def start_or_resume(engine: Engine, folder: Path) -> JobHandle:

@@ -10,9 +10,8 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 @pytest.fixture(autouse=True)
-def _home(compilation_cache_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's own compilation cache lies under the home folder; here it shall outlive the test."""
-    monkeypatch.setenv("HOME", str(Path(compilation_cache_dir).parent))
+def _embedded(embedded_world: None) -> None:
+    """All examples share what they compile."""
 
 
 def load(name: str) -> ModuleType:
@@ -31,6 +30,7 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in shown
 
 
+@pytest.mark.slow  # as the demo does
 def test_finetune_while_serving(capsys: pytest.CaptureFixture[str]) -> None:
     load("02").main(steps=2)
     shown = capsys.readouterr().out
@@ -40,6 +40,7 @@ def test_finetune_while_serving(capsys: pytest.CaptureFixture[str]) -> None:
     assert answers["shout"] == answers["from-disk"]  # what was trained and what PEFT files hold
 
 
+@pytest.mark.slow
 def test_own_loss(capsys: pytest.CaptureFixture[str]) -> None:
     load("03").main(steps=3)
     shown = capsys.readouterr().out
@@ -49,6 +50,7 @@ def test_own_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(numbers[-1]) > float(numbers[-3])  # the adapter finds the preferred answers likelier
 
 
+@pytest.mark.slow
 def test_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
     load("04").main(steps=12)
     shown = capsys.readouterr().out

@@ -23,6 +23,7 @@ def spell(tokenizer, record, **config):
 
 
 USER = {"role": "user", "content": "hi"}
+ASSISTANT = [{"role": "assistant", "content": "yo"}]
 CASES = {
     "text": ({"text": "abc"}, "<bos>abc<eos>", "abc<eos>"),
     "text with eos": ({"text": "abc<eos>"}, "<bos>abc<eos>", "abc<eos>"),
@@ -99,6 +100,44 @@ CASES = {
         "<|user|>hi<eot><|assistant|>yo<eot>",
         "yo<eot>",
     ),
+    "sharegpt, marked": (
+        {
+            "system": "S",
+            "tools": "[]",
+            "conversations": [
+                {"from": "human", "value": "hi", "train": False},
+                {"from": "gpt", "value": "a", "weight": 0},
+                {"from": "human", "value": "hi"},
+                {"from": "gpt", "value": "b", "train": False},
+                {"from": "human", "value": "hi"},
+                {"from": "gpt", "value": "c", "train": True, "weight": None},
+            ],
+        },
+        "<|system|>S<eot><|user|>hi<eot><|assistant|>a<eot><|user|>hi<eot><|assistant|>b<eot>"
+        "<|user|>hi<eot><|assistant|>c<eot>",
+        "c<eot>",
+    ),
+    "train": (
+        {"messages": [USER, {"role": "assistant", "content": "a", "train": False}, USER, *ASSISTANT], "history": []},
+        "<|user|>hi<eot><|assistant|>a<eot><|user|>hi<eot><|assistant|>yo<eot>",
+        "yo<eot>",
+    ),
+    "system beside messages": (
+        {"prompt": [USER], "completion": ASSISTANT, "system": "S"},
+        "<|system|>S<eot><|user|>hi<eot><|assistant|>yo<eot>",
+        "yo<eot>",
+    ),
+    "assistant first": (
+        {"messages": [*ASSISTANT, USER, *ASSISTANT], "system": ""},
+        "<|assistant|>yo<eot><|user|>hi<eot><|assistant|>yo<eot>",
+        "yo<eot>yo<eot>",
+    ),
+    "alpaca without history": (
+        {"instruction": "Say hi", "output": "hi", "system": "", "history": [], "tools": None},
+        "<bos>Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\nSay hi\n\n### Response:\nhi<eos>",
+        "hi<eos>",
+    ),
 }
 
 
@@ -151,6 +190,20 @@ MALFORMED = {
     '{"messages": [{"role": "user", "content": "x"}]}': "nothing to learn",
     '{"conversations": [{"from": "dog", "value": "x"}]}': r"conversations\[0\]",
     '{"conversations": [{"from": "gpt"}]}': r"conversations\[0\]",
+    '{"conversations": [{"from": "gpt", "value": "x", "train": 1}]}': r"conversations\[0\].train: got 1",
+    '{"messages": [{"role": "user", "content": "x", "train": true}]}': r"messages\[0\].train: got True",
+    '{"messages": [{"role": "assistant", "content": "x", "train_detail": []}]}': "train_detail: not supported",
+    '{"messages": [{"role": "system", "content": "x"}], "system": "y"}': "system: got 'y' and a system message",
+    '{"messages": [{"role": "assistant", "content": "x"}], "system": ["y"]}': "system: got .*expected a string",
+    '{"messages": [{"role": "assistant", "content": "x"}], "history": [["q", "a"]]}': "history: got",
+    '{"messages": [{"role": "assistant", "content": "x"}], "tools": "{"}': "tools: got '{', expected a list",
+    '{"messages": [{"role": "assistant", "content": "x"}], "tools": {"name": "f"}}': "tools: got .*expected a list",
+    '{"messages": [{"role": "assistant", "content": "x"}], "chat_template_kwargs": [1]}': "chat_template_kwargs: got",
+    '{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"name": "f"}]}': "has no place for tools",
+    '{"instruction": "a", "output": "b", "system": "s"}': "system: got 's' beside plain text",
+    '{"instruction": "a", "output": "b", "history": [["q", "a"]]}': "history: got .*messages",
+    '{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}': "tools: got .*messages",
+    '{"question": "a", "answer": "b", "chat_template_kwargs": {"x": 1}}': "chat_template_kwargs: got .*messages",
 }
 
 
@@ -173,12 +226,19 @@ def test_missing_empty_and_undecodable_files(tokenizer, tmp_path):
         load_dataset(tmp_path / "latin.jsonl", tokenizer, TrainConfig())
 
 
+def test_records_may_set_variables_of_the_template(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + "{{ 'ends' if enable_thinking }}")
+    record = {"messages": [USER, *ASSISTANT], "chat_template_kwargs": {"enable_thinking": True}}
+    assert spell(tokenizer, record)[1] == "yo<eot>ends"
+    assert spell(tokenizer, {**record, "chat_template_kwargs": None})[1] == "yo<eot>"
+
+
 def test_template_that_rewrites_history_is_refused(tokenizer, monkeypatch):
     # like templates that drop the reasoning of earlier turns
     template = "{% for m in messages %}{{ m.content if loop.last else 'x' }}<eot>{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     record = CASES["two turns"][0]
-    with pytest.raises(DataError, match=r"data\[0\]: messages\[1\].*continuation"):
+    with pytest.raises(DataError, match=r"data\[0\]: messages\[1\].*leaves it out"):
         load_dataset([record], tokenizer, TrainConfig())
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system role') }}")
     with pytest.raises(DataError, match="no system role"):

@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels.paged_attention import AttentionPlan, paged_attention
 
+pytestmark = pytest.mark.bits
 LENGTH = 75
 run = jax.jit(partial(paged_attention, implementation="xla"), static_argnames=("block_rows", "scale", "window"))
 Sequence = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -78,10 +78,10 @@ def hf_model(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
 
 
-def hf_logits(folder: str | os.PathLike[str], tokens: Any) -> Any:
-    """numpy f32 logits [B, T, V] of tokens [B, T], computed by transformers in f32."""
+def hf_logits(folder: str | os.PathLike[str], tokens: Any, **config: Any) -> Any:
+    """numpy f32 logits [B, T, V] of tokens [B, T], computed by transformers in f32; `config` overrides config.json."""
     import torch
 
     with torch.no_grad():
-        model = hf_model(folder, dtype=torch.float32)
+        model = hf_model(folder, dtype=torch.float32, **config)
         return model(torch.as_tensor(tokens, dtype=torch.int64)).logits.numpy()

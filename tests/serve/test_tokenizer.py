@@ -4,11 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from loquetier_jax.errors import ModelError, RequestError
-from loquetier_jax.serve.tokenizer import encode_chat, encode_prompt, load_tokenizer
+from loquetier_jax.jobs.formats import Completion, Text
+from loquetier_jax.jobs.tokenize import tokenize
+from loquetier_jax.serve.tokenizer import encode_chat, encode_prompt, end_token_ids, load_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -56,8 +60,58 @@ def test_what_needs_a_tokenizer_or_a_template_says_so(tokenizer: PreTrainedToken
         encode_prompt(None, "hi")
     with pytest.raises(RequestError, match="no chat template"):
         encode_prompt(None, CHAT)
-    with pytest.raises(RequestError, match="refused by the chat template"):
-        encode_chat(tokenizer, [{"role": "user", "content": None}])
+
+
+@pytest.fixture
+def with_ends(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
+    """The byte tokenizer as one that puts <s> in front of every text and </s> behind it."""
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ends = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", begin), ("</s>", end)])
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", ends)
+    assert tokenizer.encode("hi") == [begin, *tokenizer.encode("hi", add_special_tokens=False), end]
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("hi", "<s>hi"),
+        ("", "<s>"),
+        ("<s>hi", "<s>hi"),  # what a chat template has written already
+        ("<s><s>hi", "<s><s>hi"),  # the user's own doing
+        ("hi</s>", "<s>hi</s>"),
+        ("<s>user: hi</s><s>assistant: ", "<s>user: hi</s><s>assistant: "),
+    ],
+)
+def test_text_begins_once_and_does_not_end(with_ends: PreTrainedTokenizerFast, text: str, want: str) -> None:
+    wanted = with_ends.encode(want, add_special_tokens=False)
+    assert list(encode_prompt(with_ends, text)) == wanted
+    for record in (Text(text or " "), Completion(text, "yo")):  # and in training, where it ends once
+        ids, _ = tokenize(record, with_ends, completion_only=True, where="")
+        assert ids[: len(wanted)] == wanted
+        assert ids.count(with_ends.eos_token_id) == want.count("</s>") + (ids[-2:] != wanted[-2:])
+        assert ids[-1] == with_ends.eos_token_id
+
+
+def test_end_tokens_are_those_of_the_configs_and_of_the_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    own = tokenizer.eos_token_id
+    assert end_token_ids(tokenizer, (3, 5), vocab_size=own + 1) == {3, 5, own}
+    assert end_token_ids(tokenizer, (3, 5), vocab_size=5) == {3}
+    assert end_token_ids(None, (3,), vocab_size=9) == {3}
+
+
+def test_arrays_and_numpy_scalars_are_token_ids() -> None:
+    for prompt in (np.array([3, 0], np.int32), [np.int64(3), np.uint8(0)]):
+        assert encode_prompt(None, prompt, vocab_size=6) == (3, 0)
+    for prompt in (np.array([0.5]), np.array([[1]]), np.array([True]), np.array(3)):
+        with pytest.raises(RequestError, match="expected text, token ids or chat messages"):
+            encode_prompt(None, prompt)
+
+
+def test_arguments_of_a_template_beside_no_chat_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    for arguments in ({"tools": []}, {"chat_template_kwargs": {}}):
+        with pytest.raises(RequestError, match=f"{next(iter(arguments))}: got .* beside chat messages, not 'hi'"):
+            encode_prompt(tokenizer, "hi", **arguments)
 
 
 def test_host_modules_do_not_import_jax() -> None:
@@ -68,6 +122,8 @@ def test_host_modules_do_not_import_jax() -> None:
             "serve.request",
             "serve.output",
             "serve.text",
+            "serve.messages",
+            "serve.chat_template",
             "serve.tokenizer",
             "kv.pool",
             "kv.pages",
