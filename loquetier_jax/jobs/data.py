@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int32, UInt32
 
 from loquetier_jax.errors import DataError
 from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.data_checks import check_samples_fit, check_token_ids
 from loquetier_jax.jobs.formats import parse_record
 from loquetier_jax.jobs.records import is_empty, records_of, tokenized
 from loquetier_jax.jobs.tokenize import tokenize
@@ -138,7 +139,7 @@ def load_dataset(
         DataError: names the file and line (or the list and index) and what is wrong with it.
     """
     if isinstance(data, Dataset):
-        _check_dataset(data, cfg, vocab_size)
+        check_samples_fit(data.samples, data.name, cfg, vocab_size)
         return data
     intake = _Intake(tokenizer, cfg, vocab_size)
     name = str(data) if isinstance(data, (str, os.PathLike)) else name
@@ -240,40 +241,3 @@ def truncate(sample: Sample, rows: int, side: str, *, keep_begin: bool = False) 
     if side == "left" and keep_begin:
         cut.tokens[0], cut.targets[0], cut.weights[0] = sample.tokens[0], 0, 0
     return cut
-
-
-def check_token_ids(sample: Sample, vocab_size: int | None, where: str, tokenizer: Any = None) -> None:
-    """Raises DataError, naming the first one, unless all ids of a sample are rows of the model's embedding."""
-    for ids in (sample.tokens, sample.targets):
-        if not len(ids) or (ids.min() >= 0 and (vocab_size is None or ids.max() < vocab_size)):
-            continue
-        bad = int(next(i for i in ids if not 0 <= i < (vocab_size or 2**31)))
-        token = None if tokenizer is None or bad < 0 else tokenizer.convert_ids_to_tokens(bad)
-        text = "" if token is None else f" ({token!r})"
-        raise DataError(f"{where}: got token id {bad}{text}, expected ids in [0, {vocab_size}), the model's vocabulary")
-
-
-def _check_dataset(data: Dataset, cfg: TrainConfig, vocab_size: int | None) -> None:
-    """A Dataset built elsewhere must fit this job's packs and this engine's model."""
-    if not data.samples:
-        raise DataError(f"{data.name}: no records")
-    rows = cfg.sample_tokens - 1
-    for i, sample in enumerate(data.samples):
-        where = f"{data.name}[{i}]"
-        _check_arrays(sample, where)
-        if len(sample) > rows or not np.any(sample.weights):
-            limit = f"max_length - 1 = {rows}" if cfg.max_length else f"pack_tokens = {rows}"
-            raise DataError(
-                f"{where}: got {len(sample)} rows with {np.count_nonzero(sample.weights)} targets, "
-                f"expected at most {limit} rows and at least one target"
-            )
-        check_token_ids(sample, vocab_size, where)
-
-
-def _check_arrays(sample: Any, where: str) -> None:
-    arrays = [getattr(sample, key, None) for key in ("tokens", "targets", "weights")]
-    shapes = {getattr(array, "shape", None) for array in arrays}
-    kinds = [getattr(getattr(array, "dtype", None), "kind", "?") for array in arrays]
-    flat = len(shapes) == 1 and len(next(iter(shapes)) or ()) == 1
-    if not flat or kinds[0] not in "iu" or kinds[1] not in "iu" or kinds[2] != "f" or not np.isfinite(arrays[2]).all():
-        raise DataError(f"{where}: got {sample!r:.200}, expected a Sample: three arrays of one length, weights finite")
