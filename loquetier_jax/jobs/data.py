@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
+from loquetier_jax.config import is_int
 from loquetier_jax.errors import DataError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.formats import parse_record
@@ -25,11 +27,13 @@ class Sample:
         tokens: [n] input token ids.
         targets: [n] the token that follows each; 0 where it is not learnt.
         weights: [n] loss weights: 1 where the target is learnt, else 0.
+        extras: By name, what a loss of one's own is to see: float32, [n] for a number per row, [] for one number.
     """
 
     tokens: Int32[np.ndarray, " n"]
     targets: Int32[np.ndarray, " n"]
     weights: Float32[np.ndarray, " n"]
+    extras: Mapping[str, Float32[np.ndarray, "*n"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -50,6 +54,7 @@ class Pack:
         index: Which pack of its step, from 0.
         is_last: Whether it is the last pack of its step.
         sample_ids: Index in the data of each segment's sample.
+        extras: By name, [L] or [L / SAMPLE_ALIGN]: the samples' own, 0 on padding and beyond the last sample.
     """
 
     tokens: Int32[np.ndarray, " L"]
@@ -64,6 +69,7 @@ class Pack:
     index: int
     is_last: bool
     sample_ids: tuple[int, ...]
+    extras: Mapping[str, Float32[np.ndarray, " n"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,22 +80,39 @@ class Dataset:
         name: Where they came from, for messages.
         samples: In the order of the data.
         num_truncated: Samples cut to the config's max_length.
+        group_size: So many consecutive samples belong together, as a chosen and a rejected answer do: they are
+            shuffled as one and share a pack, and batch sizes count groups.
+        records: Hash of the records that the samples were made of; None where there were none.
     """
 
     name: str
     samples: tuple[Sample, ...]
     num_truncated: int = 0
+    group_size: int = 1
+    records: str | None = None
+
+    def __post_init__(self) -> None:
+        size = self.group_size
+        if not is_int(size) or size < 1 or len(self.samples) % size:
+            raise DataError(f"{self.name}: group_size: got {size!r}, expected a divisor of {len(self.samples)} samples")
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def num_groups(self) -> int:
+        """What batch sizes count."""
+        return len(self.samples) // self.group_size
+
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of every token and weight: tells whether a checkpoint belongs to this data."""
-        digest = hashlib.sha256()
+        """Hash of every token, weight and extra: tells whether a checkpoint belongs to this data."""
+        digest = hashlib.sha256(self.group_size.to_bytes(8, "little"))
         for sample in self.samples:
             digest.update(len(sample).to_bytes(8, "little"))
-            for array in (sample.tokens, sample.targets, sample.weights):
+            extras = [sample.extras[name] for name in sorted(sample.extras)]
+            digest.update(json.dumps(sorted(sample.extras)).encode())
+            for array in (sample.tokens, sample.targets, sample.weights, *extras):
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
@@ -102,7 +125,9 @@ class Dataset:
 Data = str | Path | Sequence[Mapping[str, Any]] | Dataset
 
 
-def load_dataset(data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "data") -> Dataset:
+def load_dataset(
+    data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "data", now: datetime | None = None
+) -> Dataset:
     """Reads, checks and tokenizes all of a job's data, so that a bad line is found before training starts.
 
     Args:
@@ -110,6 +135,7 @@ def load_dataset(data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "d
         tokenizer: A transformers tokenizer.
         cfg: max_length and completion_only_loss are used.
         name: What to call a list of records in messages.
+        now: The time for chat templates that print the date; None is the present.
 
     Raises:
         DataError: names the file and line (or the list and index) and what is wrong with it.
@@ -125,17 +151,16 @@ def load_dataset(data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "d
         name, records = str(data), _read_jsonl(Path(data))
     else:
         records = ((f"{name}[{i}]", record) for i, record in enumerate(data))
-    samples, truncated = [], 0
+    samples, truncated, digest = [], 0, hashlib.sha256()
     for where, record in records:
-        record = dict(record) if isinstance(record, Mapping) else record
-        ids, learn = tokenize(
-            parse_record(record, where), tokenizer, completion_only=cfg.completion_only_loss, where=where
-        )
+        parsed = parse_record(dict(record) if isinstance(record, Mapping) else record, where)
+        digest.update(repr(parsed).encode("utf-8", "surrogatepass"))
+        ids, learn = tokenize(parsed, tokenizer, completion_only=cfg.completion_only_loss, where=where, now=now)
         truncated += len(ids) > cfg.sample_tokens
         samples.append(_sample(ids, learn, cfg, where))
     if not samples:
         raise DataError(f"{name}: no records")
-    return Dataset(name, tuple(samples), truncated)
+    return Dataset(name, tuple(samples), truncated, records=digest.hexdigest())
 
 
 def make_sample(ids: Sequence[int], learn: Sequence[bool]) -> Sample:
