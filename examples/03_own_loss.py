@@ -4,10 +4,11 @@ Every pair has an answer to prefer and one to reject. The preferred one gets the
 -log(1 - p), the unlikelihood loss of Welleck et al. (2019, arXiv 1908.04319), whose gradient stays bounded where
 "minus the log-likelihood" would run away.
 
-The loss sees one pack: the log-probs of its targets, and a `LossBatch` with their weights, their samples and whatever
-the samples brought along by name, here how much an answer is liked. It is ordinary jax and returns the sum of what it
-has to add. With `-(batch.weights * batch.to_rows(batch.extras["advantage"]) * logp).sum()` this is REINFORCE; old
-log-probs per row make it PPO or GRPO; `05_dpo.py` is DPO.
+The loss sees one pack: the log-probs of its targets, their weights, and a `LossBatch` with its samples and whatever
+they brought along by name, here how much an answer is liked. It is ordinary jax and returns the sum of what it has to
+add; one that needs no samples is a function of the first two. With
+`-(weights * batch.to_rows(batch.extras["advantage"]) * logp).sum()` this is REINFORCE; with old log-probs per row it
+is PPO or GRPO; `05_dpo.py` is DPO.
 
     python examples/03_own_loss.py
 """
@@ -29,12 +30,12 @@ BUCKETS = (
 )
 
 
-def preference(logp: jax.Array, batch: LossBatch) -> jax.Array:
+def preference(logp: jax.Array, weights: jax.Array, batch: LossBatch) -> jax.Array:
     """Sum of token losses of one pack: likelihood of what is liked, unlikelihood of what is not."""
     liked = batch.to_rows(batch.extras["liked"])
     p = jnp.exp(jnp.minimum(logp, -1e-3))  # below 1: log(1 - p) stays finite
     losses = jnp.where(liked > 0, -liked * logp, liked * jnp.log1p(-p))
-    return (batch.weights * losses).sum()
+    return (weights * losses).sum()
 
 
 def sample(engine: Engine, prompt: str, answer: str, liked: float) -> Sample:

@@ -25,9 +25,9 @@ BUCKETS = (
 )
 
 
-def dpo(logp: jax.Array, batch: LossBatch) -> jax.Array:
+def dpo(logp: jax.Array, weights: jax.Array, batch: LossBatch) -> jax.Array:
     """Sum over the pairs of a pack; samples 2 i and 2 i + 1 are a chosen and a rejected answer."""
-    gain = batch.sum_by_sample(batch.weights * (logp - batch.extras["ref_logp"]))
+    gain = batch.sum_by_sample(weights * (logp - batch.extras["ref_logp"]))
     losses = -jax.nn.log_sigmoid(BETA * (gain[0::2] - gain[1::2]))
     return jnp.where(batch.sample_mask[0::2], losses, 0.0).sum()
 

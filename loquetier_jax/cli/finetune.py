@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from loquetier_jax.cli.options import (
 from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.config_file import from_dict, read_yaml
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
-from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.config import TrainConfig, changed_config
 from loquetier_jax.jobs.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -105,7 +105,6 @@ def run(args: argparse.Namespace) -> int:
     if args.resume:
         changes = settings(args.train, "--train")
         job = engine.resume_job(folder, recipe.data, eval_data=recipe.eval_data, train=changes)
-        recipe = replace(recipe, train=replace(recipe.train, **changes))
     else:
         job = engine.finetune(
             recipe.name, recipe.data, lora=recipe.lora, train=recipe.train, eval_data=recipe.eval_data
@@ -154,10 +153,11 @@ def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConf
     for option in ("data", "name", "eval_data", "recipe", "lora", "config", "override", "slo"):
         given = getattr(args, option)
         require(not given, option, given, f"nothing with --resume: {folder / CONFIG} says it")
+    changes = changed_config({}, settings(args.train, "--train"))
     try:
         saved = json.loads((folder / CONFIG).read_text())
         recipe = {key: saved[key] for key in ("data", "eval_data", "name")}
-        recipe |= {"lora": LoraConfig(**saved["lora"]), "train": TrainConfig.from_dict(saved["train"])}
+        recipe |= {"lora": LoraConfig(**saved["lora"]), "train": TrainConfig.from_dict(saved["train"] | changes)}
         cfg = from_dict(EngineConfig, saved["engine"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"--resume: got {folder}, expected a folder that finetune wrote: {error}") from error

@@ -91,7 +91,10 @@ class JobHandle:
             self._trainee.job.resume()
 
     def cancel(self) -> None:
-        """Ends the job; what it published stays. Raises JobError when it has ended."""
+        """Ends the job; what it published stays, a name that came with it and got nothing is free again.
+
+        Raises JobError when it has ended.
+        """
         with self._engine._lock:
             self._trainee.job.cancel()
 

@@ -1,8 +1,10 @@
 """How a job trains: one frozen dataclass under TRL's names, and each step's learning rate. Imports no jax."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,8 +87,8 @@ class TrainConfig:
             engine's longest.
         completion_only_loss: Learn completions and assistant messages only; False learns every token.
         shuffle: A new order each epoch, from (seed, epoch); False keeps the order of the data.
-        loss: "cross_entropy", or a function of one pack's (logp [L], LossBatch) in jax that returns the sum of its
-            losses; see `step.loss_batch.LossBatch`.
+        loss: "cross_entropy", or a function in jax of one pack's (logp [L], weights [L]), or of those and its LossBatch
+            (samples, and what they brought along), that returns the sum of its losses.
         loss_per: What the summed losses of an optimizer step are divided by, their number of: "target" (tokens that
             are learnt), "sample", or "group" (see `Dataset.group_size`).
         eval_steps: Evaluate every so many steps; 0 only at the end. Needs eval data.
@@ -159,6 +161,8 @@ class TrainConfig:
             self.loss,
             "'cross_entropy' or a function",
         )
+        if callable(self.loss):
+            takes_batch(self.loss)
         best = self.load_best_model_at_end
         require(best in (None, False, True), "load_best_model_at_end", best, "a boolean or null")
         require(self.loss_per in LOSS_PER, "loss_per", self.loss_per, f"one of {LOSS_PER}")
@@ -256,6 +260,19 @@ class TrainConfig:
                 raise ConfigError("loss: got None, expected the loss function this job was started with")
             data = data | {"loss": loss}
         return cls(**data)
+
+
+def takes_batch(loss: Callable[..., Any]) -> bool:
+    """Whether a loss takes a LossBatch beside log-probs and weights: whether it cannot do with two arguments.
+
+    Raises:
+        ConfigError: it takes neither two nor three.
+    """
+    for count in (2, 3):
+        with suppress(TypeError, ValueError):  # ValueError: a builtin that tells no signature
+            inspect.signature(loss).bind(*range(count))
+            return count == 3
+    raise ConfigError(f"loss: got {loss!r:.200}, expected a function of (logp, weights) or (logp, weights, batch)")
 
 
 def changed_config(saved: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

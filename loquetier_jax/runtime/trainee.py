@@ -89,7 +89,8 @@ class Trainee:
         key, job, losses = self.key(1), self.job, [None] * len(packs)
         if key.loss is not None:  # all dispatched before the first is read
             run = functions.loss_value(key)
-            values = [run(score["logp"], loss_batch(pack)) for pack, score in zip(packs, scores, strict=True)]
+            pairs = zip(packs, scores, strict=True)
+            values = [run(score["logp"], pack.weights, loss_batch(pack)) for pack, score in pairs]
             losses = [float(value) for value in values]
         for pack, score, loss in zip(packs, scores, losses, strict=True):
             job.eval_pack_finished(pack, score["logp"], score["correct"], loss)

@@ -242,7 +242,7 @@ class Training:
             elif job.status == "queued":  # paused before it had its pages, and resumed
                 job.start()
             due = job.status == "running" and job.evaluating and job.name not in self._evaluating
-            if due and trainee.pages:
+            if due and self._ready(trainee):
                 self._evaluate(trainee)
 
     def _evaluate(self, trainee: Trainee) -> None:

@@ -40,9 +40,9 @@ def backward_start(
         [T, D] in the compute dtype; the loss of each pack, [G] f32, None for cross-entropy.
     """
     train = unravel(template, flat)
-    rows = {"targets": train.rows.targets, "positions": train.rows.positions, "segment_ids": train.rows.segments}
-    rows = {name: a.reshape(packs, -1) for name, a in (rows | {"weights": train.weights}).items()}
-    losses, dlogp = loss_cotangent(loss, logp.reshape(packs, -1), LossBatch(**rows, extras=extras))
+    rows = (logp, train.weights, train.rows.targets, train.rows.positions, train.rows.segments)
+    logp, weights, *rest = (a.reshape(packs, -1) for a in rows)
+    losses, dlogp = loss_cotangent(loss, logp, weights, LossBatch(*rest, extras))
     dx = backward_head(spec, head, hidden, train.rows.targets, dlogp.reshape(-1), limit=cfg.logit_chunk)
     return dx, losses
 

@@ -185,14 +185,14 @@ class StepFunctions:
         return self._get(("backward_start", key.bucket, key.loss, key.extras), build)
 
     def loss_value(self, key: TrainKey) -> Callable[..., Any]:
-        """(logp [L], LossBatch) -> the loss of one pack that is scored; of jobs with a loss of their own."""
+        """(logp [L], weights [L], LossBatch) -> the loss of one scored pack; of jobs with a loss of their own."""
         rows = jax.ShapeDtypeStruct((key.pack_tokens,), jnp.float32)
         ints = jax.ShapeDtypeStruct((key.pack_tokens,), jnp.int32)
         extras = empty_extras(key.extras, 1, key.pack_tokens)
-        batch = LossBatch(rows, ints, ints, ints, shapes_of({name: a[0] for name, a in extras.items()}))
+        batch = LossBatch(ints, ints, ints, shapes_of({name: a[0] for name, a in extras.items()}))
 
         def build() -> Callable[..., Any]:
-            return jax.jit(functools.partial(loss_value, key.loss)).lower(rows, batch).compile()
+            return jax.jit(functools.partial(loss_value, key.loss)).lower(rows, rows, batch).compile()
 
         return self._get(("loss_value", key.pack_tokens, key.loss, key.extras), build)
 

@@ -1,4 +1,4 @@
-"""What a loss sees of one pack beside its log-probs: rows, samples, and what the samples brought along."""
+"""What a loss may see of one pack beside log-probs and weights: its samples, and what they brought along."""
 
 import flax.struct
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ class LossBatch:
     with `segment_ids` would scatter, on a GPU in any order.
 
     Attributes:
-        weights: [L] loss weight of each target, 0 on padding and where nothing is learnt.
         targets: [L] the token id whose log-prob the row has.
         positions: [L] place of the row in its sample, from 0.
         segment_ids: [L] which sample of the pack the row belongs to, from 0; -1 on padding.
@@ -24,7 +23,6 @@ class LossBatch:
             [S] where it has one; 0 on padding and beyond the last sample.
     """
 
-    weights: Float[Array, " L"]
     targets: Int[Array, " L"]
     positions: Int[Array, " L"]
     segment_ids: Int[Array, " L"]
@@ -55,4 +53,4 @@ class LossBatch:
 
 def loss_batch(pack: Pack) -> LossBatch:
     """A pack on the host as its loss sees it: numpy arrays, to be handed to a compiled function."""
-    return LossBatch(pack.weights, pack.targets, pack.positions, pack.segments, dict(pack.extras))
+    return LossBatch(pack.targets, pack.positions, pack.segments, dict(pack.extras))

@@ -158,9 +158,9 @@ def test_a_loss_in_ordinary_jax_over_pairs(tiny_engine):
     samples = [replace(sample, extras={"ref": lp, "no": np.float32(i)}) for i, sample, lp in rows]
     data, seen = replace(base, samples=tuple(samples), group_size=2), []
 
-    def dpo(logp: Any, batch: Any) -> Any:
-        seen.extend(isinstance(a, jax.Array) for a in (logp, *jax.tree.leaves(batch)))
-        gain = batch.sum_by_sample(batch.weights.at[0].multiply(1.0) * (logp - batch.extras["ref"]))
+    def dpo(logp: Any, weights: Any, batch: Any) -> Any:
+        seen.extend(isinstance(a, jax.Array) for a in (logp, weights, *jax.tree.leaves(batch)))
+        gain = batch.sum_by_sample(weights.at[0].multiply(1.0) * (logp - batch.extras["ref"]))
         whole = batch.extras["no"][0::2] + 1 - batch.extras["no"][1::2]  # 0 where the two were neighbours
         return jnp.where(batch.sample_mask[0::2], -jax.nn.log_sigmoid(gain[0::2] - gain[1::2]) + whole, 0).sum()
 

@@ -74,8 +74,8 @@ def test_early_stopping_ends_a_job_that_gets_worse(engine: Engine):
 def test_a_loss_of_ones_own(engine: Engine):
     """The sum over a pack of what cross-entropy is, then the half of it: same gradient times one half."""
 
-    def half(logp: Any, batch: Any) -> Any:
-        return -0.5 * (logp * batch.weights).sum()
+    def half(logp: Any, weights: Any) -> Any:
+        return -0.5 * (logp * weights).sum()
 
     cfg = train(max_steps=4, max_grad_norm=0.0, optim="sgd", learning_rate=0.2)
     whole = engine.finetune("whole", random_data(6), train=cfg).wait()

@@ -136,7 +136,7 @@ def test_max_length_beyond_the_pack_of_an_engine_without_train_buckets(make_engi
 
 def test_a_loss_that_cannot_be_compiled_fails_its_job(tiny_engine):
     """Whoever waited was told that nothing was left to do: the job failed after it could be retired."""
-    job = tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick(loss=lambda logp, batch: 1 / 0))
+    job = tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick(loss=lambda logp, weights: 1 / 0))
     tiny_engine.compiler.wait()
     with pytest.raises(JobError, match="division by zero"):
         job.wait()

@@ -67,8 +67,8 @@ def test_dict_roundtrip():
     )
     assert TrainConfig.from_dict(cfg.to_dict()) == cfg
 
-    def loss(logp, batch):
-        return -(logp * batch.weights).sum()
+    def loss(logp, weights):
+        return -(logp * weights).sum()
 
     cfg = TrainConfig(loss=loss)
     with pytest.raises(ConfigError, match="loss"):

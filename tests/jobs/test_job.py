@@ -86,7 +86,7 @@ def test_the_sum_of_a_loss_of_ones_own_is_divided_by_what_is_asked_for(make_data
     """It comes from the device: the function itself is never called here, with numpy."""
     data = replace(make_data(LENGTHS), group_size=2)
     config = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "pack_tokens": 128, "max_steps": 1}
-    job = started(data, **config, loss=lambda logp, batch: 1 / 0, loss_per=loss_per)
+    job = started(data, **config, loss=lambda logp, weights: 1 / 0, loss_per=loss_per)
     packs = []
     while (pack := job.next_pack()) is not None:
         job.pack_dispatched(pack)

@@ -1,5 +1,7 @@
 """What a loss of one's own sees of a pack, and what comes back, against torch's autograd and plain sums."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from loquetier_jax.errors import ConfigError
+from loquetier_jax.jobs.config import TrainConfig, takes_batch
 from loquetier_jax.jobs.data import Sample
 from loquetier_jax.jobs.extras import pass_extras
 from loquetier_jax.jobs.packing import build_pack
@@ -29,8 +32,8 @@ def make_pack(rng, lengths=LENGTHS):
     return samples, build_pack(samples, range(len(samples)), ROWS)
 
 
-def dpo(logp, batch):
-    gain = batch.sum_by_sample(batch.weights * (logp - batch.extras["ref_logp"]))
+def dpo(logp, weights, batch):
+    gain = batch.sum_by_sample(weights * (logp - batch.extras["ref_logp"]))
     losses = -jax.nn.log_sigmoid(BETA * (gain[0::2] - gain[1::2]) - batch.extras["margin"][0::2])
     return jnp.where(batch.sample_mask[0::2], losses, 0.0).sum()
 
@@ -53,8 +56,8 @@ def torch_dpo(samples, logps):
 def stacked(packs):
     batches = [loss_batch(pack) for pack in packs]
     extras = pass_extras(EXTRAS, packs, len(packs), ROWS)
-    names = ("weights", "targets", "positions", "segment_ids")
-    return LossBatch(**{name: np.stack([getattr(b, name) for b in batches]) for name in names}, extras=extras)
+    rows = {name: np.stack([getattr(b, name) for b in batches]) for name in ("targets", "positions", "segment_ids")}
+    return np.stack([pack.weights for pack in packs]), LossBatch(**rows, extras=extras)
 
 
 def test_a_loss_over_pairs_equals_torch():
@@ -63,7 +66,7 @@ def test_a_loss_over_pairs_equals_torch():
     made = [make_pack(rng), make_pack(rng, (64, 20))]
     logp = np.where([p.segments >= 0 for _, p in made], -rng.random((2, ROWS)), np.nan).astype(np.float32)
     batches = stacked([pack for _, pack in made])
-    losses, cotangent = jax.jit(lambda lp, batch: loss_cotangent(dpo, lp, batch))(logp, batches)
+    losses, cotangent = jax.jit(partial(loss_cotangent, dpo))(logp, *batches)
     for g, (samples, pack) in enumerate(made):
         own = [pack.segments == i for i in range(len(samples))]
         want, gradients = torch_dpo(samples, [logp[g][rows] for rows in own])
@@ -71,7 +74,7 @@ def test_a_loss_over_pairs_equals_torch():
         for rows, gradient in zip(own, gradients, strict=True):
             np.testing.assert_allclose(cotangent[g][rows], gradient, atol=1e-7)
         assert not np.asarray(cotangent[g])[pack.segments < 0].any()
-        alone = jax.jit(lambda lp, batch: loss_value(dpo, lp, batch))(logp[g], loss_batch(pack))
+        alone = jax.jit(partial(loss_value, dpo))(logp[g], pack.weights, loss_batch(pack))
         assert float(alone) == pytest.approx(want, rel=1e-6), "what an evaluation reports"
 
 
@@ -94,25 +97,42 @@ def test_sums_and_numbers_of_samples():
 def test_no_sum_scatters():
     """On a GPU a scatter adds in any order: neither a sum nor its gradient has one."""
     _, pack = make_pack(np.random.default_rng(2))
-    text = str(jax.make_jaxpr(jax.grad(lambda lp: dpo(lp, loss_batch(pack))))(jnp.zeros(ROWS)))
+    text = str(jax.make_jaxpr(jax.grad(lambda lp: dpo(lp, pack.weights, loss_batch(pack))))(jnp.zeros(ROWS)))
     assert "scatter" not in text.replace("scatter_dimension", "")
 
 
 def test_ordinary_jax_is_enough():
     """`at`, `cond` and numpy-free code: arguments are traced arrays, whatever they are called for."""
 
-    def loss(logp, batch):
-        first = batch.weights.at[0].set(0.0)
+    def loss(logp, weights):
+        first = weights.at[0].set(0.0)
         return jax.lax.cond(first.sum() > 0, lambda: -(first * logp).sum(), lambda: jnp.float32(0))
 
     _, pack = make_pack(np.random.default_rng(3))
-    losses, cotangent = loss_cotangent(loss, jnp.full((1, ROWS), -1.0), stacked([pack]))
+    losses, cotangent = loss_cotangent(loss, jnp.full((1, ROWS), -1.0), *stacked([pack]))
     assert float(losses[0]) == pack.weights[1:].sum()
     np.testing.assert_array_equal(cotangent[0], -pack.weights)
 
 
-@pytest.mark.parametrize("loss", [lambda logp, batch: logp, lambda logp, batch: 1], ids=["rows", "integer"])
+@pytest.mark.parametrize("loss", [lambda logp, weights: logp, lambda logp, weights: 1], ids=["rows", "integer"])
 def test_what_is_no_loss_is_named(loss):
     _, pack = make_pack(np.random.default_rng(4))
     with pytest.raises(ConfigError, match=r"loss: got a function that returns .*, expected a float scalar"):
-        loss_value(loss, jnp.zeros(ROWS), loss_batch(pack))
+        loss_value(loss, jnp.zeros(ROWS), pack.weights, loss_batch(pack))
+
+
+@pytest.mark.parametrize(
+    ("loss", "takes"),
+    [
+        (lambda logp, weights: 0, False),
+        (lambda logp, weights, batch: 0, True),
+        (lambda logp, weights, beta=0.1: 0, False),
+        (partial(dpo), True),
+        (lambda *arrays: 0, False),
+    ],
+)
+def test_a_loss_takes_two_arguments_or_three(loss, takes):
+    assert takes_batch(loss) == takes
+    for wrong in (lambda logp: 0, lambda a, b, c, d: 0, lambda logp, *, weights: 0):
+        with pytest.raises(ConfigError, match=r"loss: got .*, expected a function of \(logp, weights\) or"):
+            TrainConfig(loss=wrong)
