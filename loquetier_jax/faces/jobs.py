@@ -91,9 +91,7 @@ class JobCalls:
         cfg, lora = train or TrainConfig(), lora or LoraConfig()
         for argument, value, kind in (("train", cfg, TrainConfig), ("lora", lora, LoraConfig)):
             require(isinstance(value, kind), argument, value, f"a {kind.__name__}")
-        best = cfg.load_best_model_at_end
-        require(eval_data is not None or not cfg.eval_steps, "eval_steps", cfg.eval_steps, "0 without eval_data")
-        require(eval_data is not None or not best, "load_best_model_at_end", best, "False without eval_data")
+        _check_evaluation(cfg, eval_data)
         if cfg.pack_tokens is None:
             longest = self.cfg.longest_pack(scored=eval_data is not None) or cfg.pack_rows
             cfg = dataclasses.replace(cfg, pack_tokens=longest)
@@ -147,6 +145,8 @@ class JobCalls:
         saved = state.host["job"]
         saved["config"] = changed_config(saved["config"], train or {})
         cfg = TrainConfig.from_dict(saved["config"], loss=loss)
+        if train:
+            _check_evaluation(cfg, eval_data)
         data_sets = self._read(data, eval_data, cfg, datetime.fromisoformat(saved["tokenized_at"]))
         return self._adopt(state, *data_sets, loss, go_on=bool(train))
 
@@ -241,6 +241,13 @@ class JobCalls:
             return
         why = job.error or "it has published nothing"
         self.adapters.fail(job.name, f"adapter {job.name!r}: its job is {job.status}: {why}")
+
+
+def _check_evaluation(cfg: TrainConfig, eval_data: Data | None) -> None:
+    if eval_data is None:
+        best = cfg.load_best_model_at_end
+        require(not cfg.eval_steps, "eval_steps", cfg.eval_steps, "0 without eval_data")
+        require(not best, "load_best_model_at_end", best, "False without eval_data")
 
 
 def _metrics(cfg: TrainConfig) -> MetricsWriter | None:

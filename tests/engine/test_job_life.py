@@ -125,6 +125,8 @@ def test_a_finished_run_goes_on_for_more_steps(tiny_engine, tmp_path):
     assert losses(linear.wait(), "learning_rate") == [float(np.float32(1e-3 * (8 - i) / 8)) for i in range(4, 8)]
     with pytest.raises(ConfigError, match="max_steps: got 8, expected more than the 8 that are done"):
         tiny_engine.resume_job(tmp_path / "run", data, train={"max_steps": 8})
+    with pytest.raises(ConfigError, match="eval_steps: got 1, expected 0 without eval_data"):
+        tiny_engine.resume_job(tmp_path / "run", data, train={"max_steps": 9, "eval_steps": 1})
     with pytest.raises(ConfigError, match="train optim: got 'sgd', expected one of"):
         tiny_engine.resume_job(tmp_path / "run", data, train={"optim": "sgd"})
 
