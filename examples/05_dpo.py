@@ -20,8 +20,8 @@ from loquetier_jax.tiny.skills import dataset
 BETA = 0.1
 BUCKETS = (
     Bucket(prefill=48, chunks=3, decode=16),
-    Bucket(packs=1, pack_tokens=512),
-    Bucket(score_packs=1, score_tokens=512, decode=16),
+    Bucket(packs=1, pack_tokens=256),
+    Bucket(score_packs=1, score_tokens=256, decode=16),
 )
 
 
@@ -43,11 +43,13 @@ def with_reference(engine: Engine, answers: Dataset) -> Dataset:
 def main(steps: int = 16) -> None:
     """Runs the example with so many optimizer steps."""
     engine = Engine.from_pretrained(base_path(), config="demo", buckets=BUCKETS)
-    both = zip(dataset("polite", 80, seed=0), dataset("shout", 80, seed=0), strict=True)
-    records = [record for pair in both for record in pair]  # chosen, rejected, chosen, rejected, ...
-    train = TrainConfig(max_steps=steps, learning_rate=2e-3, pack_tokens=512, loss=dpo, loss_per="group")
+    pairs = zip(dataset("polite", 96, seed=0), dataset("shout", 96, seed=0), strict=True)
+    short = [pair for pair in pairs if len(pair[0]["prompt"]) < 50]  # both answers fit one pack
+    records = [record for pair in short for record in pair]  # chosen, rejected, chosen, rejected, ...
+    train = TrainConfig(max_steps=steps, per_device_train_batch_size=4, learning_rate=2e-3, pack_tokens=256,
+                        loss=dpo, loss_per="group")  # fmt: skip
     data, held_out = (
-        with_reference(engine, load_dataset(part, engine.tokenizer, train)) for part in (records[:128], records[128:])
+        with_reference(engine, load_dataset(part, engine.tokenizer, train)) for part in (records[:-16], records[-16:])
     )
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     job = engine.finetune("polite", data, eval_data=held_out, lora=lora, train=train).wait()
