@@ -26,7 +26,7 @@ from loquetier_jax.cli.options import (
 from loquetier_jax.config import RANK_PAGE, EngineConfig, require
 from loquetier_jax.config_file import from_dict, read_yaml
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
-from loquetier_jax.jobs.config import TRUNCATIONS, TrainConfig
+from loquetier_jax.jobs.config import TRUNCATIONS, TrainConfig, changed_config
 from loquetier_jax.jobs.metrics import read_metrics
 from loquetier_jax.jobs.records import check_records
 
@@ -41,6 +41,7 @@ checkpoints/, and adapter/, which PEFT, vLLM and `loquetier generate --adapter` 
   loquetier finetune data.jsonl --output-dir runs/sql --lora r=16 lora_alpha=32 --train max_steps=500
   loquetier finetune --recipe sql.yaml --output-dir runs/sql
   loquetier finetune --output-dir runs/sql --resume         after a kill: the next losses are the same
+  loquetier finetune --output-dir runs/sql --resume --train max_steps=1000         the finished run goes on
 
 A recipe is YAML: data, eval_data, name, lora: {...}, train: {...}; options on the command line win. Data is JSON
 lines or one JSON array: {"messages": [...]}, {"prompt", "completion"}, {"text"}, Alpaca, GSM8K, ShareGPT, or token
@@ -131,12 +132,13 @@ def run(args: argparse.Namespace) -> int:
     recipe, cfg, args.model = _resumed(args, folder) if args.resume else _fresh(args, folder)
     engine = build_engine(args, console, cfg)
     if args.resume:
-        job = engine.resume_job(folder, recipe.data, eval_data=recipe.eval_data)
+        changes = settings(args.train, "--train")
+        job = engine.resume_job(folder, recipe.data, eval_data=recipe.eval_data, train=changes)
     else:
         job = engine.finetune(
             recipe.name, recipe.data, lora=recipe.lora, train=recipe.train, eval_data=recipe.eval_data
         )
-        _write_config(folder, recipe, cfg, args.model)
+    _write_config(folder, recipe, cfg, args.model)
     with JobBar(console) as bar:
         finished = _drive(engine, job, bar)
     if not finished:
@@ -179,14 +181,15 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig, str]:
-    """What a run does that goes on: all of it as it was set, so nothing may be set again."""
-    for option in ("data", "name", "eval_data", "recipe", "lora", "train", "config", "override", "slo"):
+    """What a run does that goes on: all of it as it was set, but for what `resume_job` lets --train change."""
+    for option in ("data", "name", "eval_data", "recipe", "lora", "config", "override", "slo"):
         given = getattr(args, option)
         require(not given, option, given, f"nothing with --resume: {folder / CONFIG} says it")
+    changes = changed_config({}, settings(args.train, "--train"))
     try:
         saved = json.loads((folder / CONFIG).read_text())
         recipe = {key: saved[key] for key in ("data", "eval_data", "name")}
-        recipe |= {"lora": LoraConfig(**saved["lora"]), "train": TrainConfig.from_dict(saved["train"])}
+        recipe |= {"lora": LoraConfig(**saved["lora"]), "train": TrainConfig.from_dict(saved["train"] | changes)}
         cfg = from_dict(EngineConfig, saved["engine"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"--resume: got {folder}, expected a folder that finetune wrote: {error}") from error
@@ -265,4 +268,5 @@ def _report(args: argparse.Namespace, job: "JobHandle", folder: Path) -> None:
     losses = [line["loss"] for line in lines if "loss" in line]
     trend = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
     held_out = f"eval loss {last['eval_loss']:.3f}, " if "eval_loss" in last else ""
-    sys.stdout.write(f"{job.step} steps, {trend}{held_out}adapter in {folder / ADAPTER}\n")
+    best = f"of step {job.best_step}, the best, " if job.serves_best else ""
+    sys.stdout.write(f"{job.step} steps, {trend}{held_out}adapter {best}in {folder / ADAPTER}\n")

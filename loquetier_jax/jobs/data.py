@@ -1,10 +1,12 @@
 """Training data: records of every form to samples, all checked before anything trains; and their packs."""
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
+from loquetier_jax.config import is_int
 from loquetier_jax.errors import DataError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data_checks import check_samples_fit, check_token_ids
@@ -30,11 +33,13 @@ class Sample:
         tokens: [n] input token ids.
         targets: [n] the token that follows each; 0 where it is not learnt.
         weights: [n] loss weights: 1 where the target is learnt, else 0.
+        extras: By name, what a loss of one's own is to see: float32, [n] for a number per row, [] for one number.
     """
 
     tokens: Int32[np.ndarray, " n"]
     targets: Int32[np.ndarray, " n"]
     weights: Float32[np.ndarray, " n"]
+    extras: Mapping[str, Float32[np.ndarray, "*n"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,6 +60,7 @@ class Pack:
         index: Which pack of its step, from 0.
         is_last: Whether it is the last pack of its step.
         sample_ids: Index in the data of each segment's sample.
+        extras: By name, [L] or [L / SAMPLE_ALIGN]: the samples' own, 0 on padding and beyond the last sample.
     """
 
     tokens: Int32[np.ndarray, " L"]
@@ -69,6 +75,7 @@ class Pack:
     index: int
     is_last: bool
     sample_ids: tuple[int, ...]
+    extras: Mapping[str, Float32[np.ndarray, " n"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +89,9 @@ class Dataset:
         num_tokens_cut: Tokens that they lost.
         num_dropped: Records left out because they are longer (truncation="drop").
         num_empty: Records left out because their answer is the empty text.
+        group_size: So many consecutive samples belong together, as a chosen and a rejected answer do: they are
+            shuffled as one and share a pack, and batch sizes count groups.
+        records: Hash of the records that the samples were made of; None where there were none.
     """
 
     name: str
@@ -90,17 +100,31 @@ class Dataset:
     num_tokens_cut: int = 0
     num_dropped: int = 0
     num_empty: int = 0
+    group_size: int = 1
+    records: str | None = None
+
+    def __post_init__(self) -> None:
+        size = self.group_size
+        if not is_int(size) or size < 1 or len(self.samples) % size:
+            raise DataError(f"{self.name}: group_size: got {size!r}, expected a divisor of {len(self.samples)} samples")
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def num_groups(self) -> int:
+        """What batch sizes count."""
+        return len(self.samples) // self.group_size
+
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of every token and weight: tells whether a checkpoint belongs to this data."""
-        digest = hashlib.sha256()
+        """Hash of every token, weight and extra: tells whether a checkpoint belongs to this data."""
+        digest = hashlib.sha256(self.group_size.to_bytes(8, "little"))
         for sample in self.samples:
             digest.update(len(sample).to_bytes(8, "little"))
-            for array in (sample.tokens, sample.targets, sample.weights):
+            extras = [sample.extras[name] for name in sorted(sample.extras)]
+            digest.update(json.dumps(sorted(sample.extras)).encode())
+            for array in (sample.tokens, sample.targets, sample.weights, *extras):
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
@@ -120,7 +144,13 @@ Data = str | Path | Iterable[Mapping[str, Any]] | Dataset
 
 
 def load_dataset(
-    data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "data", vocab_size: int | None = None
+    data: Data,
+    tokenizer: Any,
+    cfg: TrainConfig,
+    *,
+    name: str = "data",
+    vocab_size: int | None = None,
+    now: datetime | None = None,
 ) -> Dataset:
     """Reads, checks and tokenizes all of a job's data, so that a bad line is found before training starts.
 
@@ -134,6 +164,7 @@ def load_dataset(
         cfg: max_length, pack_tokens, truncation and completion_only_loss are used.
         name: What to call data that is no file in messages.
         vocab_size: Rows of the model's embedding; no token id may lie beyond.
+        now: The time for chat templates that print the date; None is the present.
 
     Raises:
         DataError: names the file and line (or the list and index) and what is wrong with it.
@@ -141,7 +172,7 @@ def load_dataset(
     if isinstance(data, Dataset):
         check_samples_fit(data.samples, data.name, cfg, vocab_size)
         return data
-    intake = _Intake(tokenizer, cfg, vocab_size)
+    intake = _Intake(tokenizer, cfg, vocab_size, now)
     name = str(data) if isinstance(data, (str, os.PathLike)) else name
     for where, record in records_of(data, name):
         intake.add(record, where)
@@ -170,11 +201,13 @@ class _Intake:
     tokenizer: Any
     cfg: TrainConfig
     vocab_size: int | None
+    now: datetime | None
     samples: list[Sample] = field(default_factory=list)
     truncated: int = 0
     tokens_cut: int = 0
     dropped: int = 0
     empty: list[str] = field(default_factory=list)
+    digest: Any = field(default_factory=hashlib.sha256)
 
     def add(self, record: Any, where: str) -> None:
         """Tokenizes and checks a record, and keeps its sample unless it is to be left out."""
@@ -205,11 +238,14 @@ class _Intake:
     def _tokens(self, record: Any, where: str) -> tuple[list[int], list[bool]]:
         completion_only = self.cfg.completion_only_loss
         if isinstance(record, dict) and "input_ids" in record:
-            return tokenized(record, where, completion_only=completion_only)
+            found = tokenized(record, where, completion_only=completion_only)
+            self.digest.update(repr(found).encode())
+            return found
         parsed = parse_record(record, where)
+        self.digest.update(repr(parsed).encode("utf-8", "surrogatepass"))
         if self.tokenizer is None:
             raise DataError(f"{where}: got text, expected input_ids: this engine has no tokenizer")
-        return tokenize(parsed, self.tokenizer, completion_only=completion_only, where=where)
+        return tokenize(parsed, self.tokenizer, completion_only=completion_only, where=where, now=self.now)
 
     def dataset(self, name: str) -> Dataset:
         """All that was kept; says what was not."""
@@ -230,8 +266,8 @@ class _Intake:
         if empty:
             told = f"{empty} of {total} records have an empty answer and are left out"
             log.warning("%s: %s, the first is %s", name, told, self.empty[0])
-        counts = {"num_truncated": self.truncated, "num_tokens_cut": self.tokens_cut}
-        return Dataset(name, tuple(self.samples), **counts, num_dropped=dropped, num_empty=empty)
+        rest = {"num_truncated": self.truncated, "num_tokens_cut": self.tokens_cut, "records": self.digest.hexdigest()}
+        return Dataset(name, tuple(self.samples), **rest, num_dropped=dropped, num_empty=empty)
 
 
 def truncate(sample: Sample, rows: int, side: str, *, keep_begin: bool = False) -> Sample:

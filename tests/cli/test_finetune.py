@@ -70,6 +70,17 @@ def test_resumed_after_a_kill_the_next_losses_are_the_same(
     assert (run_folder / "adapter" / "adapter_config.json").is_file()
 
 
+def test_a_finished_run_goes_on(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was refused: neither could its length be set again, nor anything else."""
+    command = ["finetune", "--output-dir", str(run_folder), "--resume", "--json"]
+    assert main([*command, "--train", "seed=3"]) == 2
+    assert "train seed: got 3, expected one of ('max_steps'" in capsys.readouterr().err
+    assert main([*command, "--train", "max_steps=5"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 5
+    assert [line["step"] for line in read_metrics(run_folder / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5]
+    assert json.loads((run_folder / "config.json").read_text())["train"]["max_steps"] == 5
+
+
 def test_recipe_and_command_line(
     data: Path,
     options: list[str],
