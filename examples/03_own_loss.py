@@ -1,12 +1,14 @@
-"""Your own loss: a function of per-token log-probabilities. Here: say this, not that.
+"""Your own loss: a function of log-probabilities per token. Here: say this, not that.
 
 Every pair has an answer to prefer and one to reject. The preferred one gets the usual -log p; the rejected one gets
 -log(1 - p), the unlikelihood loss of Welleck et al. (2019, arXiv 1908.04319), whose gradient stays bounded where
 "minus the log-likelihood" would run away.
 
-The loss sees two vectors of one pack, the log-probs of its targets and their weights, and returns the sum of the
-token losses; weights are yours to use, so advantages, importance ratios or rewards travel in them: with
-`-(weights * logp).sum()` and advantages as weights this very script is REINFORCE.
+The loss sees one pack: the log-probs of its targets, their weights, and a `LossBatch` with its samples and whatever
+they brought along by name, here how much an answer is liked. It is ordinary jax and returns the sum of what it has to
+add; one that needs no samples is a function of the first two. With
+`-(weights * batch.to_rows(batch.extras["advantage"]) * logp).sum()` this is REINFORCE; with old log-probs per row it
+is PPO or GRPO; `05_dpo.py` is DPO.
 
     python examples/03_own_loss.py
 """
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loquetier_jax import Engine, LoraConfig, TrainConfig
+from loquetier_jax import Engine, LoraConfig, LossBatch, TrainConfig
 from loquetier_jax.config import Bucket
 from loquetier_jax.jobs.data import Dataset, Sample
 from loquetier_jax.tiny import base_path
@@ -28,21 +30,21 @@ BUCKETS = (
 )
 
 
-def preference(logp: jax.Array, weights: jax.Array) -> jax.Array:
-    """Sum of token losses of one pack: likelihood where weights are positive, unlikelihood where negative."""
-    likely = -jnp.maximum(weights, 0.0) * logp
+def preference(logp: jax.Array, weights: jax.Array, batch: LossBatch) -> jax.Array:
+    """Sum of token losses of one pack: likelihood of what is liked, unlikelihood of what is not."""
+    liked = batch.to_rows(batch.extras["liked"])
     p = jnp.exp(jnp.minimum(logp, -1e-3))  # below 1: log(1 - p) stays finite
-    unlikely = jnp.minimum(weights, 0.0) * jnp.log1p(-p)
-    return (likely + unlikely).sum()
+    losses = jnp.where(liked > 0, -liked * logp, liked * jnp.log1p(-p))
+    return (weights * losses).sum()
 
 
-def sample(engine: Engine, prompt: str, answer: str, weight: float) -> Sample:
-    """One training example whose answer tokens all weigh `weight`; targets[i] follows tokens[i]."""
+def sample(engine: Engine, prompt: str, answer: str, liked: float) -> Sample:
+    """One training example that learns its answer; targets[i] follows tokens[i]."""
     start = len(engine.tokenizer.encode(prompt))
     ids = np.asarray([*engine.tokenizer.encode(prompt + answer), engine.tokenizer.eos_token_id], np.int32)
     weights = np.zeros(len(ids) - 1, np.float32)
-    weights[start - 1 :] = weight
-    return Sample(tokens=ids[:-1], targets=ids[1:], weights=weights)
+    weights[start - 1 :] = 1.0
+    return Sample(tokens=ids[:-1], targets=ids[1:], weights=weights, extras={"liked": np.float32(liked)})
 
 
 def mean_logp(engine: Engine, pairs: list[tuple[str, str]], adapter: str | None) -> float:

@@ -76,7 +76,7 @@ def main(steps: int = 24) -> None:
 
         # 3. Backward over the train rows: from log-probs to the page's gradient, which adds up in the pool.
         flat_train = jnp.asarray(ravel(batch.train))
-        dx = backward_start(head_params(state.params), out.hidden, out.train["logp"], flat_train)
+        dx, _ = backward_start(head_params(state.params), out.hidden, out.train["logp"], flat_train, {})
         _, state.grads = backward(state.params["layers"], state.pages, out.kept, dx, state.grads, jnp.int32(0),
                                   flat_train)  # fmt: skip
 

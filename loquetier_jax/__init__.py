@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
     from loquetier_jax.jobs.config import TrainConfig
     from loquetier_jax.serve.params import SamplingParams
+    from loquetier_jax.step.loss_batch import LossBatch
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Engine": "loquetier_jax.engine",
     "LoraConfig": "loquetier_jax.adapters.lora",
+    "LossBatch": "loquetier_jax.step.loss_batch",
     "SamplingParams": "loquetier_jax.serve.params",
     "TrainConfig": "loquetier_jax.jobs.config",
 }
@@ -74,6 +76,7 @@ __all__ = [
     "JobError",
     "LoquetierError",
     "LoraConfig",
+    "LossBatch",
     "ModelError",
     "RequestError",
     "SLOConfig",

@@ -33,10 +33,11 @@ def from_dict(cls: type[C], data: dict[str, Any], where: str = "") -> C:
     require(isinstance(data, dict), where or cls.__name__, data, "a mapping")
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
+    known = fields | getattr(cls, "borrowed", frozenset())  # arguments of other libraries, see `borrowed`
     for key in data:
-        require(key in fields, f"{where}{key}", data[key], f"one of the keys {sorted(fields)}")
+        require(key in known, f"{where}{key}", data[key], f"one of the keys {sorted(fields)}")
     try:
-        return cls(**{k: _convert(hints[k], v, f"{where}{k}.") for k, v in data.items()})
+        return cls(**{k: _convert(hints.get(k), v, f"{where}{k}.") for k, v in data.items()})
     except TypeError as error:
         raise ConfigError(f"{where or cls.__name__}: {error}") from error
 

@@ -9,10 +9,11 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from loquetier_jax.adapters.peft_arguments import PEFT_ARGUMENTS
 from loquetier_jax.adapters.targets import (
     TARGETS,
     first_match,
@@ -21,6 +22,7 @@ from loquetier_jax.adapters.targets import (
     pattern_matches,
     weight_key,
 )
+from loquetier_jax.borrowed import borrowing
 from loquetier_jax.config import RANK_PAGE, require
 from loquetier_jax.errors import AdapterError
 from loquetier_jax.models.spec import DecoderSpec
@@ -32,9 +34,13 @@ DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's for Llama, Mistral, Qwen and Ge
 _UNSUPPORTED_MODULES = ("lm_head", "model.embed_tokens")
 
 
+@borrowing(PEFT_ARGUMENTS)
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """How an adapter is built; names and meanings are PEFT's `LoraConfig`.
+
+    PEFT's other arguments are taken where they ask for what is done anyway (`bias="none"`, `task_type="CAUSAL_LM"`),
+    and refused in a sentence otherwise.
 
     Attributes:
         r: Rank of every targeted module that `rank_pattern` does not name.
@@ -63,6 +69,8 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init_lora_weights: Literal[True, "gaussian"] = True
     layers_to_transform: tuple[int, ...] | None = None
+
+    borrowed: ClassVar[frozenset[str]]
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):

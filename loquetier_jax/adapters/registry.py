@@ -27,18 +27,18 @@ class Registry:
         self._clock = itertools.count(1)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._names and self._names[name].failure is None
 
     def names(self) -> list[str]:
         """Names that serve, sorted."""
-        return sorted(self._names)
+        return sorted(name for name in self._names if name in self)
 
     def versions(self) -> list[Version]:
         """All living versions, oldest first: the current ones, and old ones that somebody still uses."""
         return list(self._versions.values())
 
     def get(self, name: str) -> Version:
-        """The version that `name` points to.
+        """The version that `name` points to; of a name that has failed, one whose weights raise why.
 
         Raises:
             AdapterError: unknown name.
@@ -59,8 +59,11 @@ class Registry:
         """
         version = self.get(name)
         self._check_name(new, replace=False)
+        failed = self._names.get(new)
         self._names[new] = self._names.pop(name)
         version.name = new
+        if failed is not None:
+            self._forget_unused(failed)
         if name in self._pinned:
             self._pinned.remove(name)
             self._pinned.add(new)
@@ -139,7 +142,7 @@ class Registry:
 
     def _check_name(self, name: str, replace: bool) -> None:
         check_name(name)
-        if name in self._names and not replace:
+        if name in self and not replace:
             raise AdapterError(f"name: adapter {name!r} exists; pass replace=True for a new version of it")
 
     def _point(self, name: str, version: Version) -> Version:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights
 from loquetier_jax.adapters.peft import fingerprint, read_peft
 from loquetier_jax.adapters.pool import PagePool
@@ -89,6 +91,22 @@ class AdapterStore(Registry):
         self.check_new(name, shape, replace=replace)
         return self._serve(name, shape, config, weights, folder, stamp)
 
+    def fail(self, name: str, reason: str) -> None:
+        """Takes a name out of service because of an error: who asks for it is told, and whoever wants it may have it.
+
+        Requests that have its version keep it to their end.
+
+        Raises:
+            AdapterError: unknown name.
+        """
+
+        def nothing() -> LoraWeights:
+            raise AdapterError(reason)
+
+        shape = self.get(name).shape
+        self._pinned.discard(name)
+        self._point(name, Version(id=next(self._ids), name=name, shape=shape, snapshot=nothing, failure=reason))
+
     def pin(self, name: str) -> None:
         """Makes an adapter resident and keeps it so, whatever version its name points to.
 
@@ -138,6 +156,17 @@ class AdapterStore(Registry):
             AdapterError: they cannot be read.
         """
         return self._residency.load_host(self._alive(version))
+
+    def is_finite(self, version: Version) -> bool:
+        """Whether the version's weights are all finite numbers; reads them, once.
+
+        Raises:
+            AdapterError: they cannot be read.
+        """
+        if version.finite is None:
+            arrays = (a for pair in self.weights(version).values() for a in pair.values())
+            version.finite = all(bool(np.isfinite(a).all()) for a in arrays)
+        return version.finite
 
     # Jobs.
 

@@ -29,6 +29,8 @@ class Version:
         holds: Users that wait: the version stays, its pages need not.
         last_epoch: The last step dispatched with its pages by users that have released it.
         last_used: Larger for the more recently used.
+        failure: Why there are no weights and never will be (`snapshot` raises it); None of all others.
+        finite: Whether all weights are finite numbers; None until somebody asked.
     """
 
     id: int
@@ -44,6 +46,8 @@ class Version:
     holds: int = 0
     last_epoch: int = 0
     last_used: int = 0
+    failure: str | None = None
+    finite: bool | None = None
 
     @property
     def residency(self) -> Residency:

@@ -23,11 +23,12 @@ from loquetier_jax.cli.options import (
     settings,
     stderr_console,
 )
-from loquetier_jax.config import EngineConfig, require
+from loquetier_jax.config import RANK_PAGE, EngineConfig, require
 from loquetier_jax.config_file import from_dict, read_yaml
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
-from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.config import TRUNCATIONS, TrainConfig, changed_config
 from loquetier_jax.jobs.metrics import read_metrics
+from loquetier_jax.jobs.records import check_records
 
 if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
@@ -40,12 +41,15 @@ checkpoints/, and adapter/, which PEFT, vLLM and `loquetier generate --adapter` 
   loquetier finetune data.jsonl --output-dir runs/sql --lora r=16 lora_alpha=32 --train max_steps=500
   loquetier finetune --recipe sql.yaml --output-dir runs/sql
   loquetier finetune --output-dir runs/sql --resume         after a kill: the next losses are the same
+  loquetier finetune --output-dir runs/sql --resume --train max_steps=1000         the finished run goes on
 
 A recipe is YAML: data, eval_data, name, lora: {...}, train: {...}; options on the command line win. Data is JSON
-lines: {"messages": [...]}, {"prompt", "completion"}, {"text"}, Alpaca, GSM8K or ShareGPT; a malformed line is
-named before training starts."""
+lines or one JSON array: {"messages": [...]}, {"prompt", "completion"}, {"text"}, Alpaca, GSM8K, ShareGPT, or token
+ids as {"input_ids", "labels"}; a malformed line is named before the model is loaded. Samples longer than max_length
+tokens (or one pack) are truncated on the right, counted and told; --truncation says otherwise."""
 
 CONFIG, ADAPTER, METRICS = "config.json", "adapter", "metrics.jsonl"
+TOLD = ("loss", "eval_loss", "num_tokens", "num_truncated", "num_dropped", "num_empty")  # of the metrics, at the end
 SAVE_STEPS = 100  # unless the user says otherwise: a run of the command line can be resumed
 
 
@@ -54,7 +58,7 @@ class Recipe:
     """What a finetune command does; the keys of a --recipe file.
 
     Attributes:
-        data, eval_data: JSON-lines files.
+        data, eval_data: Files of JSON lines or of one JSON array.
         name: Of the job and the adapter.
         lora, train: As in the Python API.
     """
@@ -69,7 +73,7 @@ class Recipe:
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command."""
     parser = new_parser(commands, "finetune", "train a LoRA adapter from a data file", DESCRIPTION)
-    parser.add_argument("data", nargs="?", help="JSON-lines file")
+    parser.add_argument("data", nargs="?", help="file of JSON lines or of one JSON array")
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="where everything is written")
     parser.add_argument("--name", help="of the job and adapter; default: the name of the folder")
     parser.add_argument("--eval-data", metavar="FILE", help="held-out data, scored at the end or every eval_steps")
@@ -81,7 +85,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
-    """--lora and --train, each KEY=VALUE ..."""
+    """--lora and --train, each KEY=VALUE ..., and --truncation, which is one of --train."""
     group = parser.add_argument_group("training")
     for option, cls in (("--lora", LoraConfig), ("--train", TrainConfig)):
         names = ", ".join(f.name for f in fields(cls) if f.name not in ("loss", "output_dir"))
@@ -93,6 +97,32 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
             metavar="KEY=VALUE",
             help=f"{cls.__name__}: {names}",
         )
+    group.add_argument(
+        "--truncation",
+        dest="train",
+        action="append",
+        type="truncation={}".format,
+        metavar="|".join(TRUNCATIONS),
+        help="of samples longer than max_length tokens: cut, drop or refuse them; default: right",
+    )
+
+
+def check_job(cfg: EngineConfig, lora: LoraConfig, train: TrainConfig, data: str, eval_data: str | None = None) -> None:
+    """Refuses what no model could train, before one is loaded.
+
+    Raises:
+        DataError: see `records.check_records`.
+        ConfigError: a rank or a pack that is larger than the engine's, or another dtype than its.
+    """
+    for path, name in ((data, "data"), (eval_data, "eval_data")):
+        if path is not None:
+            check_records(path, name)
+    train.check_dtype(cfg.dtype)
+    rank, most = max(lora.r, *lora.rank_pattern.values(), 0), min(cfg.max_lora_rank, RANK_PAGE * cfg.train_pages)
+    require(rank <= most, "lora r", rank, f"<= {most}, by max_lora_rank and train_pages of the engine")
+    held = max((b.score_tokens for b in cfg.buckets), default=0)
+    fits = eval_data is None or (train.pack_tokens or 0) <= held
+    require(fits, "train pack_tokens", train.pack_tokens, f"<= {held} beside eval_data: the longest score bucket")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,12 +132,13 @@ def run(args: argparse.Namespace) -> int:
     recipe, cfg, args.model = _resumed(args, folder) if args.resume else _fresh(args, folder)
     engine = build_engine(args, console, cfg)
     if args.resume:
-        job = engine.resume_job(folder, recipe.data, eval_data=recipe.eval_data)
+        changes = settings(args.train, "--train")
+        job = engine.resume_job(folder, recipe.data, eval_data=recipe.eval_data, train=changes)
     else:
         job = engine.finetune(
             recipe.name, recipe.data, lora=recipe.lora, train=recipe.train, eval_data=recipe.eval_data
         )
-        _write_config(folder, recipe, cfg, args.model)
+    _write_config(folder, recipe, cfg, args.model)
     with JobBar(console) as bar:
         finished = _drive(engine, job, bar)
     if not finished:
@@ -121,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _fresh(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig, str]:
     """What a new run does."""
+    require(folder.is_dir() or not folder.exists(), "--output-dir", args.output_dir, "a folder")
     if (folder / METRICS).exists():
         raise ConfigError(f"--output-dir: got {folder}, which holds a run; expected a new folder, or --resume")
     cfg = resolve_config(args)
@@ -138,7 +170,9 @@ def _fresh(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig
     defaults = {"pack_tokens": cfg.longest_pack(scored="eval_data" in data), "save_steps": SAVE_STEPS}
     train = defaults | train | {"output_dir": str(folder)}
     data["train"] = dataclass_from(TrainConfig, train, "train")
-    return dataclass_from(Recipe, {"name": folder.resolve().name} | data, where), cfg, args.model
+    recipe = dataclass_from(Recipe, {"name": folder.resolve().name} | data, where)
+    check_job(cfg, recipe.lora, recipe.train, recipe.data, recipe.eval_data)
+    return recipe, cfg, args.model
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -147,23 +181,22 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig, str]:
-    """What a run does that goes on: all of it as it was set, so nothing may be set again."""
-    for option in ("data", "name", "eval_data", "recipe", "lora", "train", "config", "override", "slo"):
+    """What a run does that goes on: all of it as it was set, but for what `resume_job` lets --train change."""
+    for option in ("data", "name", "eval_data", "recipe", "lora", "config", "override", "slo"):
         given = getattr(args, option)
         require(not given, option, given, f"nothing with --resume: {folder / CONFIG} says it")
+    changes = changed_config({}, settings(args.train, "--train"))
     try:
         saved = json.loads((folder / CONFIG).read_text())
         recipe = {key: saved[key] for key in ("data", "eval_data", "name")}
-        recipe |= {"lora": LoraConfig(**saved["lora"]), "train": TrainConfig.from_dict(saved["train"])}
+        recipe |= {"lora": LoraConfig(**saved["lora"]), "train": TrainConfig.from_dict(saved["train"] | changes)}
         cfg = from_dict(EngineConfig, saved["engine"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"--resume: got {folder}, expected a folder that finetune wrote: {error}") from error
-    require(
-        args.model in (TINY, saved["model"]),
-        "--model",
-        args.model,
-        f"{saved['model']}, as in {folder / CONFIG}",
-    )
+    known = args.model in (TINY, saved["model"])
+    require(known, "--model", args.model, f"{saved['model']}, as in {folder / CONFIG}")
+    for path in filter(None, (saved["data"], saved["eval_data"])):
+        check_records(path)
     return Recipe(**recipe), cfg, saved["model"]
 
 
@@ -228,11 +261,12 @@ def _report(args: argparse.Namespace, job: "JobHandle", folder: Path) -> None:
     lines = read_metrics(folder / METRICS)  # a resumed job knows only its own
     last = {key: value for line in lines for key, value in line.items()}  # the newest of every kind
     result = {"name": job.name, "adapter": str(folder / ADAPTER), "steps": job.step}
-    result |= {key: last[key] for key in ("loss", "eval_loss", "num_tokens") if key in last}
+    result |= {key: last[key] for key in TOLD if key in last}
     if args.json:
         print(json.dumps(result))
         return
     losses = [line["loss"] for line in lines if "loss" in line]
     trend = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
     held_out = f"eval loss {last['eval_loss']:.3f}, " if "eval_loss" in last else ""
-    sys.stdout.write(f"{job.step} steps, {trend}{held_out}adapter in {folder / ADAPTER}\n")
+    best = f"of step {job.best_step}, the best, " if job.serves_best else ""
+    sys.stdout.write(f"{job.step} steps, {trend}{held_out}adapter {best}in {folder / ADAPTER}\n")

@@ -17,11 +17,14 @@ from loquetier_jax.cli.options import (
     build_engine,
     load_adapters,
     new_parser,
+    resolve_config,
     settings,
     stderr_console,
 )
 from loquetier_jax.cli.prompt_line import prompt_of
 from loquetier_jax.errors import RequestError
+from loquetier_jax.json_records import read_records
+from loquetier_jax.token_ids import are_token_ids
 
 if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
@@ -37,9 +40,9 @@ order, the first one as it grows. With several --adapter each prompt is answered
   loquetier generate --chat "What does the owl eat?" --adapter base --adapter pirate=runs/pirate/adapter
   loquetier generate --file prompts.jsonl --json > answers.jsonl
 
-A line of a .jsonl file is {"prompt": TEXT or TOKEN IDS} or {"messages": [...]}, with "adapter" and any sampling
-parameter beside it if it differs, and beside messages "tools" and "chat_template_kwargs"; a line of another file is
-a prompt."""
+A line of a .jsonl file, or an element of the array in a .json file, is {"prompt": TEXT or TOKEN IDS} or
+{"messages": [...]}, with "adapter" and any sampling parameter beside it if it differs, and beside messages "tools" and
+"chat_template_kwargs"; a line of another file is a prompt."""
 
 CHAT_KEYS = ("tools", "chat_template_kwargs")
 LINE_KEYS = ("prompt", "adapter", *CHAT_KEYS)
@@ -89,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     lines = _prompts(args)
     names = [name for name, _ in args.adapter] or [BASE]
     asked = [one for line in lines for one in _ask(line, names, defaults, args.chat)]
+    _check(asked, names, resolve_config(args).max_model_len)
     engine = build_engine(args, console)
     load_adapters(engine, args.adapter)
     for one in asked:
@@ -102,11 +106,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(asked: list[Asked], names: list[str], max_model_len: int) -> None:
+    """Refuses what no model could answer, before one is loaded."""
+    for one in asked:
+        if one.adapter is not None and one.adapter not in names:
+            raise RequestError(f"adapter: got {one.adapter!r}, expected one that --adapter loads: {names}")
+        ids = len(one.prompt) if are_token_ids(one.prompt) else 1
+        total = ids + (one.params.max_tokens or 1)
+        if total > max_model_len:
+            raise RequestError(
+                f"max_tokens: got {one.params.max_tokens} beside {ids} tokens of prompt or more, expected <= "
+                f"max_model_len {max_model_len} together"
+            )
+
+
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Sampling parameters of the options."""
+    from loquetier_jax.serve.params import SamplingParams
+
     found = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_p", "seed")}
     stop = [text.replace("\\n", "\n") for text in args.stop]
-    return found | {"stop": stop} | settings(args.sampling, "--sampling")
+    return found | {"stop": stop} | SamplingParams.in_own_words(settings(args.sampling, "--sampling"))
 
 
 def sampling_params(values: dict[str, Any], where: str) -> "SamplingParams":
@@ -119,11 +139,21 @@ def sampling_params(values: dict[str, Any], where: str) -> "SamplingParams":
 
     known = {f.name for f in fields(SamplingParams)}
     for key in values:
-        if key not in known:
+        if key not in known | SamplingParams.borrowed:
             raise RequestError(f"{where}{key}: unknown, expected one of {sorted(known)}")
     if isinstance(bias := values.get("logit_bias"), dict):  # the keys of a JSON object are strings
         values = values | {"logit_bias": {int(k) if str(k).isdecimal() else k: v for k, v in bias.items()}}
     return SamplingParams(**values)
+
+
+def _own_words(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The arguments of a line in our words, so that they take the place of the options."""
+    from loquetier_jax.serve.params import SamplingParams
+
+    try:
+        return SamplingParams.in_own_words(values)
+    except RequestError as error:
+        raise RequestError(f"{where}{error}") from error
 
 
 def _prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -136,22 +166,18 @@ def _prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
         if sys.stdin.isatty():
             raise RequestError("prompt: got none, expected arguments, --file or text on stdin")
         return [{"prompt": sys.stdin.read().rstrip("\n")}]
+    if args.file.endswith((".jsonl", ".json")):
+        return [_parse(data, where) for where, data in read_records(args.file, RequestError)]
     try:
-        lines = Path(args.file).read_text(encoding="utf-8").split("\n")  # splitlines() knows more ends than JSON does
+        text = Path(args.file).read_text(encoding="utf-8-sig")  # the byte order mark of Windows is no part of a prompt
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--file {args.file}: {error}") from error
-    if not args.file.endswith(".jsonl"):
-        return [{"prompt": line} for line in lines if line.strip()]
-    return [_parse(line, f"{args.file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    return [{"prompt": line} for line in text.split("\n") if line.strip()]
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{where}: not JSON: {error}") from error
+def _parse(data: Any, where: str) -> dict[str, Any]:
     if not isinstance(data, dict) or data.keys().isdisjoint(("prompt", "messages")):
-        raise RequestError(f'{where}: got {line!r:.80}, expected an object with "prompt" or "messages"')
+        raise RequestError(f'{where}: got {data!r:.80}, expected an object with "prompt" or "messages"')
     if not isinstance(data.get("adapter"), (str, type(None))):
         raise RequestError(f"{where}: adapter: got {data['adapter']!r:.80}, expected a name or null")
     rest = {key: value for key, value in data.items() if key != "messages"}
@@ -161,7 +187,8 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 def _ask(line: dict[str, Any], names: list[str], defaults: dict[str, Any], chat: bool) -> list[Asked]:
     """The completions that one line asks for."""
     where = line.pop("where", "")
-    params = sampling_params(defaults | {k: v for k, v in line.items() if k not in LINE_KEYS}, where)
+    own = {k: v for k, v in line.items() if k not in LINE_KEYS}
+    params = sampling_params(defaults | _own_words(own, where), where)
     prompt = line["prompt"]
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]

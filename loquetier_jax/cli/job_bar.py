@@ -55,7 +55,7 @@ class JobBar:
     def update(self, job: "JobHandle") -> None:
         """Shows where a job is; cheap when nothing has happened."""
         self._add(job.name, job.step, job.total_steps, "compiling")
-        lines = job.metrics
+        lines = [line for line in job.metrics if line["step"]]  # that of step 0 is about the data
         if len(lines) == self._seen.get(job.name, 0):
             return
         self._seen[job.name] = len(lines)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.config_file import from_dict, parse_value
-from loquetier_jax.errors import ConfigError
+from loquetier_jax.errors import AdapterError, ConfigError
 from loquetier_jax.presets import engine_config, slo_config
 from loquetier_jax.tiny import BASE_NAME, base_path
 
@@ -111,18 +111,38 @@ def resolve_config(args: argparse.Namespace) -> EngineConfig:
     return replace(cfg, slo=slo_config(args.slo)) if args.slo else cfg
 
 
+def check_adapters(adapters: Sequence[tuple[str, Path | None]]) -> None:
+    """Refuses every NAME=PATH that cannot be loaded whatever the model is.
+
+    Raises:
+        AdapterError: no PEFT folder, or one name twice.
+    """
+    paths: dict[str, Path] = {}
+    for name, path in adapters:
+        if path is None:
+            continue
+        if name in paths:
+            raise AdapterError(f"--adapter: got {name}={path}, expected another name: {name}={paths[name]} came before")
+        if not (path / "adapter_config.json").is_file():
+            raise AdapterError(f"--adapter {name}: got {path}, expected a PEFT folder, with adapter_config.json in it")
+        paths[name] = path
+
+
 def build_engine(args: argparse.Namespace, console: Console, cfg: EngineConfig | None = None) -> "Engine":
     """Loads the model and compiles what serves; says on `console` how long it took.
 
     Args:
-        args: With the options of `add_engine_options`.
+        args: With the options of `add_engine_options`, and maybe that of `add_adapter_option`: its folders are looked
+            for before the model is loaded.
         console: For the progress bar; quiet when it is no terminal.
         cfg: Instead of what the options say.
 
     Raises:
         ConfigError, ModelError: see `Engine.from_pretrained`.
+        AdapterError: see `check_adapters`.
     """
     path = model_path(args.model)
+    check_adapters(getattr(args, "adapter", ()))
     start = time.perf_counter()
     from loquetier_jax.engine import Engine  # late: jax and transformers take seconds to import
 

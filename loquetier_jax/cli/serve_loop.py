@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loquetier_jax.adapters.lora import LoraConfig
-from loquetier_jax.cli.finetune import add_job_options
+from loquetier_jax.cli.finetune import add_job_options, check_job
 from loquetier_jax.cli.generate import sampling_params
 from loquetier_jax.cli.job_bar import JobBar
 from loquetier_jax.cli.options import (
@@ -17,6 +17,7 @@ from loquetier_jax.cli.options import (
     dataclass_from,
     load_adapters,
     new_parser,
+    resolve_config,
     settings,
     stderr_console,
 )
@@ -89,6 +90,9 @@ def run(args: argparse.Namespace) -> int:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     lora, train = settings(args.lora, "--lora"), settings(args.train, "--train")
     jobs = _jobs(args.job)
+    for data in jobs.values():
+        configs = dataclass_from(LoraConfig, lora, "--lora"), dataclass_from(TrainConfig, train, "--train")
+        check_job(resolve_config(args), *configs, data)
     engine = build_engine(args, console)
     load_adapters(engine, args.adapter)
     handles = [_start_job(engine, name, data, lora, train) for name, data in jobs.items()]

@@ -1,6 +1,5 @@
 """What a serving loop replays: requests with their arrival times, from a file or from a generator. Imports no jax."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from loquetier_jax.cli.prompt_line import prompt_of
 from loquetier_jax.config import is_int, is_number, require
 from loquetier_jax.config_file import from_dict
 from loquetier_jax.errors import ConfigError, DataError
+from loquetier_jax.json_records import parse_json
 
 Assign = Literal["round-robin", "uniform", "zipf"]
 ASSIGN = ("round-robin", "uniform", "zipf")
@@ -132,7 +132,7 @@ def _lengths(workload: Workload, rng: np.random.Generator) -> dict[str, int]:
 
 def _read(workload: Workload, path: Path, rng: np.random.Generator) -> Iterator[Arrival]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from error
     read = _trace_line if path.suffix == ".jsonl" else _second
@@ -152,10 +152,7 @@ def _second(line: str, where: str, lengths: dict[str, int]) -> Arrival:
 
 
 def _trace_line(line: str, where: str, lengths: dict[str, int]) -> Arrival:
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
+    data = parse_json(line, where, DataError)
     if not isinstance(data, dict) or not data.keys() <= LINE_KEYS:
         raise DataError(f"{where}: got {line!r:.80}, expected an object with keys of {sorted(LINE_KEYS)}")
     for key, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):

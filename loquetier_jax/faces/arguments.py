@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from loquetier_jax.errors import LoquetierError
 from loquetier_jax.serve.params import refuse
 from loquetier_jax.serve.tokenizer import Prompt
+from loquetier_jax.token_ids import are_token_ids, plain_prompt
 
 A = TypeVar("A")
 
@@ -21,16 +22,22 @@ def path_of(value: Any, name: str, expected: str, error: type[LoquetierError]) -
 
 
 def prompts_of(value: Any, name: str) -> list[Prompt]:
-    """Prompts given as one text, or one by one.
+    """Prompts given as one text, or one by one, each in the form that `encode_prompt` knows.
 
     Raises:
-        RequestError: neither; what the prompts themselves are is not looked at.
+        RequestError: neither, or one chat or one list of token ids instead of a list of them; what the prompts
+            themselves are is not looked at.
     """
+    value = plain_prompt(value)
     if isinstance(value, str):
         return [value]
     several = isinstance(value, Iterable) and not isinstance(value, (Mapping, bytes, bytearray))
     refuse(several, name, value, "one text, or a list of texts, token id lists or chats")
-    return list(value)
+    prompts = [plain_prompt(one) for one in value]
+    chat = bool(prompts) and all(isinstance(one, Mapping) and "role" in one for one in prompts)
+    refuse(not chat, name, prompts, "a list of chats: [messages]")
+    refuse(not prompts or not are_token_ids(prompts), name, prompts, "a list of token id lists: [ids]")
+    return prompts
 
 
 def one_each(value: A | Sequence[A], count: int, name: str, kinds: tuple[type, ...]) -> list[A]:

@@ -10,6 +10,7 @@ from loquetier_jax.adapters.version import Version
 from loquetier_jax.errors import CheckpointError, JobError
 from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.jobs.checkpoint import CheckpointStore
+from loquetier_jax.jobs.data import Dataset
 from loquetier_jax.runtime.job_state import JobState, take_job_state
 from loquetier_jax.runtime.trainee import Trainee
 
@@ -49,6 +50,27 @@ class JobHandle:
         return self._trainee.job.total_steps
 
     @property
+    def data(self) -> Dataset:
+        """What it trains on; num_truncated, num_dropped and num_empty say what of the data is not in it."""
+        return self._trainee.job.stream.data
+
+    @property
+    def eval_data(self) -> Dataset | None:
+        """What it is evaluated on, likewise."""
+        evaluation = self._trainee.job.evaluation
+        return None if evaluation is None else evaluation.data
+
+    @property
+    def best_step(self) -> int | None:
+        """Steps before the evaluation with the lowest loss; its weights are the result with load_best_model_at_end."""
+        return self._trainee.job.best_step
+
+    @property
+    def serves_best(self) -> bool:
+        """Whether it has succeeded with other weights than its last ones, those of `best_step`."""
+        return self.status == "succeeded" and self._trainee.serves_best
+
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl since it started or was resumed: loss, grad_norm, eval_loss, ..."""
         return list(self._trainee.job.record.lines)
@@ -81,7 +103,10 @@ class JobHandle:
             self._trainee.job.resume()
 
     def cancel(self) -> None:
-        """Ends the job; what it published stays. Raises JobError when it has ended."""
+        """Ends the job; what it published stays, a name that came with it and got nothing is free again.
+
+        Raises JobError when it has ended.
+        """
         with self._engine._lock:
             self._trainee.job.cancel()
 
@@ -98,11 +123,11 @@ class JobHandle:
             return engine.loop.training.publish(trainee, engine.loop.epoch)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the present weights as a PEFT folder."""
+        """Writes the present weights as a PEFT folder; of a job that has succeeded, those that it serves."""
         path = path_of(path, "path", "the folder to write", JobError)
         trainee, engine = self._trainee, self._engine
         with engine._lock:
-            weights = trainee.host_weights()
+            weights = trainee.result()
         write_peft(
             path,
             weights,

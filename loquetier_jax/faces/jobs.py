@@ -2,15 +2,17 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from loquetier_jax.adapters.lora import LoraConfig, LoraShape, init_weights, resolve_shape
+from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, init_weights, resolve_shape
 from loquetier_jax.adapters.registry import check_name
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig, require
@@ -18,13 +20,15 @@ from loquetier_jax.errors import AdapterError, CheckpointError, JobError
 from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.jobs.checkpoint import CheckpointStore, find_checkpoint
-from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.config import TrainConfig, changed_config
 from loquetier_jax.jobs.data import Data, Dataset, load_dataset
+from loquetier_jax.jobs.extras import check_samples
 from loquetier_jax.jobs.fingerprint import base_fingerprint
 from loquetier_jax.jobs.job import Job
 from loquetier_jax.jobs.lifecycle import FINISHED
 from loquetier_jax.jobs.metrics import MetricsWriter
 from loquetier_jax.jobs.optimizer import init_state
+from loquetier_jax.jobs.restore import restore_job
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.runtime.job_state import JobState, read_job_state, take_job_state
 from loquetier_jax.runtime.loop import Loop
@@ -64,11 +68,13 @@ class JobCalls:
         """Starts training an adapter beside whatever is served; returns once data and settings are checked.
 
         The name serves at once: the untrained adapter (or `init_from`), then what is published, at the end the
-        result.
+        result. A name that was new is free again when the job fails or is cancelled before anything was published:
+        requests to it end with that error.
 
         Args:
             name: Of the job and the adapter.
-            data: JSON-lines file or records; see `jobs.formats`.
+            data: A file of JSON lines or of one JSON array, or any iterable of records (a list, a generator, a
+                `datasets.Dataset`); see `jobs.data.load_dataset`. `JobHandle.data` says what was cut or left out.
             lora: Rank, targets, ...; with `init_from` those of that adapter.
             train: Optimizer, schedule, batch, ...
             eval_data: Held-out data.
@@ -76,38 +82,44 @@ class JobCalls:
             replace: Whether an adapter of that name may be replaced (implied when init_from is name).
 
         Raises:
-            DataError: a malformed line, with its number.
+            DataError: a malformed line, with its number; a token id outside the model's vocabulary; extras that no loss
+                reads; a group beyond a pack.
             AdapterError: a name that is none or is taken, nothing to adapt, or a rank too large.
-            ConfigError: settings of another type, `lora` beside `init_from`, eval_steps without eval_data.
+            ConfigError: settings of another type, `lora` beside `init_from`, eval_steps or load_best_model_at_end
+                without eval_data.
             JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the
                 output_dir is that of another job, or cannot be written.
         """
         require(lora is None or init_from is None, "lora", lora, f"None: init_from {init_from!r} has its own")
         cfg, lora = train or TrainConfig(), lora or LoraConfig()
         for argument, value, kind in (("train", cfg, TrainConfig), ("lora", lora, LoraConfig)):
-            require(isinstance(value, kind), argument, value, f"a {kind.__name__}")
-        require(eval_data is not None or not cfg.eval_steps, "eval_steps", cfg.eval_steps, "0 without eval_data")
+            require(isinstance(value, kind), argument, value, f"a loquetier_jax.{kind.__name__}")
+        cfg.check_dtype(self.cfg.dtype)
+        _check_evaluation(cfg, eval_data)
         if cfg.pack_tokens is None:
             longest = self.cfg.longest_pack(scored=eval_data is not None) or cfg.pack_rows
             cfg = dataclasses.replace(cfg, pack_tokens=longest)
+        own = resolve_shape(lora, self.spec) if init_from is None else None
+        evaluates, replace = eval_data is not None, replace or init_from == name
+        fits = partial(self._check_room, name, cfg=cfg, evaluates=evaluates, replace=replace)
+        with self._lock:  # before anything is read or initialized: a rank too large would take minutes and gigabytes
+            self._check_job(name)
+            fits(shape=own or self.adapters.get(init_from).shape)
+        now = datetime.now()
+        dataset, held_out = self._read(data, eval_data, cfg, now)
+        fresh = None if own is None else init_weights(own, lora, self.spec, cfg.seed)
         with self._lock:
             self._check_job(name)
-        dataset, held_out = self._read(data, eval_data, cfg)
-        with self._lock:
-            self._check_job(name)
-            if init_from is None:
-                shape = resolve_shape(lora, self.spec)
-                weights = init_weights(shape, lora, self.spec, cfg.seed)
-            else:
+            shape, weights = own, fresh
+            if init_from is not None:
                 version = self.adapters.get(init_from)
                 shape, weights = version.shape, self.adapters.weights(version)
                 lora = version.config or lora
-            self._check_room(name, shape, cfg, eval_data is not None, replace=replace or init_from == name)
-            job = Job(name, cfg, dataset, held_out, metrics=_metrics(cfg))
-            if name not in self.adapters:
-                self.adapters.add(name, weights, shape, config=lora)
-            master, opt_state = init_state(weights, cfg.optim)
-            return self._enlist(Trainee(job, lora, shape, master, opt_state))
+            fits(shape=shape)
+            began = {"tokenized_at": now, "untrained": init_from is None}
+            job = Job(name, cfg, dataset, held_out, metrics=_metrics(cfg), **began)
+            job.tell_left_out()
+            return self._enlist(Trainee(job, lora, shape, *init_state(weights, cfg.optim)), weights)
 
     def resume_job(
         self,
@@ -116,17 +128,21 @@ class JobCalls:
         *,
         eval_data: Data | None = None,
         loss: Callable[..., Any] | None = None,
+        train: Mapping[str, Any] | None = None,
     ) -> JobHandle:
-        """Goes on with a checkpointed job: the next losses are those it would have had.
+        """Goes on with a checkpointed job: the next losses are those it would have had, whatever day it is.
 
         Args:
             path: A checkpoint, or the folder of several (the newest counts), or a job's output_dir: it goes on
                 writing there, wherever that folder was when the job was started.
             data, eval_data: The same data as before; hashes are compared.
             loss: The loss function, if the job had one of its own.
+            train: Fields of TrainConfig that change from here on. {"max_steps": 1000} makes a finished run go on: with
+                its optimizer state, and the learning rate of that step of the longer schedule.
 
         Raises:
             CheckpointError: no committed checkpoint, another base, other data.
+            ConfigError: a field that the job's past depends on (data, packs, optimizer, loss), or no steps left.
             AdapterError, JobError: this engine has no room for it, or a job of its name that has not ended.
         """
         path = path_of(path, "path", "a checkpoint or a folder of them", CheckpointError)
@@ -134,35 +150,41 @@ class JobCalls:
         state = read_job_state(self.spec, find_checkpoint(home / CHECKPOINTS if home else path))
         if home:
             state.host["job"]["config"]["output_dir"] = str(home)
-        cfg = TrainConfig.from_dict(state.host["job"]["config"], loss=loss)
-        return self._adopt(state, *self._read(data, eval_data, cfg), loss)
+        saved = state.host["job"]
+        saved["config"] = changed_config(saved["config"], train or {})
+        cfg = TrainConfig.from_dict(saved["config"], loss=loss)
+        if train:
+            _check_evaluation(cfg, eval_data)
+        data_sets = self._read(data, eval_data, cfg, datetime.fromisoformat(saved["tokenized_at"]))
+        return self._adopt(state, *data_sets, loss, go_on=bool(train))
 
-    def _read(self, data: Data, eval_data: Data | None, cfg: TrainConfig) -> tuple[Dataset, Dataset | None]:
+    def _read(
+        self, data: Data, eval_data: Data | None, cfg: TrainConfig, now: datetime
+    ) -> tuple[Dataset, Dataset | None]:
         """Both data sets; without the lock, because tokenizing takes long and requests go on meanwhile."""
-        dataset = load_dataset(data, self.tokenizer, cfg)
+        read = partial(load_dataset, tokenizer=self.tokenizer, cfg=cfg, vocab_size=self.spec.vocab_size, now=now)
+        own_loss, dataset = callable(cfg.loss), read(data)
+        check_samples(dataset, cfg.pack_rows, own_loss=own_loss)
         if eval_data is None:
             return dataset, None
-        return dataset, load_dataset(eval_data, self.tokenizer, cfg, name="eval_data")
+        held_out = read(eval_data, name="eval_data")
+        check_samples(held_out, cfg.pack_rows, own_loss=own_loss, like=dataset)
+        return dataset, held_out
 
-    def _adopt(self, state: JobState, data: Any, eval_data: Any, loss: Any) -> JobHandle:
+    def _adopt(self, state: JobState, data: Any, eval_data: Any, loss: Any, *, go_on: bool = False) -> JobHandle:
         """A job from its state, here."""
+        loss, saved = loss if callable(loss) else None, state.host["job"]
         with self._lock:
-            self._check_job(state.host["job"]["name"])
+            self._check_job(saved["name"])
             state.check_base(base_fingerprint(self.spec, self.state.params))
-            cfg = TrainConfig.from_dict(state.host["job"]["config"], loss=loss if callable(loss) else None)
-            self._check_room(state.host["job"]["name"], state.shape, cfg, eval_data is not None, replace=True)
-            job = Job.from_state(
-                state.host["job"],
-                data,
-                eval_data,
-                metrics=_metrics(cfg),
-                loss=loss if callable(loss) else None,
-            )
+            cfg = TrainConfig.from_dict(saved["config"], loss=loss)
+            self._check_room(saved["name"], state.shape, cfg, eval_data is not None, replace=True)
+            job = restore_job(saved, data, eval_data, metrics=_metrics(cfg), loss=loss, go_on=go_on)
+            if cfg.keeps_best and not state.host["best"] and job.evaluation is not None:
+                job.evaluation.forget_best()  # its weights were not kept, and cannot be had any more
             arrays = jax.tree.map(jax.numpy.asarray, (state.arrays["master"], state.arrays["opt_state"]))
-            trainee = Trainee(job, state.lora, state.shape, *arrays, grads=state.arrays["grads"])
-            if job.name not in self.adapters:
-                self.adapters.add(job.name, state.arrays["master"], state.shape, config=state.lora)
-            return self._enlist(trainee)
+            rest = {"grads": state.arrays["grads"], "best": state.arrays["best"] or None}
+            return self._enlist(Trainee(job, state.lora, state.shape, *arrays, **rest), state.arrays["master"])
 
     def _check_job(self, name: str) -> None:
         self._check_alive()
@@ -191,7 +213,9 @@ class JobCalls:
                 f"eval_data: got pack_tokens {cfg.pack_rows}, expected <= {longest}, the longest score bucket"
             )
 
-    def _enlist(self, trainee: Trainee) -> JobHandle:
+    def _enlist(self, trainee: Trainee, weights: LoraWeights) -> JobHandle:
+        if trainee.name not in self.adapters:
+            trainee.placeholder = self.adapters.add(trainee.name, weights, trainee.shape, config=trainee.lora)
         self.loop.training.add(trainee)
         handle = self.jobs[trainee.name] = JobHandle(self, trainee)
         self._changed.notify_all()
@@ -208,14 +232,30 @@ class JobCalls:
 
     def _job_ended(self, trainee: Trainee) -> None:
         """A job that succeeded serves its result under its name; its masters go to the host."""
-        if trainee.job.status == "succeeded" and trainee.pages:
+        if trainee.job.status != "succeeded":
+            self._withdraw(trainee)
+        elif trainee.pages and not trainee.serves_best:
             self.loop.training.publish(trainee, self.loop.epoch, fresh=False)
-        elif trainee.job.status == "succeeded":  # a checkpoint of a job that was over: it never had pages here
-            weights, shape = trainee.host_weights(), trainee.shape
-            self.adapters.add(trainee.name, weights, shape, config=trainee.lora, replace=True)
+        else:  # its best weights; or those of a checkpoint of a job that was over: it never had pages here
+            self.adapters.add(trainee.name, trainee.result(), trainee.shape, config=trainee.lora, replace=True)
         # Not here: a second of copying would be a second in which nobody's token comes.
         threading.Thread(target=trainee.leave_device, name="job-to-host", daemon=True).start()
         self._changed.notify_all()
+
+    def _withdraw(self, trainee: Trainee) -> None:
+        """Where nothing was published, the name answers with the job's end, not with an adapter that nobody trained."""
+        job, version = trainee.job, trainee.placeholder
+        if version is None or version.name != job.name or not self.adapters.is_current(version):
+            return
+        why = job.error or "it has published nothing"
+        self.adapters.fail(job.name, f"adapter {job.name!r}: its job is {job.status}: {why}")
+
+
+def _check_evaluation(cfg: TrainConfig, eval_data: Data | None) -> None:
+    if eval_data is None:
+        best = cfg.load_best_model_at_end
+        require(not cfg.eval_steps, "eval_steps", cfg.eval_steps, "0 without eval_data")
+        require(not best, "load_best_model_at_end", best, "False without eval_data")
 
 
 def _metrics(cfg: TrainConfig) -> MetricsWriter | None:

@@ -23,6 +23,7 @@ from loquetier_jax.serve.output import RequestOutput, StreamPiece
 from loquetier_jax.serve.params import SamplingParams, refuse
 from loquetier_jax.serve.request import Request, collect, make_requests
 from loquetier_jax.serve.tokenizer import Prompt, encode_prompt, end_token_ids
+from loquetier_jax.token_ids import plain_prompt
 
 
 @dataclass
@@ -77,7 +78,7 @@ class RequestCalls:
         """Queues a prompt; returns at once.
 
         Args:
-            prompt: Text, token ids, or chat messages.
+            prompt: Text, token ids (a list or an array), chat messages, or vLLM's {"prompt_token_ids": ids}.
             adapter: Name; None is the base model.
             params: How to sample.
             tools: JSON schemas of the functions that the model may call; for chat messages, as is the next.
@@ -95,6 +96,7 @@ class RequestCalls:
         refuse(isinstance(params, SamplingParams), "params", params, "SamplingParams")
         refuse(isinstance(request_id, (str, type(None))), "request_id", request_id, "some text or None")
         refuse(listener is None or callable(listener), "listener", listener, "a function or None")
+        prompt = plain_prompt(prompt)
         with self._lock, self._seeds_kept():
             chat = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
             ids = encode_prompt(self.tokenizer, prompt, self.spec.vocab_size, **chat)
@@ -102,7 +104,7 @@ class RequestCalls:
             requests = make_requests(
                 request_id,
                 ids,
-                params,
+                params.filled(self._room - len(ids)),
                 arrival=self.loop.clock(),
                 max_model_len=self.cfg.max_model_len,
                 default_seed=int(self._rng.integers(2**32)),
@@ -119,6 +121,12 @@ class RequestCalls:
                 self.loop.serving.add(request, listener)
             self._changed.notify_all()
         return submitted
+
+    @property
+    def _room(self) -> int:
+        """Most tokens of one request, prompt and output together."""
+        kv = self.loop.serving.kv
+        return min(self.cfg.max_model_len, kv.num_pages * kv.page_size)
 
     def _new_id(self) -> str:
         """One that no caller has given to a live request."""

@@ -1,19 +1,42 @@
 """How a job trains: one frozen dataclass under TRL's names, and each step's learning rate. Imports no jax."""
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from loquetier_jax.borrowed import borrowing
 from loquetier_jax.config import PACK_ALIGN, is_int, is_number, require
 from loquetier_jax.errors import ConfigError
+from loquetier_jax.jobs.trl_arguments import TRL_ARGUMENTS
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
+TRUNCATIONS = ("right", "left", "drop", "error")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+CHANGEABLE = (
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_grad_norm",
+    "weight_decay",
+    "eval_steps",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "load_best_model_at_end",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+)
+"""What a job may be given anew when it is resumed: whatever its past steps and their data do not depend on."""
+LOSS_PER = ("target", "sample", "group")
 DEFAULT_PACK_TOKENS = 512
 CALLABLE_LOSS = "callable"  # stands for a loss function in a saved config; restoring is given it again
 
@@ -42,9 +65,13 @@ _NUMBERS = {  # field: what it is below; all are >= 0
 }
 
 
+@borrowing(TRL_ARGUMENTS)
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How one job trains. Names and meanings: TRL's SFTConfig, transformers' TrainingArguments.
+
+    Their other arguments are taken where they ask for what is done anyway (`warmup_ratio`, `optim="adamw_torch"`,
+    `report_to="none"`, `gradient_checkpointing`), and refused in a sentence otherwise; see `jobs.trl_arguments`.
 
     Attributes:
         learning_rate: Peak learning rate.
@@ -52,7 +79,7 @@ class TrainConfig:
         warmup_steps: Optimizer steps of linear warm-up; below 1, a share of all steps. "constant" has none.
         max_steps: Optimizer steps in all; -1 derives them from num_train_epochs.
         num_train_epochs: Passes over the data, used when max_steps is -1; may be fractional.
-        per_device_train_batch_size: Samples of one micro-batch.
+        per_device_train_batch_size: Samples of one micro-batch; groups of samples where the data has such.
         gradient_accumulation_steps: Micro-batches of one optimizer step.
         max_grad_norm: Clip the global gradient norm to this (torch's clip_grad_norm_); 0 or inf never clips.
         weight_decay: Decoupled, times learning rate, for adamw, lion, adafactor; in the gradient for sgd.
@@ -61,17 +88,28 @@ class TrainConfig:
         adam_epsilon: Added to the root of adamw's second moment.
         momentum: Of sgd.
         seed: Of shuffling, dropout and adapter initialization.
-        max_length: Tokens of a sample; a longer one is truncated. None: as many as one pack holds.
+        max_length: Most tokens of a sample. None: as many as one pack holds.
+        truncation: What becomes of a longer sample. "right" keeps its first max_length tokens. Its end is gone then,
+            and its end token with it: none is put in its place, because an answer cut short is no place to learn to
+            stop at. "left" keeps its last tokens, the end token among them, behind its begin token where it has one.
+            "drop" leaves the sample out, "error" refuses the data, naming the line. What is cut or left out is counted,
+            logged, and in the first line of the metrics.
         pack_tokens: Rows of one pack, a multiple of PACK_ALIGN. Packs of a length that a train bucket of the
             engine has can ride beside requests in one forward; others run in forwards of their own. None: the
             engine's longest.
         completion_only_loss: Learn completions and assistant messages only; False learns every token.
+        bf16, fp16: True refuses an engine that computes in another dtype (EngineConfig.dtype); weights and optimizer
+            state of the adapter are float32 in any case. False leaves it to the engine.
         shuffle: A new order each epoch, from (seed, epoch); False keeps the order of the data.
-        loss: "cross_entropy", or a function of one pack's (logp [L], weights [L]): the sum of its token
-            losses.
+        loss: "cross_entropy", or a function in jax of one pack's (logp [L], weights [L]), or of those and its LossBatch
+            (samples, and what they brought along), that returns the sum of its losses.
+        loss_per: What the summed losses of an optimizer step are divided by, their number of: "target" (tokens that
+            are learnt), "sample", or "group" (see `Dataset.group_size`).
         eval_steps: Evaluate every so many steps; 0 only at the end. Needs eval data.
         early_stopping_patience: Stop after so many evaluations without improvement; 0 never stops early. Needs
             eval_steps.
+        load_best_model_at_end: Serve and save the weights of the lowest evaluation loss, not the last ones. Needs eval
+            data. None: with early stopping, as transformers asks for.
         early_stopping_threshold: By how much the evaluation loss must fall to count as an improvement.
         logging_steps: Write a line to metrics.jsonl every so many steps (mean loss over them).
         save_steps: Checkpoint every so many steps; 0 never. Needs output_dir.
@@ -95,17 +133,24 @@ class TrainConfig:
     momentum: float = 0.0
     seed: int = 42
     max_length: int | None = None
+    truncation: Literal["right", "left", "drop", "error"] = "right"
     pack_tokens: int | None = None
     completion_only_loss: bool = True
+    bf16: bool = False
+    fp16: bool = False
     shuffle: bool = True
     loss: str | Callable[[Any, Any], Any] = "cross_entropy"
+    loss_per: Literal["target", "sample", "group"] = "target"
     eval_steps: int = 0
     early_stopping_patience: int = 0
     early_stopping_threshold: float = 0.0
+    load_best_model_at_end: bool | None = None
     logging_steps: int = 1
     save_steps: int = 0
     save_total_limit: int = 2
     output_dir: str | None = None
+
+    borrowed: ClassVar[frozenset[str]]
 
     def __post_init__(self) -> None:
         for name, least in _INTEGERS.items():
@@ -120,21 +165,19 @@ class TrainConfig:
         self._check_lengths()
 
     def _check_choices(self) -> None:
-        for name in ("completion_only_loss", "shuffle"):
+        for name in ("completion_only_loss", "shuffle", "bf16", "fp16"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a boolean")
         require(self.optim in OPTIMIZERS, "optim", self.optim, f"one of {OPTIMIZERS}")
-        require(
-            self.lr_scheduler_type in SCHEDULES,
-            "lr_scheduler_type",
-            self.lr_scheduler_type,
-            f"one of {SCHEDULES}",
-        )
-        require(
-            self.loss == "cross_entropy" or callable(self.loss),
-            "loss",
-            self.loss,
-            "'cross_entropy' or a function",
-        )
+        schedule, cut, loss = self.lr_scheduler_type, self.truncation, self.loss
+        require(schedule in SCHEDULES, "lr_scheduler_type", schedule, f"one of {SCHEDULES}")
+        require(cut in TRUNCATIONS, "truncation", cut, f"one of {TRUNCATIONS}")
+        require(loss == "cross_entropy" or callable(loss), "loss", loss, "'cross_entropy' or a function")
+        require(not (self.bf16 and self.fp16), "bf16", True, "false beside fp16")
+        if callable(self.loss):
+            takes_batch(self.loss)
+        best = self.load_best_model_at_end
+        require(best in (None, False, True), "load_best_model_at_end", best, "a boolean or null")
+        require(self.loss_per in LOSS_PER, "loss_per", self.loss_per, f"one of {LOSS_PER}")
 
     def _check_steps(self) -> None:
         steps = self.max_steps
@@ -171,6 +214,12 @@ class TrainConfig:
         require(ok, "max_length", self.max_length, f"null or an integer in [2, pack_tokens + 1 = {most}]")
 
     @property
+    def keeps_best(self) -> bool:
+        """load_best_model_at_end, where None follows early stopping."""
+        best = self.load_best_model_at_end
+        return self.early_stopping_patience > 0 if best is None else best
+
+    @property
     def samples_per_step(self) -> int:
         """Samples of one optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -195,6 +244,12 @@ class TrainConfig:
             return self.max_steps
         return max(1, math.ceil(self.num_train_epochs * self.steps_per_epoch(num_samples)))
 
+    def check_dtype(self, dtype: str) -> None:
+        """Raises ConfigError where bf16 or fp16 ask for another dtype than `dtype`, the engine's."""
+        for name, wanted in (("bf16", "bfloat16"), ("fp16", "float16")):
+            fits = not getattr(self, name) or dtype == wanted
+            require(fits, name, True, f"false: this engine computes in {dtype}, which EngineConfig.dtype says")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; a loss function becomes the word "callable" and is passed again to `from_dict`."""
         data = dataclasses.asdict(self)
@@ -217,12 +272,41 @@ class TrainConfig:
         """
         known = {f.name for f in dataclasses.fields(cls)}
         for key, value in data.items():
-            require(key in known, key, value, f"one of the keys {sorted(known)}")
+            require(key in known | cls.borrowed, key, value, f"one of the keys {sorted(known)}")
         if data.get("loss") == CALLABLE_LOSS:
             if loss is None:
                 raise ConfigError("loss: got None, expected the loss function this job was started with")
             data = data | {"loss": loss}
         return cls(**data)
+
+
+def takes_batch(loss: Callable[..., Any]) -> bool:
+    """Whether a loss takes a LossBatch beside log-probs and weights: whether it cannot do with two arguments.
+
+    Raises:
+        ConfigError: it takes neither two nor three.
+    """
+    for count in (2, 3):
+        with suppress(TypeError, ValueError):  # ValueError: a builtin that tells no signature
+            inspect.signature(loss).bind(*range(count))
+            return count == 3
+    raise ConfigError(f"loss: got {loss!r:.200}, expected a function of (logp, weights) or (logp, weights, batch)")
+
+
+def changed_config(saved: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config with other values from here on.
+
+    Args:
+        saved: From `TrainConfig.to_dict`.
+        changes: Fields of CHANGEABLE.
+
+    Raises:
+        ConfigError: a field that the past of the job depends on, or none.
+    """
+    require(isinstance(changes, Mapping), "train", changes, "a mapping of TrainConfig fields to change")
+    for key, value in changes.items():
+        require(key in CHANGEABLE, f"train {key}", value, f"one of {CHANGEABLE}: the others cannot change on resume")
+    return saved | dict(changes)
 
 
 def learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:

@@ -1,9 +1,12 @@
-"""Training data: JSON lines or dicts to samples, all checked before anything trains; and their packs."""
+"""Training data: records of every form to samples, all checked before anything trains; and their packs."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
+from loquetier_jax.config import is_int
 from loquetier_jax.errors import DataError
 from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.data_checks import check_samples_fit, check_token_ids
 from loquetier_jax.jobs.formats import parse_record
+from loquetier_jax.jobs.records import is_empty, records_of, tokenized
 from loquetier_jax.jobs.tokenize import tokenize
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +33,13 @@ class Sample:
         tokens: [n] input token ids.
         targets: [n] the token that follows each; 0 where it is not learnt.
         weights: [n] loss weights: 1 where the target is learnt, else 0.
+        extras: By name, what a loss of one's own is to see: float32, [n] for a number per row, [] for one number.
     """
 
     tokens: Int32[np.ndarray, " n"]
     targets: Int32[np.ndarray, " n"]
     weights: Float32[np.ndarray, " n"]
+    extras: Mapping[str, Float32[np.ndarray, "*n"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -50,6 +60,7 @@ class Pack:
         index: Which pack of its step, from 0.
         is_last: Whether it is the last pack of its step.
         sample_ids: Index in the data of each segment's sample.
+        extras: By name, [L] or [L / SAMPLE_ALIGN]: the samples' own, 0 on padding and beyond the last sample.
     """
 
     tokens: Int32[np.ndarray, " L"]
@@ -64,6 +75,7 @@ class Pack:
     index: int
     is_last: bool
     sample_ids: tuple[int, ...]
+    extras: Mapping[str, Float32[np.ndarray, " n"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,25 +85,54 @@ class Dataset:
     Attributes:
         name: Where they came from, for messages.
         samples: In the order of the data.
-        num_truncated: Samples cut to the config's max_length.
+        num_truncated: Samples cut to max_length.
+        num_tokens_cut: Tokens that they lost.
+        num_dropped: Records left out because they are longer (truncation="drop").
+        num_empty: Records left out because their answer is the empty text.
+        group_size: So many consecutive samples belong together, as a chosen and a rejected answer do: they are
+            shuffled as one and share a pack, and batch sizes count groups.
+        records: Hash of the records that the samples were made of; None where there were none.
     """
 
     name: str
     samples: tuple[Sample, ...]
     num_truncated: int = 0
+    num_tokens_cut: int = 0
+    num_dropped: int = 0
+    num_empty: int = 0
+    group_size: int = 1
+    records: str | None = None
+
+    def __post_init__(self) -> None:
+        size = self.group_size
+        if not is_int(size) or size < 1 or len(self.samples) % size:
+            raise DataError(f"{self.name}: group_size: got {size!r}, expected a divisor of {len(self.samples)} samples")
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def num_groups(self) -> int:
+        """What batch sizes count."""
+        return len(self.samples) // self.group_size
+
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of every token and weight: tells whether a checkpoint belongs to this data."""
-        digest = hashlib.sha256()
+        """Hash of every token, weight and extra: tells whether a checkpoint belongs to this data."""
+        digest = hashlib.sha256(self.group_size.to_bytes(8, "little"))
         for sample in self.samples:
             digest.update(len(sample).to_bytes(8, "little"))
-            for array in (sample.tokens, sample.targets, sample.weights):
+            extras = [sample.extras[name] for name in sorted(sample.extras)]
+            digest.update(json.dumps(sorted(sample.extras)).encode())
+            for array in (sample.tokens, sample.targets, sample.weights, *extras):
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """The counts of what was cut and left out that are not 0, by name: a line of metrics."""
+        names = ("num_truncated", "num_tokens_cut", "num_dropped", "num_empty")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property
     def num_targets(self) -> int:
@@ -99,85 +140,140 @@ class Dataset:
         return sum(int(np.count_nonzero(s.weights)) for s in self.samples)
 
 
-Data = str | Path | Sequence[Mapping[str, Any]] | Dataset
+Data = str | Path | Iterable[Mapping[str, Any]] | Dataset
 
 
-def load_dataset(data: Data, tokenizer: Any, cfg: TrainConfig, *, name: str = "data") -> Dataset:
+def load_dataset(
+    data: Data,
+    tokenizer: Any,
+    cfg: TrainConfig,
+    *,
+    name: str = "data",
+    vocab_size: int | None = None,
+    now: datetime | None = None,
+) -> Dataset:
     """Reads, checks and tokenizes all of a job's data, so that a bad line is found before training starts.
 
+    What is cut or left out is counted in the Dataset, and logged as a warning.
+
     Args:
-        data: A JSON-lines file, a list of records (see `formats.parse_record`), or a Dataset, taken as it is.
-        tokenizer: A transformers tokenizer.
-        cfg: max_length and completion_only_loss are used.
-        name: What to call a list of records in messages.
+        data: A file of JSON lines or of one JSON array, or any iterable of records: a list, a generator, a
+            `datasets.Dataset`. For what a record is see `formats.parse_record` and, where it holds token ids,
+            `records.tokenized`. A Dataset is taken as it is.
+        tokenizer: A transformers tokenizer; None where all records hold token ids.
+        cfg: max_length, pack_tokens, truncation and completion_only_loss are used.
+        name: What to call data that is no file in messages.
+        vocab_size: Rows of the model's embedding; no token id may lie beyond.
+        now: The time for chat templates that print the date; None is the present.
 
     Raises:
         DataError: names the file and line (or the list and index) and what is wrong with it.
     """
     if isinstance(data, Dataset):
-        _check_lengths(data, cfg)
+        check_samples_fit(data.samples, data.name, cfg, vocab_size)
         return data
-    if not isinstance(data, (str, Path, Sequence)) or isinstance(data, (bytes, bytearray)):
-        raise DataError(f"{name}: got {type(data).__name__}, expected a JSON-lines file or a list of records")
-    if tokenizer is None:
-        raise DataError(f"{name}: got text, expected a Dataset of token ids: this engine has no tokenizer")
-    if isinstance(data, (str, Path)):
-        name, records = str(data), _read_jsonl(Path(data))
-    else:
-        records = ((f"{name}[{i}]", record) for i, record in enumerate(data))
-    samples, truncated = [], 0
-    for where, record in records:
-        record = dict(record) if isinstance(record, Mapping) else record
-        ids, learn = tokenize(
-            parse_record(record, where), tokenizer, completion_only=cfg.completion_only_loss, where=where
-        )
-        truncated += len(ids) > cfg.sample_tokens
-        samples.append(_sample(ids, learn, cfg, where))
-    if not samples:
-        raise DataError(f"{name}: no records")
-    return Dataset(name, tuple(samples), truncated)
+    intake = _Intake(tokenizer, cfg, vocab_size, now)
+    name = str(data) if isinstance(data, (str, os.PathLike)) else name
+    for where, record in records_of(data, name):
+        intake.add(record, where)
+    return intake.dataset(name)
 
 
-def make_sample(ids: Sequence[int], learn: Sequence[bool]) -> Sample:
-    """A sample from token ids and which of them are learnt: inputs are ids[:-1], targets ids[1:]."""
-    tokens = np.asarray(ids, np.int32)
+def make_sample(ids: Sequence[int], learn: Sequence[bool], where: str = "sample") -> Sample:
+    """A sample from token ids and which of them are learnt: inputs are ids[:-1], targets ids[1:].
+
+    Raises:
+        DataError: begins with `where`: ids that are no integers in [0, 2**31).
+    """
+    given = np.asarray(ids)
+    whole = given.dtype.kind in "iu" or not given.size
+    if not whole or given.ndim != 1 or (given.size and not 0 <= given.min() <= given.max() < 2**31):
+        raise DataError(f"{where}: token ids: got {ids!r:.200}, expected a list of integers in [0, 2**31)")
+    tokens = given.astype(np.int32)
     weights = np.asarray(learn, np.float32)[1:]
     return Sample(tokens[:-1].copy(), np.where(weights > 0, tokens[1:], 0).astype(np.int32), weights)
 
 
-def _sample(ids: list[int], learn: list[bool], cfg: TrainConfig, where: str) -> Sample:
-    cut = cfg.sample_tokens
-    if any(learn[1:cut]):
-        return make_sample(ids[:cut], learn[:cut])
-    if any(learn[1:]):
-        raise DataError(f"{where}: nothing to learn is left of {len(ids)} tokens cut to max_length = {cut}")
-    raise DataError(f"{where}: nothing to learn: no assistant message, completion or second token")
+@dataclass
+class _Intake:
+    """Records on their way into a Dataset."""
+
+    tokenizer: Any
+    cfg: TrainConfig
+    vocab_size: int | None
+    now: datetime | None
+    samples: list[Sample] = field(default_factory=list)
+    truncated: int = 0
+    tokens_cut: int = 0
+    dropped: int = 0
+    empty: list[str] = field(default_factory=list)
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, record: Any, where: str) -> None:
+        """Tokenizes and checks a record, and keeps its sample unless it is to be left out."""
+        if isinstance(record, dict) and is_empty(record, where):
+            self.empty.append(where)
+            return
+        ids, learn = self._tokens(record, where)
+        if not any(learn[1:]):
+            raise DataError(f"{where}: nothing to learn: no assistant message, completion or second token")
+        sample, most = make_sample(ids, learn, where), self.cfg.sample_tokens
+        check_token_ids(sample, self.vocab_size, where, self.tokenizer)
+        if len(ids) > most:
+            if self.cfg.truncation == "error":
+                raise DataError(f"{where}: got {len(ids)} tokens, expected at most max_length = {most}")
+            if self.cfg.truncation == "drop":
+                self.dropped += 1
+                return
+            begin = ids[0] == getattr(self.tokenizer, "bos_token_id", None)
+            sample = truncate(sample, most - 1, self.cfg.truncation, keep_begin=begin)
+            self.truncated, self.tokens_cut = self.truncated + 1, self.tokens_cut + len(ids) - most
+            if not np.any(sample.weights):
+                raise DataError(
+                    f"{where}: nothing to learn is left of {len(ids)} tokens cut to max_length = {most} "
+                    f"by truncation = {self.cfg.truncation!r}; 'drop' leaves such samples out"
+                )
+        self.samples.append(sample)
+
+    def _tokens(self, record: Any, where: str) -> tuple[list[int], list[bool]]:
+        completion_only = self.cfg.completion_only_loss
+        if isinstance(record, dict) and "input_ids" in record:
+            found = tokenized(record, where, completion_only=completion_only)
+            self.digest.update(repr(found).encode())
+            return found
+        parsed = parse_record(record, where)
+        self.digest.update(repr(parsed).encode("utf-8", "surrogatepass"))
+        if self.tokenizer is None:
+            raise DataError(f"{where}: got text, expected input_ids: this engine has no tokenizer")
+        return tokenize(parsed, self.tokenizer, completion_only=completion_only, where=where, now=self.now)
+
+    def dataset(self, name: str) -> Dataset:
+        """All that was kept; says what was not."""
+        kept, dropped, empty, most = len(self.samples), self.dropped, len(self.empty), self.cfg.sample_tokens
+        total = kept + dropped + empty
+        if not total:
+            raise DataError(f"{name}: no records")
+        if not kept:
+            raise DataError(f"{name}: none of {total} records is left: {dropped} too long, {empty} without an answer")
+        if self.truncated:
+            side, lost = self.cfg.truncation, ""
+            if side == "right":
+                lost = "; their ends, and with them the end tokens, are not learnt"
+            told = f"{self.truncated} of {total} samples are longer than {most} tokens and truncated on the {side}"
+            log.warning("%s: %s, by %d tokens in all%s (max_length, truncation)", name, told, self.tokens_cut, lost)
+        if dropped:
+            log.warning("%s: %d of %d samples are longer than %d tokens and left out", name, dropped, total, most)
+        if empty:
+            told = f"{empty} of {total} records have an empty answer and are left out"
+            log.warning("%s: %s, the first is %s", name, told, self.empty[0])
+        rest = {"num_truncated": self.truncated, "num_tokens_cut": self.tokens_cut, "records": self.digest.hexdigest()}
+        return Dataset(name, tuple(self.samples), **rest, num_dropped=dropped, num_empty=empty)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8")
-                if not line.strip():
-                    continue
-                yield where, json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8: {error}") from error
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON: {error}") from error
-
-
-def _check_lengths(data: Dataset, cfg: TrainConfig) -> None:
-    """A Dataset built elsewhere must fit this job's packs."""
-    if not data.samples:
-        raise DataError(f"{data.name}: no records")
-    for i, sample in enumerate(data.samples):
-        if len(sample) > cfg.pack_rows or not np.any(sample.weights):
-            raise DataError(
-                f"{data.name}[{i}]: got {len(sample)} rows with {np.count_nonzero(sample.weights)} targets, "
-                f"expected at most pack_tokens = {cfg.pack_rows} rows and at least one target"
-            )
+def truncate(sample: Sample, rows: int, side: str, *, keep_begin: bool = False) -> Sample:
+    """The first ("right" is cut) or last ("left") rows of a sample; the last ones behind its first token on demand."""
+    at = slice(rows) if side == "right" else slice(len(sample) - rows, None)
+    cut = Sample(sample.tokens[at].copy(), sample.targets[at].copy(), sample.weights[at].copy())
+    if side == "left" and keep_begin:
+        cut.tokens[0], cut.targets[0], cut.weights[0] = sample.tokens[0], 0, 0
+    return cut

@@ -3,15 +3,18 @@
 import math
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from loquetier_jax.errors import CheckpointError, JobError
+from loquetier_jax.errors import JobError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data import Dataset, Pack
-from loquetier_jax.jobs.evaluate import Evaluation
+from loquetier_jax.jobs.data_identity import data_identity
+from loquetier_jax.jobs.evaluate import Evaluation, denominator
+from loquetier_jax.jobs.extras import extra_names
 from loquetier_jax.jobs.lifecycle import Lifecycle
 from loquetier_jax.jobs.metrics import MetricsWriter
 from loquetier_jax.jobs.packing import Cursor, PackStream
@@ -22,7 +25,7 @@ class Job(Lifecycle):
     """One job, driven by the engine.
 
     Each step: `next_pack` -> `pack_dispatched` -> (forward, backward) -> `pack_finished`, until `step_due`;
-    then the optimizer step, divided by `num_targets`, and `finish_step`. While `evaluating`, the same with
+    then the optimizer step, divided by `denominator_dispatched`, and `finish_step`. While `evaluating`, the same with
     `next_eval_pack`, `eval_pack_dispatched` and `eval_pack_finished`. Packs finish in the order of dispatch.
     The optimizer step is to be dispatched once: `step_due` stays true until `finish_step`.
 
@@ -33,12 +36,16 @@ class Job(Lifecycle):
         eval_data: Held-out data, or None.
         metrics: Where its lines go, or None; they are in `record.lines` in any case.
         clock: Wall-clock seconds.
+        tokenized_at: When its records were tokenized: the date in its samples, whatever day it is resumed. None: now.
+        untrained: Whether its adapter begins as one that changes nothing, so that what step 0 shows is the base.
 
     Attributes:
         status, error: See `Lifecycle`.
         step: Optimizer steps done.
         cursor: The next pack to dispatch.
         record: Its losses and metrics.
+        extras: What its samples bring along for its loss.
+        saved_step: Of its last checkpoint.
     """
 
     def __init__(
@@ -50,16 +57,21 @@ class Job(Lifecycle):
         *,
         metrics: MetricsWriter | None = None,
         clock: Callable[[], float] = time.time,
+        tokenized_at: datetime | None = None,
+        untrained: bool = False,
     ) -> None:
         super().__init__(name)
         self.cfg = cfg
+        self.tokenized_at = tokenized_at or datetime.now()
+        self.untrained = untrained
         self.stream = PackStream(data, cfg)
+        self.extras = extra_names(data.samples[0])
         self.evaluation = None if eval_data is None else Evaluation(eval_data, cfg)
         self.record = Record(metrics, clock)
         self.step = 0
         self.cursor = Cursor()
         self._in_flight: list[Pack] = []
-        self._saved_step = 0
+        self.saved_step = 0
         self._pack: Pack | None = None
 
     @property
@@ -73,19 +85,22 @@ class Job(Lifecycle):
         return self.evaluation is not None and self.evaluation.active
 
     @property
+    def best_step(self) -> int | None:
+        """Optimizer steps before the evaluation with the lowest loss; None before the first one."""
+        return None if self.evaluation is None else self.evaluation.best_step
+
+    @property
     def in_flight(self) -> int:
         """Packs dispatched whose results have not come back; a checkpoint needs 0."""
         return len(self._in_flight) + (0 if self.evaluation is None else self.evaluation.in_flight)
 
     @property
-    def num_targets(self) -> int:
-        """Targets of the step so far: the denominator of the optimizer step once it is due."""
-        return self.record.tally.targets
+    def denominator_dispatched(self) -> int:
+        """What the losses of the step so far are divided by, packs in flight included: they need not be read first."""
+        return self.record.tally.denominator + sum(map(self._denominator, self._in_flight))
 
-    @property
-    def num_targets_dispatched(self) -> int:
-        """The same with the packs in flight: the denominator of a step dispatched before they are read."""
-        return self.num_targets + sum(pack.num_targets for pack in self._in_flight)
+    def _denominator(self, pack: Pack) -> int:
+        return denominator(pack, self.stream.data, self.cfg)
 
     @property
     def step_due(self) -> bool:
@@ -101,11 +116,19 @@ class Job(Lifecycle):
         """Whether save_steps asks for a checkpoint now; `saved` clears it."""
         every, done = self.cfg.save_steps, self.status == "succeeded"
         due = every > 0 and self.step > 0 and (self.step % every == 0 or done)
-        return due and self._saved_step != self.step and self.status not in ("failed", "cancelled")
+        return due and self.saved_step != self.step and self.status not in ("failed", "cancelled")
+
+    def tell_left_out(self) -> None:
+        """Writes what was cut or left out of its data as the line of step 0, if anything was."""
+        line: dict[str, Any] = dict(self.stream.data.left_out)
+        if self.evaluation is not None:
+            line |= {f"eval_{name}": count for name, count in self.evaluation.data.left_out.items()}
+        if line:
+            self._write(line)
 
     def saved(self) -> None:
         """Notes that a checkpoint of this step exists."""
-        self._saved_step = self.step
+        self.saved_step = self.step
 
     def next_pack(self) -> Pack | None:
         """The next training pack, the same one until `pack_dispatched`; None when there is none now."""
@@ -130,7 +153,11 @@ class Job(Lifecycle):
         self.cursor = self.stream.after(self.cursor)
 
     def pack_finished(
-        self, pack: Pack, logp: Float[np.ndarray, " L"], correct: Bool[np.ndarray, " L"] | None = None
+        self,
+        pack: Pack,
+        logp: Float[np.ndarray, " L"],
+        correct: Bool[np.ndarray, " L"] | None = None,
+        loss: float | None = None,
     ) -> None:
         """Adds a pack's loss; ignored when the job has ended meanwhile.
 
@@ -138,6 +165,7 @@ class Job(Lifecycle):
             pack: The oldest one in flight.
             logp: f32 log-probs of its targets.
             correct: Whether each target was the model's first choice, if known.
+            loss: The pack's loss where the job has one of its own; None: cross-entropy.
 
         Raises:
             JobError: another pack.
@@ -149,7 +177,7 @@ class Job(Lifecycle):
                 f"job {self.name!r}: pack {pack.step}/{pack.index} is not the oldest one in flight"
             )
         self._in_flight.pop(0)
-        self.record.tally.add(self.cfg.loss, pack, logp, correct)
+        self.record.tally.add(pack, self._denominator(pack), logp, correct, loss)
 
     def finish_step(self, grad_norm: float, learning_rate: float, weight_norm: float) -> None:
         """Closes an optimizer step: metrics, evaluation if one is due, the end of the job.
@@ -172,7 +200,7 @@ class Job(Lifecycle):
         loss = self.record.tally.loss
         if not all(map(math.isfinite, (loss, grad_norm, weight_norm))):
             numbers = f"loss {loss}, gradient norm {grad_norm}, norm of the new weights {weight_norm}"
-            self.fail(f"step {self.step}: {numbers}: not finite")
+            self.fail(f"step {self.step}: {numbers}: not finite{self._whose_fault(loss)}")
             return
         self.record.close_step()
         self.step += 1
@@ -185,6 +213,14 @@ class Job(Lifecycle):
         elif last:
             self.status = "succeeded"
 
+    def _whose_fault(self, loss: float) -> str:
+        """What a step that is not finite shows beyond doubt."""
+        if not self.record.tally.finite and self.step == 0 and self.untrained:
+            return "; the base model's own log-probs of these tokens are not: nothing has been trained yet"
+        if self.record.tally.finite and not math.isfinite(loss):
+            return "; the log-probs are: it is the loss function"
+        return ""
+
     def next_eval_pack(self) -> Pack | None:
         """The next evaluation pack; None when there is none to dispatch now."""
         return self.evaluation.next_pack() if self.status == "running" and self.evaluating else None
@@ -196,14 +232,18 @@ class Job(Lifecycle):
         self.evaluation.pack_dispatched(pack)
 
     def eval_pack_finished(
-        self, pack: Pack, logp: Float[np.ndarray, " L"], correct: Bool[np.ndarray, " L"] | None = None
+        self,
+        pack: Pack,
+        logp: Float[np.ndarray, " L"],
+        correct: Bool[np.ndarray, " L"] | None = None,
+        loss: float | None = None,
     ) -> None:
         """Adds an evaluation pack; after the last one writes the line and decides whether the job goes on."""
         if self.finished:
             return
-        if not self.evaluation.pack_finished(pack, logp, correct):
+        if not self.evaluation.pack_finished(pack, logp, correct, loss):
             return
-        line = self.evaluation.finish()
+        line = self.evaluation.finish(self.step)
         if not math.isfinite(line["eval_loss"]):
             self.fail(f"step {self.step}: evaluation loss {line['eval_loss']}: not finite")
             return
@@ -228,52 +268,13 @@ class Job(Lifecycle):
             "step": self.step,
             "cursor": self.cursor.to_dict(),
             "paused_from": self.paused_from,
+            "untrained": self.untrained,
+            "tokenized_at": self.tokenized_at.isoformat(),
             "record": self.record.state_dict(),
-            "data": self.stream.data.fingerprint,
-            "eval_data": None if evaluation is None else evaluation.data.fingerprint,
+            "data": data_identity(self.stream.data),
+            "eval_data": data_identity(None if evaluation is None else evaluation.data),
             "evaluation": None if evaluation is None else evaluation.state_dict(),
         }
-
-    @classmethod
-    def from_state(
-        cls,
-        state: dict[str, Any],
-        data: Dataset,
-        eval_data: Dataset | None = None,
-        *,
-        metrics: MetricsWriter | None = None,
-        loss: Callable[[Any, Any], Any] | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> "Job":
-        """The job as `state_dict` left it; it goes on with the same packs and the same numbers.
-
-        Args:
-            state: From `state_dict`.
-            data, eval_data: The same data; its hash is compared.
-            metrics: Cut back to where the state was taken; lines of later steps will be written again.
-            loss: The loss function, when the job has one of its own.
-            clock: Wall-clock seconds.
-
-        Raises:
-            CheckpointError: other data, or a metrics file shorter than it was.
-            ConfigError: the loss function is missing.
-        """
-        cfg = TrainConfig.from_dict(state["config"], loss=loss)
-        for name, given in (("data", data), ("eval_data", eval_data)):
-            got = None if given is None else given.fingerprint
-            if got != state[name]:
-                raise CheckpointError(
-                    f"{name}: got hash {got}, expected {state[name]}: not the data of the job"
-                )
-        job = cls(state["name"], cfg, data, eval_data, metrics=metrics, clock=clock)
-        job.status, job.error, job.step = state["status"], state["error"], state["step"]
-        job.cursor = Cursor(**state["cursor"])
-        job.paused_from = state["paused_from"]
-        job.record.load_state(state["record"])
-        job._saved_step = job.step
-        if job.evaluation is not None:
-            job.evaluation.load_state(state["evaluation"])
-        return job
 
     def _write(self, line: dict[str, Any]) -> None:
         self.record.write(self.step, self.stream.epochs_done(self.step), line)

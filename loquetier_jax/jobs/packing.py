@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt32
+from jaxtyping import Float32, Int, UInt32
 
 from loquetier_jax.config import require
 from loquetier_jax.jobs.config import TrainConfig
@@ -43,8 +43,8 @@ class PackStream:
     def __init__(self, data: Dataset, cfg: TrainConfig) -> None:
         self.data = data
         self.cfg = cfg
-        self.steps_per_epoch = cfg.steps_per_epoch(len(data))
-        self.total_steps = cfg.total_steps(len(data))
+        self.steps_per_epoch = cfg.steps_per_epoch(data.num_groups)
+        self.total_steps = cfg.total_steps(data.num_groups)
         self._cached_order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._cached_bins: tuple[int, list[list[int]]] = (-1, [])
 
@@ -55,21 +55,22 @@ class PackStream:
     def epochs_done(self, steps: int) -> float:
         """Passes over the data after that many optimizer steps; a fraction inside a pass."""
         whole, part = divmod(steps, self.steps_per_epoch)
-        return whole + part * self.cfg.samples_per_step / len(self.data)
+        return whole + part * self.cfg.samples_per_step / self.data.num_groups
 
     def order(self, epoch: int) -> Int[np.ndarray, " n"]:
-        """The order of the samples in a pass, from (seed, epoch) alone."""
+        """The order of the groups of samples in a pass, from (seed, epoch) alone."""
         if self._cached_order[0] != epoch:
-            count = len(self.data)
+            count = self.data.num_groups
             random = np.random.Generator(np.random.Philox(key=[self.cfg.seed, epoch]))
             self._cached_order = (epoch, random.permutation(count) if self.cfg.shuffle else np.arange(count))
         return self._cached_order[1]
 
     def samples_of(self, step: int) -> list[int]:
         """Indices in the data of the samples of one optimizer step."""
-        size = self.cfg.samples_per_step
+        size, of_group = self.cfg.samples_per_step, self.data.group_size
         start = (step % self.steps_per_epoch) * size
-        return [int(i) for i in self.order(self.epoch(step))[start : start + size]]
+        groups = self.order(self.epoch(step))[start : start + size]
+        return [int(g) * of_group + i for g in groups for i in range(of_group)]
 
     def packs_in_step(self, step: int) -> int:
         """How many packs an optimizer step takes."""
@@ -105,39 +106,54 @@ class PackStream:
         if self._cached_bins[0] != step:
             self._cached_bins = (
                 step,
-                first_fit(self.data.samples, self.samples_of(step), self.cfg.pack_rows),
+                first_fit(self.data.samples, self.samples_of(step), self.cfg.pack_rows, self.data.group_size),
             )
         return self._cached_bins[1]
 
 
 def eval_packs(data: Dataset, cfg: TrainConfig) -> list[tuple[int, ...]]:
     """The samples of each evaluation pack, in the order of the data; `build_pack` makes the pack."""
-    windows = (range(i, min(i + EVAL_WINDOW, len(data))) for i in range(0, len(data), EVAL_WINDOW))
-    return [tuple(b) for window in windows for b in first_fit(data.samples, window, cfg.pack_rows)]
+    size = data.group_size
+    window = max(EVAL_WINDOW // size, 1) * size
+    windows = (range(i, min(i + window, len(data))) for i in range(0, len(data), window))
+    return [tuple(b) for ids in windows for b in first_fit(data.samples, ids, cfg.pack_rows, size)]
 
 
-def first_fit(samples: Sequence[Sample], ids: Sequence[int], pack_tokens: int) -> list[list[int]]:
-    """Puts each sample into the first pack with room for it, in order.
+def rows_of(samples: Sequence[Sample]) -> int:
+    """Rows that samples take side by side; the last one is not filled up to SAMPLE_ALIGN."""
+    return sum(_aligned(len(sample)) for sample in samples[:-1]) + len(samples[-1])
+
+
+def _aligned(rows: int) -> int:
+    return -(-rows // SAMPLE_ALIGN) * SAMPLE_ALIGN
+
+
+def first_fit(
+    samples: Sequence[Sample], ids: Sequence[int], pack_tokens: int, group_size: int = 1
+) -> list[list[int]]:
+    """Puts each group of samples into the first pack with room for all of it, in order.
 
     Args:
         samples: All samples.
         ids: Which of them, in order.
-        pack_tokens: Rows of a pack; no sample is longer.
+        pack_tokens: Rows of a pack; no group takes more.
+        group_size: So many consecutive ids are a group.
 
     Returns:
         Sample indices of each pack.
     """
     bins: list[list[int]] = []
     used: list[int] = []
-    for i in ids:
-        rows = len(samples[i])
+    for first in range(0, len(ids), group_size):
+        group = ids[first : first + group_size]
+        rows = rows_of([samples[i] for i in group])
         where = next((b for b, u in enumerate(used) if u + rows <= pack_tokens), None)
         if where is None:
             where = len(bins)
             bins.append([])
             used.append(0)
-        bins[where].append(i)
-        used[where] += -(-rows // SAMPLE_ALIGN) * SAMPLE_ALIGN
+        bins[where].extend(group)
+        used[where] += _aligned(rows)
     return bins
 
 
@@ -175,9 +191,10 @@ def build_pack(
         rows["tokens"][at], rows["targets"][at] = sample.tokens, sample.targets
         rows["weights"][at], rows["positions"][at], rows["segments"][at] = sample.weights, positions, segment
         rows["drop_keys"][at] = drop_keys(seed, step, i, positions)
-        start += -(-len(sample) // SAMPLE_ALIGN) * SAMPLE_ALIGN
+        start += _aligned(len(sample))
     return Pack(
         **rows,
+        extras=_extras([samples[i] for i in ids], pack_tokens),
         num_targets=int(np.count_nonzero(rows["weights"])),
         num_tokens=sum(len(samples[i]) for i in ids),
         step=step,
@@ -185,6 +202,19 @@ def build_pack(
         is_last=is_last,
         sample_ids=tuple(ids),
     )
+
+
+def _extras(samples: Sequence[Sample], pack_tokens: int) -> dict[str, Float32[np.ndarray, " n"]]:
+    """The samples' extras: rows where their rows are, single numbers in the order of the samples."""
+    out: dict[str, np.ndarray] = {}
+    for name, value in samples[0].extras.items():
+        out[name] = np.zeros(pack_tokens if np.ndim(value) else pack_tokens // SAMPLE_ALIGN, np.float32)
+    start = 0
+    for place, sample in enumerate(samples):
+        for name, value in sample.extras.items():
+            out[name][slice(start, start + len(sample)) if np.ndim(value) else place] = value
+        start += _aligned(len(sample))
+    return out
 
 
 def drop_keys(

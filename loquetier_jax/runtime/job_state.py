@@ -22,8 +22,8 @@ class JobState:
     """Host copies.
 
     Attributes:
-        arrays: {"master", "opt_state", "grads"}, numpy.
-        host: JSON data: {"job", "lora", "shape", "base"}.
+        arrays: {"master", "opt_state", "grads", "best" ({} where there is none)}, numpy.
+        host: JSON data: {"job", "lora", "shape", "base", "best"}, the last one whether there are best weights.
     """
 
     arrays: dict[str, Any]
@@ -61,8 +61,9 @@ def take_job_state(engine: Any, trainee: Trainee) -> JobState:
         "lora": asdict(trainee.lora),
         "shape": [list(module) for module in trainee.shape.modules],
         "base": base_fingerprint(engine.spec, engine.state.params),
+        "best": trainee.best is not None,
     }
-    arrays = {"master": trainee.master, "opt_state": trainee.opt_state}
+    arrays = {"master": trainee.master, "opt_state": trainee.opt_state, "best": trainee.best or {}}
     return JobState(jax.tree.map(np.array, arrays) | {"grads": trainee.accumulators(engine.state)}, host)
 
 
@@ -80,4 +81,5 @@ def read_job_state(spec: DecoderSpec, path: Path) -> JobState:
     }
     master, opt_state = init_state(zeros, host["job"]["config"]["optim"])
     grads = empty_pages(spec, shape.num_pages, np.float32)
-    return JobState(read_arrays(path, {"master": master, "opt_state": opt_state, "grads": grads}), host)
+    like = {"master": master, "opt_state": opt_state, "grads": grads, "best": zeros if host["best"] else {}}
+    return JobState(read_arrays(path, like), host)

@@ -182,12 +182,26 @@ class Serving:
                 rank = int(sampled["rank"][i])
             token, logprob = int(sampled["tokens"][i]), float(sampled["logprob"][i])
             if math.isnan(logprob):  # of this row alone: its adapter, or its own cache
-                piece = request.fail("the model gave NaN: the adapter's weights are not finite", now)
+                piece = request.fail(self._why_nan(request), now)
             else:
                 piece = request.accept(token, logprob, alternatives, now, rank=rank)
             if request.finished:
                 self._release(request, epoch)
             self._tell(request, piece)
+
+    def _why_nan(self, request: Request) -> str:
+        """Whose NaN it is, as far as weights can tell."""
+        version = self._versions.get(request.id)
+        if version is None:
+            return "the base model gave NaN: its weights are not finite, or overflow on this prompt"
+        try:
+            finite = self.store.is_finite(version)
+        except AdapterError as error:  # its folder has changed since; the device has what it was
+            return f"the model gave NaN under adapter {version.name!r}, whose weights cannot be checked: {error}"
+        if finite:
+            mine, theirs = f"the weights of adapter {version.name!r} are finite", "those of the base model are not"
+            return f"the model gave NaN: {mine}; {theirs}, or something overflows on this prompt"
+        return f"the model gave NaN: the weights of adapter {version.name!r} are not finite"
 
     def cancel(self, request_id: str, now: float, epoch: int) -> bool:
         """Ends a request at once; returns whether it was still alive."""

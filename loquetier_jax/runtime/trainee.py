@@ -1,11 +1,13 @@
 """One job on the device: its masters, optimizer state, pages, and its place in the gradient pool."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights
@@ -13,10 +15,13 @@ from loquetier_jax.adapters.pages import Pages, pages_of, read_pages, write_page
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.segments import shapes_of
+from loquetier_jax.jobs.data import Pack
 from loquetier_jax.jobs.job import Job
 from loquetier_jax.jobs.optimizer import build_optimizer_step, hyperparams
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.functions import TrainKey
+from loquetier_jax.runtime.scoring import Scores
+from loquetier_jax.step.functions import StepFunctions, TrainKey
+from loquetier_jax.step.loss_batch import loss_batch
 from loquetier_jax.step.state import DeviceState
 from pallas_kernels.common import cpu_bits
 
@@ -33,8 +38,10 @@ class Trainee:
         pages: Adapter pages its steps read; () until it starts.
         write_pages: Adapter pages its next optimizer step writes: `pages`, or fresh ones after a publish.
         grad_pages: Its pages of the gradient pool.
+        placeholder: The version that the name got when the job was started, if it got one: nothing that was trained.
+        best: The masters of the lowest evaluation loss, where the job keeps them; None before the first.
         published: The version that took over `pages`, until the next optimizer step; or None.
-        run_optimizer: The compiled optimizer step; None until it has been compiled.
+        run_optimizer, copy_master: The compiled optimizer step and copy of the masters; None until compiled.
         number: Of this trainee alone, in the whole process (an `id` may come again).
     """
 
@@ -47,8 +54,11 @@ class Trainee:
     pages: tuple[int, ...] = ()
     write_pages: tuple[int, ...] = ()
     grad_pages: tuple[int, ...] = ()
+    placeholder: Version | None = None
+    best: LoraWeights | None = None
     published: Version | None = None
     run_optimizer: Callable[..., Any] | None = field(default=None, repr=False)
+    copy_master: Callable[..., Any] | None = field(default=None, repr=False)
     number: int = field(default_factory=itertools.count().__next__)
 
     @property
@@ -59,8 +69,9 @@ class Trainee:
     @property
     def group(self) -> str:
         """Jobs of equal group and pack length may ride one step: they need the same compiled functions."""
-        loss = self.job.cfg.loss
-        return f"{self.shape.num_pages}/{self.lora.lora_dropout > 0}/{id(loss) if callable(loss) else loss}"
+        loss, extras = self.job.cfg.loss, self.job.extras
+        own = f"{id(loss)}/{extras}" if callable(loss) else loss
+        return f"{self.shape.num_pages}/{self.lora.lora_dropout > 0}/{own}"
 
     def key(self, packs: int) -> TrainKey:
         """The compiled functions of a pass of `packs` packs."""
@@ -71,7 +82,27 @@ class Trainee:
             pages=self.shape.num_pages,
             dropout=self.lora.lora_dropout > 0,
             loss=loss if callable(loss) else None,
+            extras=self.job.extras,
         )
+
+    def accept_evaluation(self, functions: StepFunctions, packs: Sequence[Pack], scores: Sequence[Scores]) -> None:
+        """Hands a scored evaluation to the job, and keeps the weights if they are the best so far."""
+        key, job, losses = self.key(1), self.job, [None] * len(packs)
+        if key.loss is not None:  # all dispatched before the first is read
+            run = functions.loss_value(key)
+            pairs = zip(packs, scores, strict=True)
+            values = [run(score["logp"], pack.weights, loss_batch(pack)) for pack, score in pairs]
+            losses = [float(value) for value in values]
+        for pack, score, loss in zip(packs, scores, losses, strict=True):
+            job.eval_pack_finished(pack, score["logp"], score["correct"], loss)
+        if job.cfg.keeps_best and self._has_just_improved and job.status in ("running", "succeeded"):
+            self.best = self.copy_master(self.master)
+            for leaf in jax.tree.leaves(self.best):
+                leaf.copy_to_host_async()
+
+    @property
+    def _has_just_improved(self) -> bool:
+        return self.job.best_step == self.job.step
 
     def enter(
         self, state: DeviceState, spec: DecoderSpec, pages: tuple[int, ...], grad_pages: tuple[int, ...]
@@ -91,7 +122,7 @@ class Trainee:
         return jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), np.float32), state.grads)
 
     def compile_optimizer(self, state: Any, spec: DecoderSpec) -> None:
-        """Compiles the optimizer step ahead of time; jobs of one shape and kind share it.
+        """Compiles the optimizer step ahead of time, and what keeps the best weights; jobs of one kind share it.
 
         Args:
             state: A DeviceState of shapes.
@@ -103,13 +134,15 @@ class Trainee:
         self.run_optimizer = step.lower(
             *arrays, state.grads, state.pages, ids, ids, *self._numbers()
         ).compile(cpu_bits.compiler_options())
+        if self.job.cfg.keeps_best:
+            self.copy_master = jax.jit(partial(jax.tree.map, jnp.copy)).lower(arrays[0]).compile()
 
     def _numbers(self) -> tuple[Any, ...]:
         """denom, max_grad_norm and hyperparameters of the step whose packs have all been dispatched."""
         job = self.job
         hyper = hyperparams(job.cfg, job.step, job.total_steps)
         return (
-            np.float32(max(job.num_targets_dispatched, 1)),
+            np.float32(max(job.denominator_dispatched, 1)),
             np.float32(job.cfg.max_grad_norm),
             {name: np.float32(value) for name, value in hyper.items()},
         )
@@ -120,6 +153,8 @@ class Trainee:
         Returns:
             {"grad_norm", "weight_norm", "finite"} on the device.
         """
+        if self.best is not None and self._has_just_improved:
+            self.best = jax.tree.map(np.asarray, self.best)  # on the host by now: an iteration or more has passed
         if self.published is not None:
             store.weights(self.published)  # its own copy, before the masters it was published from change
         ids = np.asarray(self.grad_pages, np.int32), np.asarray(self.write_pages, np.int32)
@@ -133,6 +168,17 @@ class Trainee:
             self.published = None
         return metrics
 
+    @property
+    def serves_best(self) -> bool:
+        """Whether the job ends with other weights than its last ones."""
+        return self.job.cfg.keeps_best and self.best is not None and not self._has_just_improved
+
+    def result(self) -> LoraWeights:
+        """The weights that the job comes to, on the host: its last ones, or the best once it has succeeded."""
+        if self.job.status == "succeeded" and self.serves_best:
+            return jax.tree.map(np.array, self.best)
+        return self.host_weights()
+
     def host_weights(self) -> LoraWeights:
         """The masters, copied to the host."""
         return jax.tree.map(lambda a: np.array(a), self.master)
@@ -140,7 +186,7 @@ class Trainee:
     def leave_device(self) -> None:
         """Moves masters and optimizer state of an ended job to the host; nothing else may be using them."""
         self.master = self.host_weights()
-        self.opt_state = jax.tree.map(np.asarray, self.opt_state)
+        self.opt_state, self.best = jax.tree.map(np.asarray, (self.opt_state, self.best))
 
     def accumulators(self, state: DeviceState) -> Pages:
         """What the gradient pool holds for this job, copied to the host."""

@@ -203,7 +203,7 @@ class Training:
         """Reads a closed pass's log-probs into its jobs."""
         for trainee, pack, result in zip(done.owners, done.packs, done.run.results(), strict=True):
             with trainee.job.blamed():
-                trainee.job.pack_finished(pack, result["logp"], result["correct"])
+                trainee.job.pack_finished(pack, **result)
         self._unread.subtract({t.job.name for t in done.owners})
 
     def optimize(self, names: Iterable[str], epoch: int) -> list[OptimizerResult]:
@@ -242,7 +242,7 @@ class Training:
             elif job.status == "queued":  # paused before it had its pages, and resumed
                 job.start()
             due = job.status == "running" and job.evaluating and job.name not in self._evaluating
-            if due and trainee.pages:
+            if due and self._ready(trainee):
                 self._evaluate(trainee)
 
     def _evaluate(self, trainee: Trainee) -> None:
@@ -254,8 +254,7 @@ class Training:
         def done(scores: list[Scores]) -> None:
             self._evaluating.discard(job.name)
             with job.blamed():
-                for pack, score in zip(packs, scores, strict=True):
-                    job.eval_pack_finished(pack, score["logp"], score["correct"])
+                trainee.accept_evaluation(self.functions, packs, scores)
                 self.on_step(trainee)
 
         if packs:

@@ -1,11 +1,13 @@
 """What a request asks of the sampler: vLLM's names, defaults and meanings."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
+from loquetier_jax.borrowed import borrowing, plain
 from loquetier_jax.config import Sampling
 from loquetier_jax.errors import RequestError
+from loquetier_jax.serve.vllm_arguments import VLLM_ARGUMENTS
 
 MAX_NUMBER = 1e38
 MAX_N = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
@@ -15,7 +17,7 @@ MIN_TEMPERATURE = 1e-5  # vLLM's _SAMPLING_EPS: logits divided by less would be 
 def refuse(ok: bool, name: str, got: Any, expected: str) -> None:
     """Raises RequestError naming the field, what came and what was expected, unless `ok`."""
     if not ok:
-        raise RequestError(f"{name}: got {got!r}, expected {expected}")
+        raise RequestError(f"{name}: got {got!r:.200}, expected {expected}")
 
 
 def _is_int(value: Any) -> bool:
@@ -27,9 +29,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
+@borrowing(VLLM_ARGUMENTS, RequestError)
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when they end.
+
+    Other arguments of vLLM, of transformers' `generate` and of OpenAI's API are taken where they mean the same
+    (`max_new_tokens`, `detokenize=True`), and refused in a sentence otherwise.
 
     Attributes:
         n: Completions of the prompt; more than one needs temperature > 0.
@@ -41,7 +47,8 @@ class SamplingParams:
         presence_penalty: Subtracted once from logits of tokens in the output, in [-2, 2].
         frequency_penalty: Subtracted per occurrence in the output, in [-2, 2].
         seed: Makes the tokens reproducible wherever they are batched; None lets the engine choose.
-        max_tokens: Most output tokens, >= 1.
+        max_tokens: Most output tokens, >= 1; None: as many as the engine has room for beside the prompt, all of which
+            are reserved as long as the request lives.
         min_tokens: No end (end-of-sequence, stop ids, stop strings) before this many tokens.
         stop: A string or strings that end the output; they are not part of it. Stored as a tuple.
         stop_token_ids: Token ids that end the output; the id is returned, its text is not. Stored as a tuple.
@@ -64,7 +71,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     min_tokens: int = 0
     stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = ()
@@ -73,6 +80,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+
+    borrowed: ClassVar[frozenset[str]]
+    in_own_words: ClassVar[Callable[[Mapping[str, Any]], dict[str, Any]]]
 
     def __post_init__(self) -> None:
         self._check_integers()
@@ -89,9 +99,10 @@ class SamplingParams:
         refuse(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", self.n, f"an integer in [1, {MAX_N}]")
         for name, low in (("top_k", -1), ("max_tokens", 1), ("min_tokens", 0)):
             value = getattr(self, name)
-            refuse(_is_int(value) and low <= value < 2**31, name, value, f"an integer in [{low}, {2**31})")
-        low = self.min_tokens <= self.max_tokens
-        refuse(low, "min_tokens", self.min_tokens, f"<= max_tokens {self.max_tokens}")
+            ok = (_is_int(value) and low <= value < 2**31) or (value is None and name == "max_tokens")
+            refuse(ok, name, value, f"an integer in [{low}, {2**31})")
+        fits = self.max_tokens is None or self.min_tokens <= self.max_tokens
+        refuse(fits, "min_tokens", self.min_tokens, f"<= max_tokens {self.max_tokens}")
         for name, high in (("seed", 2**63), ("logprobs", 2**31), ("prompt_logprobs", 2**31)):
             value = getattr(self, name)
             ok = value is None or (_is_int(value) and 0 <= value < high)
@@ -113,10 +124,11 @@ class SamplingParams:
             return
         mapping = isinstance(self.logit_bias, Mapping)
         refuse(mapping, "logit_bias", self.logit_bias, "a mapping of token id to bias")
-        for token, bias in self.logit_bias.items():
+        entries = {plain(token): plain(bias) for token, bias in self.logit_bias.items()}
+        for token, bias in entries.items():
             refuse(_is_int(token) and token >= 0, "logit_bias", token, "token ids (integers >= 0) as keys")
             refuse(_is_number(bias), f"logit_bias[{token}]", bias, "a finite number")
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias) or None)
+        object.__setattr__(self, "logit_bias", entries or None)
 
     def _check_stops(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
@@ -135,6 +147,10 @@ class SamplingParams:
         if penalties or self.logit_bias or self.min_tokens > 0 or self.logprobs:
             return "full"
         return "greedy" if self.temperature == 0 else "plain"
+
+    def filled(self, room: int) -> "SamplingParams":
+        """These params with `room`, at least 1, where max_tokens is None."""
+        return self if self.max_tokens is not None else replace(self, max_tokens=max(1, room, self.min_tokens))
 
     def check(self, *, vocab_size: int, max_logprobs: int, max_logit_bias: int) -> None:
         """Checks the params against what one engine offers.

@@ -9,6 +9,7 @@ from loquetier_jax.models.decoder import layer, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.forward import Kept, Pages, Params
 from loquetier_jax.step.loss import Loss, backward_head, loss_cotangent
+from loquetier_jax.step.loss_batch import LossBatch
 from loquetier_jax.step.replay import ReplayOps
 from pallas_kernels import add_gradients
 
@@ -23,21 +24,27 @@ def backward_start(
     hidden: jax.Array,
     logp: jax.Array,
     flat: jax.Array,
-) -> jax.Array:
+    extras: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array | None]:
     """From the log-probs of the targets to d loss / d hidden.
 
     Args:
+        packs, loss, template: Static: G, the jobs' own loss or None, shapes of the TrainRows.
         head: {"norm", "lm_head" or "embed_tokens"}.
         hidden: [T, D] final hidden states of the train rows. (Not donated: it is also the last layer's output.)
         logp: [T] as the forward returned them; a loss may depend on them.
         flat: The TrainRows as one int32 buffer.
+        extras: [G, L] or [G, S] each, what the samples brought along for `loss`; {} without one.
 
     Returns:
-        [T, D] in the compute dtype.
+        [T, D] in the compute dtype; the loss of each pack, [G] f32, None for cross-entropy.
     """
     train = unravel(template, flat)
-    dlogp = loss_cotangent(loss, logp.reshape(packs, -1), train.weights.reshape(packs, -1)).reshape(-1)
-    return backward_head(spec, head, hidden, train.rows.targets, dlogp, limit=cfg.logit_chunk)
+    rows = (logp, train.weights, train.rows.targets, train.rows.positions, train.rows.segments)
+    logp, weights, *rest = (a.reshape(packs, -1) for a in rows)
+    losses, dlogp = loss_cotangent(loss, logp, weights, LossBatch(*rest, extras))
+    dx = backward_head(spec, head, hidden, train.rows.targets, dlogp.reshape(-1), limit=cfg.logit_chunk)
+    return dx, losses
 
 
 def backward_slice(

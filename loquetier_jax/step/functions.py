@@ -12,9 +12,11 @@ import jax.numpy as jnp
 
 from loquetier_jax.batch.segments import empty_batch, host_tree_size, shapes_of
 from loquetier_jax.config import RANK_PAGE, Bucket, EngineConfig
+from loquetier_jax.jobs.extras import ExtraNames, empty_extras
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step import backward, forward
-from loquetier_jax.step.loss import Loss
+from loquetier_jax.step.loss import Loss, loss_value
+from loquetier_jax.step.loss_batch import LossBatch
 from loquetier_jax.step.ops import shrunk
 from loquetier_jax.step.sample import admit_slot
 from loquetier_jax.step.state import DeviceState, head_params
@@ -51,6 +53,7 @@ class TrainKey:
         pages: Most rank-16 pages of an adapter in the pass.
         dropout: Whether any of the jobs has LoRA dropout.
         loss: None for cross-entropy, or the jobs' own loss.
+        extras: What their samples bring along for it.
     """
 
     packs: int
@@ -58,6 +61,7 @@ class TrainKey:
     pages: int
     dropout: bool = False
     loss: Loss | None = None
+    extras: ExtraNames = ()
 
     @property
     def bucket(self) -> Bucket:
@@ -156,15 +160,28 @@ class StepFunctions:
         return self._get(("forward_end", key.bucket), build)
 
     def backward_start(self, key: TrainKey) -> Callable[..., Any]:
-        """(head, hidden, logp, flat) -> dx."""
+        """(head, hidden, logp, flat, extras) -> (dx, losses)."""
         template = shapes_of(empty_batch(key.bucket, self.cfg)).train
 
         def build() -> Callable[..., Any]:
             f = functools.partial(backward.backward_start, self.spec, self.cfg, key.packs, key.loss, template)
             logp = jax.ShapeDtypeStruct((key.bucket.train_rows,), jnp.float32)
-            return _compile(f, head_params(self._params), self._hidden(key), logp, self._flat(template))
+            extras = shapes_of(empty_extras(key.extras, key.packs, key.pack_tokens))
+            return _compile(f, head_params(self._params), self._hidden(key), logp, self._flat(template), extras)
 
-        return self._get(("backward_start", key.bucket, key.loss), build)
+        return self._get(("backward_start", key.bucket, key.loss, key.extras), build)
+
+    def loss_value(self, key: TrainKey) -> Callable[..., Any]:
+        """(logp [L], weights [L], LossBatch) -> the loss of one scored pack; of jobs with a loss of their own."""
+        rows = jax.ShapeDtypeStruct((key.pack_tokens,), jnp.float32)
+        ints = jax.ShapeDtypeStruct((key.pack_tokens,), jnp.int32)
+        extras = empty_extras(key.extras, 1, key.pack_tokens)
+        batch = LossBatch(ints, ints, ints, shapes_of({name: a[0] for name, a in extras.items()}))
+
+        def build() -> Callable[..., Any]:
+            return jax.jit(functools.partial(loss_value, key.loss)).lower(rows, rows, batch).compile()
+
+        return self._get(("loss_value", key.pack_tokens, key.loss, key.extras), build)
 
     def backward_slice(self, key: TrainKey, start: int, stop: int) -> Callable[..., Any]:
         """(layers, pages, kept, dx, grads*, first, flat) -> (dx, grads) for layers [start, stop)."""
@@ -207,6 +224,8 @@ class StepFunctions:
         lengths = {0, self.cfg.slice_layers}
         self.forward(key.bucket, key.dropout)
         self.backward_start(key)
+        if key.loss is not None:
+            self.loss_value(key)
         for start, stop in [s for length in lengths for s in self.slices(length)]:
             self.backward_slice(key, start, stop)
         if self.cfg.slice_layers:

@@ -1,4 +1,4 @@
-"""Log-probabilities of the targets: the only thing a loss ever sees, and the only way its gradient comes back."""
+"""Log-probabilities of the targets: what every loss is a function of, and the only way its gradient comes back."""
 
 import functools
 from collections.abc import Callable
@@ -9,10 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from loquetier_jax.config import PACK_ALIGN
+from loquetier_jax.errors import ConfigError
+from loquetier_jax.jobs.config import takes_batch
 from loquetier_jax.models.decoder import final_norm, logits, logits_transpose
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.loss_batch import LossBatch
 
-Loss = Callable[[Float[Array, " L"], Float[Array, " L"]], Float[Array, ""]]
+Loss = Callable[..., Float[Array, ""]]  # (logp [L], weights [L]) or (logp [L], weights [L], LossBatch)
 
 
 def chunk_rows(rows: int, limit: int) -> int:
@@ -96,16 +99,41 @@ def backward_head(
     return dx.reshape(x.shape)
 
 
+def loss_value(
+    loss: Loss, logp: Float[Array, " L"], weights: Float[Array, " L"], batch: LossBatch
+) -> Float[Array, ""]:
+    """A loss of one's own for one pack, f32.
+
+    Raises:
+        ConfigError: it returns something else than a scalar.
+    """
+    value = jnp.asarray(loss(logp, weights, batch) if takes_batch(loss) else loss(logp, weights))
+    if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        got = f"{value.dtype}{list(value.shape)}"
+        raise ConfigError(f"loss: got a function that returns {got}, expected a float scalar: the sum over the pack")
+    return value.astype(jnp.float32)
+
+
 def loss_cotangent(
-    loss: Loss | None, logp: Float[Array, "G L"], weights: Float[Array, "G L"]
-) -> Float[Array, "G L"]:
-    """d loss / d log-prob, pack by pack.
+    loss: Loss | None, logp: Float[Array, "G L"], weights: Float[Array, "G L"], batch: LossBatch
+) -> tuple[Float[Array, " G"] | None, Float[Array, "G L"]]:
+    """Losses and d loss / d log-prob, pack by pack: a loss sees one pack at a time, whoever shares the step.
 
     Args:
         loss: None for cross-entropy (loss = -sum(weights * logp), so the cotangent is -weights), or a function of one
-            pack's (logp [L], weights [L]) that returns the SUM of its token losses; weights are 0 on padding.
+            pack that returns the SUM of what it has to add.
+        logp: Log-probs; those of padding may be anything, and no gradient goes back to them.
+        weights: Loss weights of the targets, 0 on padding.
+        batch: Leaves with a leading G.
+
+    Returns:
+        The losses, None for cross-entropy, which the host sums exactly; and the cotangent.
     """
     if loss is None:
-        return -weights
-    return jax.vmap(jax.grad(lambda lp, w: loss(lp, w)))(logp, weights)
+        return None, -weights
 
+    def one(args: tuple[Array, Array, LossBatch]) -> tuple[Array, Array]:
+        return jax.value_and_grad(functools.partial(loss_value, loss))(*args)
+
+    values, dlogp = jax.lax.map(one, (logp, weights, batch))
+    return values, jnp.where(batch.segment_ids >= 0, dlogp, 0)

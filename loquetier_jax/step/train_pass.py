@@ -10,6 +10,7 @@ import numpy as np
 from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
 from loquetier_jax.batch.segments import SegmentBatch, ravel
 from loquetier_jax.config import EngineConfig
+from loquetier_jax.jobs.extras import pass_extras
 from loquetier_jax.step.forward import ForwardOut, Kept
 from loquetier_jax.step.functions import StepFunctions, TrainKey
 from loquetier_jax.step.state import DeviceState, head_params
@@ -26,6 +27,7 @@ class TrainPass:
         items: The packs, in order.
         slice_layers: Layers of one quantum, 0 = all of them.
         logp, correct: [G * L] on the device once the forward has been dispatched.
+        losses: [G] on the device, of jobs with a loss of their own; None for cross-entropy.
         backward: Slices still to go, last layers first; empty and `started` means done.
     """
 
@@ -34,6 +36,7 @@ class TrainPass:
     slice_layers: int = 0
     logp: jax.Array | None = None
     correct: jax.Array | None = None
+    losses: jax.Array | None = None
     backward: list[tuple[int, int]] = field(default_factory=list)
     forward: list[tuple[int, int]] = field(default_factory=list)
     _kept: Kept = field(default_factory=list)
@@ -104,8 +107,10 @@ class TrainPass:
     ) -> None:
         if batch is not None:
             self._flat_train = jax.device_put(ravel(batch.train))
+        packs = [item.pack for item in self.items]
+        extras = pass_extras(self.key.extras, packs, self.key.packs, self.key.pack_tokens)
         start = functions.backward_start(self.key)
-        self._dx = start(head_params(state.params), self._hidden, self.logp, self._flat_train)
+        self._dx, self.losses = start(head_params(state.params), self._hidden, self.logp, self._flat_train, extras)
         self._hidden = None
         self.backward = functions.slices(self.slice_layers)[::-1]
 
@@ -137,10 +142,9 @@ class TrainPass:
             self._flat_train = None
 
     def results(self) -> list[dict[str, Any]]:
-        """Per pack {"logp": np [L], "correct": np [L]}; waits for the device."""
-        logp, correct = np.asarray(self.logp), np.asarray(self.correct)
-        size = self.key.pack_tokens
-        return [
-            {"logp": logp[g * size : (g + 1) * size], "correct": correct[g * size : (g + 1) * size]}
-            for g in range(len(self.items))
-        ]
+        """Per pack {"logp": np [L], "correct": np [L], "loss": float, None for cross-entropy}; waits for the device."""
+        size, count = self.key.pack_tokens, len(self.items)
+        logp, correct = (np.asarray(a).reshape(-1, size)[:count] for a in (self.logp, self.correct))
+        losses = [None] * count if self.losses is None else np.asarray(self.losses)[:count].tolist()
+        rows = zip(logp, correct, losses, strict=True)
+        return [{"logp": lp, "correct": hits, "loss": loss} for lp, hits, loss in rows]

@@ -70,18 +70,37 @@ def test_resumed_after_a_kill_the_next_losses_are_the_same(
     assert (run_folder / "adapter" / "adapter_config.json").is_file()
 
 
+def test_a_finished_run_goes_on(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was refused: neither could its length be set again, nor anything else."""
+    command = ["finetune", "--output-dir", str(run_folder), "--resume", "--json"]
+    assert main([*command, "--train", "seed=3"]) == 2
+    assert "train seed: got 3, expected one of ('max_steps'" in capsys.readouterr().err
+    assert main([*command, "--train", "max_steps=5"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 5
+    assert [line["step"] for line in read_metrics(run_folder / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5]
+    assert json.loads((run_folder / "config.json").read_text())["train"]["max_steps"] == 5
+
+
 def test_recipe_and_command_line(
-    data: Path, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    options: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    train = "{max_steps: 1, max_length: 60, per_device_train_batch_size: 2, save_steps: 0}"
+    train = "{max_steps: 1, max_length: 45, optim: adamw_torch, per_device_train_batch_size: 2, save_steps: 0}"
     recipe.write_text(f"data: {data}\nname: fish\nlora: {{r: 2}}\ntrain: {train}\n")
     folder = tmp_path / "out"
     arguments = ["finetune", "--recipe", str(recipe), "--lora", "r=3", "--output-dir", str(folder), "--json"]
+    arguments += ["--truncation", "left"]
     assert main([*arguments, *options]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["name"], result["steps"], result["adapter"]) == ("fish", 1, str(folder / "adapter"))
     assert np.isfinite(result["loss"])
+    assert result["num_truncated"] > 0 and f"{result['num_truncated']} of" in caplog.text
+    assert "tokens and truncated on the left" in caplog.text
+    assert read_metrics(folder / "metrics.jsonl")[0]["num_truncated"] == result["num_truncated"]
     assert json.loads((folder / "config.json").read_text())["lora"]["r"] == 3
     recipe.write_text(f"data: {data}\nepochs: 3\n")
     assert main(["finetune", "--recipe", str(recipe), "--output-dir", str(tmp_path / "new")]) == 2

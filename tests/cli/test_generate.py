@@ -101,6 +101,44 @@ def test_a_malformed_line_is_named(line: str, named: str, tmp_path: Path, capsys
     assert named in capsys.readouterr().err
 
 
+def test_files_as_they_come_and_other_names_of_the_same(tmp_path: Path) -> None:
+    """One JSON array, the byte order mark of Windows, and arguments under the names of transformers and OpenAI."""
+    args = argparse.Namespace(prompt=[], max_tokens=128, temperature=0.0, top_p=1.0, seed=None, stop=[])
+    args.sampling = ["max_new_tokens=9"]
+    defaults = generate._sampling(args)
+    for name, content in (
+        ("a.json", b'[{"prompt": "a"},\n {"prompt": [65, 66], "max_completion_tokens": 5}]'),
+        ("a.jsonl", b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": [65, 66], "max_tokens": 5}'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        args.file = str(tmp_path / name)
+        lines = generate._prompts(args)
+        first, second = (one for line in lines for one in generate._ask(line, ["base"], defaults, chat=False))
+        assert (first.prompt, first.params.max_tokens) == ("a", 9)
+        assert (second.prompt, second.params.max_tokens) == ([65, 66], 5)
+    args.file = str(tmp_path / "a.txt")
+    Path(args.file).write_bytes(b"\xef\xbb\xbfa\nb\n")
+    assert generate._prompts(args) == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ({"prompt": "a", "adapter": "b"}, "adapter: got 'b', expected one that --adapter loads: ['base']"),
+        ({"prompt": [5] * 100_000}, "max_tokens: got 128 beside 100000 tokens of prompt or more"),
+        ({"prompt": "a", "top_logprobs": 2}, "1: top_logprobs: got 2, expected None: use logprobs"),
+        ({"prompt": "a", "max_tokens": 3, "max_new_tokens": 4}, "1: max_new_tokens: got 4 beside max_tokens=3"),
+    ],
+)
+def test_what_no_model_could_answer_is_refused_before_one_is_loaded(
+    line: dict, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps(line))
+    assert main(["generate", "--file", str(path), "--model", str(tmp_path)]) == 2
+    assert named in capsys.readouterr().err
+
+
 def test_refused_by_the_engine(
     options: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

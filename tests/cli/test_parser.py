@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from loquetier_jax.cli import main
 from loquetier_jax.cli.options import settings
 from loquetier_jax.errors import ConfigError
 
+NO_MODEL = ("--model", str(Path(__file__).parent))  # a folder that holds none: whoever loads it says so
+DATA = str(Path(__file__).parents[2] / "examples" / "polite.jsonl")
 COMMANDS = ("demo", "generate", "finetune", "serve-loop", "bench")
 
 
@@ -73,6 +76,21 @@ def test_wrong_options_end_with_usage(arguments: list[str], capsys: pytest.Captu
         (["finetune", "d", "--output-dir", "new", "--train", "output_dir=x"], "output_dir"),
         (["finetune", "--output-dir", "new", "--resume"], "expected a folder that finetune wrote"),
         (["finetune", "d", "--output-dir", "new", "--resume"], "nothing with --resume"),
+        (["finetune", "nothing.jsonl", "--output-dir", "new", *NO_MODEL], "nothing.jsonl: no such file"),
+        (["finetune", DATA, "--eval-data", "nothing", "--output-dir", "new", *NO_MODEL], "nothing: no such file"),
+        (["finetune", DATA, "--output-dir", DATA, *NO_MODEL], "--output-dir: got"),
+        (["finetune", DATA, "--output-dir", "new", "--lora", "r=99999", *NO_MODEL], "lora r: got 99999, expected <="),
+        (["finetune", DATA, "--output-dir", "new", "--lora", "bias=all", *NO_MODEL], "bias: got 'all', expected"),
+        (["finetune", DATA, "--output-dir", "new", "--truncation", "up", *NO_MODEL], "truncation: got 'up'"),
+        (["finetune", DATA, "--output-dir", "new", "--train", "max_length=99999999", *NO_MODEL], "max_length: got"),
+        (["finetune", DATA, "--eval-data", DATA, "--output-dir", "new", "--train", "pack_tokens=1048576", *NO_MODEL],
+         "train pack_tokens: got 1048576"),
+        (["generate", "x", "--adapter", "a=nowhere", *NO_MODEL], "--adapter a: got nowhere, expected a PEFT folder"),
+        (["generate", "x", "--max-tokens", "99999999", *NO_MODEL], "max_tokens: got 99999999"),
+        (["generate", "x", "-s", "use_beam_search=true"], "use_beam_search: got True, expected False: beam search"),
+        (["serve-loop", "--job", "a=nothing.jsonl", *NO_MODEL], "nothing.jsonl: no such file"),
+        (["serve-loop", "--job", f"a={DATA}", "--lora", "rank=3", *NO_MODEL], "--lora rank"),
+        (["serve-loop", "--adapter", "a=nowhere", *NO_MODEL], "--adapter a: got nowhere"),
         (["serve-loop", "--workload", "tsunami"], "workloads: got 'tsunami'"),
         (["serve-loop", "-w", "speed=3"], "workload speed"),
         (["serve-loop", "-w", "rate=-1"], "rate: got -1"),

@@ -158,7 +158,8 @@ def refuse_jobs(engine, folder):
         ("[1]", ""),
         ('{"question": "a"}', ""),
         ('{"messages": []}', "messages"),
-        (json.dumps({"prompt": "a", "completion": ""}), ""),
+        (json.dumps({"prompt": "", "completion": 3}), ""),
+        (json.dumps({"input_ids": [3, 272]}), "token id 272"),
     ):
         path = data_file(folder, good, good, bad, good)
         refused(DataError, f"{path.name}:3.*{named}", data=path)

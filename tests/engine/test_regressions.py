@@ -149,17 +149,6 @@ def test_files_of_a_job_fail_that_job_alone(tiny_engine, tmp_path):
     tiny_engine.check_integrity()
 
 
-def test_a_loss_function_that_raises_fails_its_job_alone(tiny_engine, monkeypatch):
-    def loss(*_):
-        raise ValueError("only for tracers")
-
-    monkeypatch.setattr("loquetier_jax.jobs.evaluate.pack_loss", loss)
-    job = tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick())
-    with pytest.raises(JobError, match="only for tracers"):
-        job.wait()
-    tiny_engine.check_integrity()
-
-
 @pytest.mark.parametrize("threaded", [False, True])
 def test_a_failed_step_ends_everything_with_its_error(tiny_engine, monkeypatch, threaded):
     """They waited for ever, and the engine went on with buffers that nobody could vouch for."""

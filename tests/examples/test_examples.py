@@ -50,6 +50,14 @@ def test_own_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(numbers[-1]) > float(numbers[-3])  # the adapter finds the preferred answers likelier
 
 
+def test_dpo(capsys: pytest.CaptureFixture[str]) -> None:
+    load("05").main(steps=3)
+    shown = capsys.readouterr().out
+    losses = [float(x) for x in next(line for line in shown.splitlines() if line.startswith("loss")).split()[1:]]
+    assert losses[0] == 0.6931 > losses[-1]  # log 2 before anything is learnt
+    assert float(shown.split()[-1]) < 0.6931  # pairs that it has not seen
+
+
 @pytest.mark.slow
 def test_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
     load("04").main(steps=12)

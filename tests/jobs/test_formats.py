@@ -177,7 +177,7 @@ MALFORMED = {
     "[1]": "JSON object",
     '{"foo": 1}': "foo",
     '{"text": 3}': "text",
-    '{"text": ""}': "empty",
+    '{"prompt": "a", "completion": 3}': "two strings",
     '{"prompt": "a"}': "completion is missing",
     '{"prompt": "a", "completion": ["b"]}': "two strings or two lists",
     '{"instruction": "a"}': "output",

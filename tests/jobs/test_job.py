@@ -2,14 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from loquetier_jax.errors import CheckpointError, JobError
-from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.errors import CheckpointError, ConfigError, JobError
+from loquetier_jax.jobs.config import TrainConfig, changed_config
 from loquetier_jax.jobs.job import Job
 from loquetier_jax.jobs.metrics import MetricsWriter, read_metrics
+from loquetier_jax.jobs.restore import restore_job
 
 CONFIG = {
     "pack_tokens": 64,
@@ -79,15 +81,21 @@ def test_logging_steps_reports_the_mean(make_data):
     ]
 
 
-def test_a_loss_of_ones_own(make_data):
-    def half(logp, weights):
-        return -0.5 * np.sum(np.where(weights > 0, logp, 0.0) * weights, dtype=np.float64)
-
-    plain, own = started(make_data(LENGTHS)), started(make_data(LENGTHS), loss=half)
-    drive(plain, 1000)
-    drive(own, 1000)
-    for a, b in zip(plain.record.lines, own.record.lines, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"] / 2)
+@pytest.mark.parametrize(("loss_per", "count"), [("target", 284), ("sample", 8), ("group", 4)])
+def test_the_sum_of_a_loss_of_ones_own_is_divided_by_what_is_asked_for(make_data, loss_per, count):
+    """It comes from the device: the function itself is never called here, with numpy."""
+    data = replace(make_data(LENGTHS), group_size=2)
+    config = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "pack_tokens": 128, "max_steps": 1}
+    job = started(data, **config, loss=lambda logp, weights: 1 / 0, loss_per=loss_per)
+    packs = []
+    while (pack := job.next_pack()) is not None:
+        job.pack_dispatched(pack)
+        packs.append(pack)
+    assert job.denominator_dispatched == count
+    for number, pack in enumerate(packs):
+        job.pack_finished(pack, *score(pack), loss=number + 0.5)
+    job.finish_step(1.0, 1e-3, 1.0)
+    assert job.record.lines[0]["loss"] == len(packs) ** 2 / 2 / count
 
 
 @pytest.mark.parametrize("moves", range(24))
@@ -104,7 +112,7 @@ def test_resume_anywhere_is_exact(make_data, tmp_path, moves):
             state = json.loads(json.dumps(job.state_dict()))
             drive(job, 5)  # goes on after the checkpoint, and is then killed
             again = MetricsWriter(tmp_path / name)
-            job = Job.from_state(state, data, held_out, metrics=again, clock=lambda: 0.0)
+            job = restore_job(state, data, held_out, metrics=again, clock=lambda: 0.0)
         drive(job, 1000)
         assert job.status == "succeeded"
         return read_metrics(tmp_path / name)
@@ -129,7 +137,7 @@ def test_several_packs_in_flight(make_data):
         job.finish_step(1.0, 1e-3, 1.0)
     for pack in packs:
         job.pack_finished(pack, *score(pack))
-    assert job.step_due and job.num_targets == sum(p.num_targets for p in packs)
+    assert job.step_due and job.denominator_dispatched == sum(p.num_targets for p in packs)
     with pytest.raises(JobError, match="not the next one"):
         job.pack_dispatched(packs[0])
 
@@ -185,6 +193,50 @@ def test_early_stopping(make_data, losses, threshold, stops_at):
     evals = [line["eval_loss"] for line in job.record.lines if "eval_loss" in line]
     assert job.status == "succeeded"
     assert evals == losses[: stops_at or 5]
+    assert job.best_step == 1 + evals.index(min(evals))
+
+
+@pytest.mark.parametrize("untrained", [True, False])
+def test_whose_nan_it_is(make_data, untrained):
+    """Before anything was trained it is the base model's; of finite log-probs it is the loss function's."""
+
+    def failed(logp, loss=None):
+        job = Job("math", TrainConfig(**CONFIG), make_data([10]), untrained=untrained)
+        job.start()
+        pack = job.next_pack()
+        job.pack_dispatched(pack)
+        job.pack_finished(pack, np.full(64, logp, np.float32), None, loss)
+        job.finish_step(1.0, 1e-3, 1.0)
+        return job.error
+
+    assert ("the base model's own log-probs" in failed(np.nan)) == untrained
+    assert failed(-1.0, np.nan).endswith("it is the loss function")
+
+
+def test_a_finished_job_goes_on(make_data):
+    """With the same data, step by step what one of that length from the start does; and only forwards."""
+    held_out = make_data([8], "eval")
+    config = {"max_steps": 2, "eval_steps": 1, "early_stopping_patience": 1}
+    job = started(make_data(LENGTHS), held_out, **config)
+    drive(job, 1000)
+    saved = json.loads(json.dumps(job.state_dict()))
+    assert (job.status, job.step) == ("succeeded", 2)
+    assert restore_job(saved, make_data(LENGTHS), held_out).status == "succeeded"
+    saved["config"] = changed_config(saved["config"], {"max_steps": 4})
+    longer = restore_job(saved, make_data(LENGTHS), held_out, go_on=True, clock=lambda: 0.0)
+    whole = started(make_data(LENGTHS), held_out, **config | {"max_steps": 4})
+    assert longer.status == "queued"
+    longer.start()
+    drive(longer, 1000)
+    drive(whole, 1000)
+    assert (longer.status, longer.step) == ("succeeded", 4)
+    assert longer.record.lines == [line for line in whole.record.lines if line["step"] > 2]
+    saved["config"] = changed_config(saved["config"], {"max_steps": 1})
+    with pytest.raises(ConfigError, match="max_steps: got 1, expected more than the 2 that are done"):
+        restore_job(saved, make_data(LENGTHS), held_out, go_on=True)
+    for key, value in {"optim": "sgd", "seed": 1, "pack_tokens": 128, "nonsense": 1}.items():
+        with pytest.raises(ConfigError, match=f"train {key}: got"):
+            changed_config(saved["config"], {key: value})
 
 
 def test_save_due(make_data):
@@ -200,9 +252,13 @@ def test_save_due(make_data):
 def test_other_data_is_refused(make_data):
     job = started(make_data(LENGTHS))
     with pytest.raises(CheckpointError, match="not the data of the job"):
-        Job.from_state(job.state_dict(), make_data([1, *LENGTHS]))
+        restore_job(job.state_dict(), make_data([1, *LENGTHS]))
     with pytest.raises(CheckpointError, match="eval_data"):
-        Job.from_state(job.state_dict(), make_data(LENGTHS), make_data([3]))
+        restore_job(job.state_dict(), make_data(LENGTHS), make_data([3]))
+    records = started(replace(make_data(LENGTHS), records="those"))
+    with pytest.raises(CheckpointError, match="the job's records, but other tokens of them"):
+        restore_job(records.state_dict(), replace(make_data([1, *LENGTHS]), records="those"))
+    restore_job(records.state_dict(), replace(make_data(LENGTHS), records="others"))  # of the same tokens
 
 
 def test_metrics_truncate(tmp_path):

@@ -55,7 +55,7 @@ def test_defaults_are_those_of_vllm() -> None:
         ("seed", 2**63),
         ("seed", "x"),
         ("max_tokens", 0),
-        ("max_tokens", None),
+        ("max_tokens", "all"),
         ("min_tokens", -1),
         ("min_tokens", 17),
         ("stop", ""),
@@ -113,6 +113,15 @@ def test_greedy_completions_would_all_be_the_same() -> None:
 )
 def test_level(kwargs: dict, level: str) -> None:
     assert SamplingParams(**kwargs).level == level
+
+
+def test_no_bound_is_the_room_there_is() -> None:
+    """vLLM's max_tokens=None: to the end of the context."""
+    params = SamplingParams(max_tokens=None, min_tokens=30)
+    assert params.filled(100) == SamplingParams(max_tokens=100, min_tokens=30)
+    assert params.filled(-5).max_tokens == 30  # no room at all: refused with the sum of the two
+    assert SamplingParams(max_tokens=None).filled(-5).max_tokens == 1
+    assert SamplingParams(max_tokens=7).filled(100).max_tokens == 7
 
 
 def test_is_a_value() -> None:

@@ -1,0 +1,61 @@
+"""DPO (Rafailov et al. 2023, arXiv 2305.18290): of two answers, prefer one, measured against the base.
+
+Both answers of a pair are samples of one pack; the base's log-probs of them are computed once, by the training
+forward's own code, and come to the loss by name. Where nothing has been learnt yet the loss is log 2.
+
+    python examples/05_dpo.py
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from loquetier_jax import Engine, LoraConfig, LossBatch, TrainConfig
+from loquetier_jax.config import Bucket
+from loquetier_jax.jobs.data import Dataset, load_dataset
+from loquetier_jax.tiny import base_path
+from loquetier_jax.tiny.skills import dataset
+
+BETA = 0.1
+BUCKETS = (
+    Bucket(prefill=48, chunks=3, decode=16),
+    Bucket(packs=1, pack_tokens=256),
+    Bucket(score_packs=1, score_tokens=256, decode=16),
+)
+
+
+def dpo(logp: jax.Array, weights: jax.Array, batch: LossBatch) -> jax.Array:
+    """Sum over the pairs of a pack; samples 2 i and 2 i + 1 are a chosen and a rejected answer."""
+    gain = batch.sum_by_sample(weights * (logp - batch.extras["ref_logp"]))
+    losses = -jax.nn.log_sigmoid(BETA * (gain[0::2] - gain[1::2]))
+    return jnp.where(batch.sample_mask[0::2], losses, 0.0).sum()
+
+
+def with_reference(engine: Engine, answers: Dataset) -> Dataset:
+    """Pairs of answers, each with its log-probs under the base."""
+    sequences = [[*sample.tokens.tolist(), int(sample.targets[-1])] for sample in answers.samples]
+    pairs = zip(answers.samples, engine.log_probs(sequences), strict=True)
+    samples = tuple(dataclasses.replace(sample, extras={"ref_logp": logp}) for sample, logp in pairs)
+    return Dataset(answers.name, samples, group_size=2)
+
+
+def main(steps: int = 16) -> None:
+    """Runs the example with so many optimizer steps."""
+    engine = Engine.from_pretrained(base_path(), config="demo", buckets=BUCKETS)
+    pairs = zip(dataset("polite", 96, seed=0), dataset("shout", 96, seed=0), strict=True)
+    short = [pair for pair in pairs if len(pair[0]["prompt"]) < 50]  # both answers fit one pack
+    records = [record for pair in short for record in pair]  # chosen, rejected, chosen, rejected, ...
+    train = TrainConfig(max_steps=steps, per_device_train_batch_size=4, learning_rate=2e-3, pack_tokens=256,
+                        loss=dpo, loss_per="group")  # fmt: skip
+    data, held_out = (
+        with_reference(engine, load_dataset(part, engine.tokenizer, train)) for part in (records[:-16], records[-16:])
+    )
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    job = engine.finetune("polite", data, eval_data=held_out, lora=lora, train=train).wait()
+    print("loss", " ".join(f"{line['loss']:.4f}" for line in job.metrics if "loss" in line))
+    print(f"held-out pairs {job.metrics[-1]['eval_loss']:.4f}")
+
+
+if __name__ == "__main__":
+    main()
