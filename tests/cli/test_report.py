@@ -9,12 +9,7 @@ from loquetier_jax.cli.report import summarize
 from loquetier_jax.cli.workload import Arrival
 from loquetier_jax.config import SLOConfig
 from loquetier_jax.serve.output import RequestMetrics
-
-VLLM = {
-    "duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput",
-    "output_throughput", "total_token_throughput",
-    *(f"{s}_{m}_ms" for s in ("mean", "median", "std", "p99") for m in ("ttft", "tpot", "itl", "e2el")),
-}  # fmt: skip
+from tests.cli.vllm_bench import VLLM
 
 
 def served(name: str, due: float, times: list[float], adapter: str = "base", reason: str = "length") -> Served:

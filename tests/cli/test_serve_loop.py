@@ -7,7 +7,7 @@ import pytest
 
 from loquetier_jax.cli import main
 from loquetier_jax.tiny.skills import dataset
-from tests.cli.test_report import VLLM
+from tests.cli.vllm_bench import VLLM
 
 WORKLOAD = ["-w", "num_requests=9", "-w", "rate=50", "-w", "input_len=[4,40]", "-w", "output_len=[2,9]"]
 

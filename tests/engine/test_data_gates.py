@@ -8,8 +8,7 @@ from loquetier_jax.errors import AdapterError, ConfigError, DataError, JobError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data import Dataset, make_sample
 from tests.engine.engines import greedy, random_data
-from tests.engine.evidence import LORA
-from tests.engine.test_regressions import quick
+from tests.engine.evidence import LORA, quick
 
 
 def unread():

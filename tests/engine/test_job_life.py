@@ -12,10 +12,8 @@ import pytest
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.adapters.peft import read_peft
 from loquetier_jax.errors import AdapterError, CheckpointError, ConfigError, DataError, JobError
-from tests.engine.engines import PACK, add_random_adapter, base_params, greedy, random_data
-from tests.engine.evidence import LORA
-from tests.engine.test_regressions import quick
-from tests.step.cases import tiny_spec
+from tests.engine.engines import PACK, SPEC, add_random_adapter, base_params, greedy, random_data
+from tests.engine.evidence import LORA, quick
 
 DATED = "{% for m in messages %}{{ m.role }} {{ strftime_now('%f') }} {{ m.content }}{% endfor %}"
 CHATS = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": c}]} for c in "bcde"]
@@ -177,7 +175,7 @@ def test_a_loss_in_ordinary_jax_over_pairs(tiny_engine):
 
 @pytest.fixture(scope="module")
 def broken_base(make_engine):
-    params = dict(base_params(tiny_spec()))
+    params = dict(base_params(SPEC))
     params["norm"] = params["norm"].at[0].set(jnp.nan)
     return make_engine(params=params)
 
