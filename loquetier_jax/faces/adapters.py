@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights
 from loquetier_jax.adapters.pages import pages_of, write_pages
 from loquetier_jax.adapters.peft import write_peft
-from loquetier_jax.adapters.store import AdapterStore
+from loquetier_jax.adapters.registry import check_name
+from loquetier_jax.adapters.store import AdapterStore, read_folder
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.errors import AdapterError
@@ -36,8 +37,10 @@ class AdapterCalls:
                 makes a new version.
         """
         path = path_of(path, "path", "a PEFT folder", AdapterError)
+        check_name(name)
+        found = read_folder(path, self.spec)  # without the lock: everybody else goes on meanwhile
         with self._lock:
-            return self.adapters.load(name, path, replace=replace)
+            return self.adapters.take_in(name, found, replace=replace)
 
     def add_adapter(
         self, name: str, weights: LoraWeights, shape: LoraShape, *, replace: bool = False

@@ -97,10 +97,12 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is absent, not JSON, or not an object; names the path.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error})") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, dict):
         raise ModelError(f"{path}: got {type(data).__name__}, expected a JSON object")

@@ -62,7 +62,8 @@ def test_random_patterns_match_as_re_does() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["q_proj", "self_attn.q_proj", "self.attn.q.proj", "proj", "model", r"layers\.1\..*", ".*", "q_proj|v_proj", "x"]
+    "key",
+    ["q_proj", "self_attn.q_proj", "self.attn.q.proj", "proj", "model", r"layers\.1\..*", ".*", "q_proj|v_proj", "x"],
 )
 def test_keys_of_patterns_match_as_peft_matches_them(key: str) -> None:
     for name in NAMES:
