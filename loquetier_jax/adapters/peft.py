@@ -199,7 +199,8 @@ def _read_tensors(path: Path, shape: LoraShape, spec: DecoderSpec) -> LoraWeight
             if tuple(view.get_shape()) != sizes[key][name]:
                 got, expected = tuple(view.get_shape()), sizes[key][name]
                 raise AdapterError(f"tensor {tensor!r}: got shape {got}, expected {expected}")
-            weights.setdefault(key, {})[name] = file.get_tensor(tensor).astype(np.float32)
+            with np.errstate(all="ignore"):  # NaN and infinity stay what they are, and are their owner's alone
+                weights.setdefault(key, {})[name] = file.get_tensor(tensor).astype(np.float32)
     missing = [_tensor_name(k, n, shape) for k in sizes for n in sizes[k] if n not in weights.get(k, {})]
     if missing:
         raise AdapterError(f"missing tensor {missing[0]!r} of a target module ({len(missing)} in all)")

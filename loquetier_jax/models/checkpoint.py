@@ -1,5 +1,6 @@
 """A HF checkpoint on disk: safetensors, one file or sharded with an index, read one tensor at a time."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from loquetier_jax.models.hf_config import read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _ROWS = 4096  # of a tensor that is compared, at a time
 _SHOWN = 5  # tensors named in full by one message
 
@@ -27,6 +29,11 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * _BYTES.get(self.dtype, 8)
 
 
 class Checkpoint:

@@ -48,18 +48,22 @@ def load_hf(
     Raises:
         ModelError: an unsupported config; a missing, extra, mis-shaped or unreadable tensor or file (named).
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder")
-    spec = DecoderSpec.from_hf(folder)
-    dtype = _compute_dtype(dtype if dtype is not None else spec.dtype or "float32")
-    checkpoint = Checkpoint(folder)
-    spec = _checked(spec, checkpoint)
+    dtype = None if dtype is None else _compute_dtype(dtype)
+    spec, checkpoint = open_hf(folder)
+    dtype = dtype or _compute_dtype(spec.dtype or "float32")
     return spec, _place(param_table(spec), sharding, lambda p, where: _load(checkpoint, p, dtype, where))
 
 
-def _checked(spec: DecoderSpec, checkpoint: Checkpoint) -> DecoderSpec:
-    """The spec that the files bear out: where they hold another head than the config's tied one, theirs counts."""
+def open_hf(folder: str | os.PathLike[str]) -> tuple[DecoderSpec, Checkpoint]:
+    """The architecture of a HF model folder and its tensors, checked against each other; reads none of them.
+
+    Raises:
+        ModelError: see `load_hf`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder")
+    spec, checkpoint = DecoderSpec.from_hf(folder), Checkpoint(folder)
     tied = spec.tie_word_embeddings
     if tied and HEAD in checkpoint.entries:  # as transformers 5: the files say whether the two are one
         if EMBEDDING not in checkpoint.entries:
@@ -70,7 +74,8 @@ def _checked(spec: DecoderSpec, checkpoint: Checkpoint) -> DecoderSpec:
     checkpoint.check(expected, harmless=(_ROTARY_BUFFERS,))
     if tied and not spec.tie_word_embeddings:
         if checkpoint.same(HEAD, EMBEDDING):
-            return replace(spec, tie_word_embeddings=True)
+            del checkpoint.entries[HEAD]
+            return replace(spec, tie_word_embeddings=True), checkpoint
         log.warning(
             "%s: config.json says tie_word_embeddings, but %s differs from %s: the two are kept apart; "
             "set tie_word_embeddings to false",
@@ -78,7 +83,7 @@ def _checked(spec: DecoderSpec, checkpoint: Checkpoint) -> DecoderSpec:
             HEAD,
             EMBEDDING,
         )
-    return spec
+    return spec, checkpoint
 
 
 def init_random(
