@@ -76,6 +76,8 @@ def _write_tensors(folder: Path, checkpoint: Checkpoint, weights: LoraWeights, s
         max_shard_size=MAX_SHARD,
     )
     adapted = {f"{module_name(m.layer, m.target)}.weight": key for key, m in shape.by_key.items()}
+    if strange := sorted(adapted.keys() - checkpoint.entries.keys()):
+        raise AdapterError(f"weights: {strange[0]!r} is adapted, but {checkpoint.folder} has no such tensor")
     for file, names in split.filename_to_tensors.items():
         tensors = {name: checkpoint.read(name) for name in names}
         for name in adapted.keys() & tensors.keys():

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loquetier_jax.adapters import merge
-from loquetier_jax.adapters.lora import LoraConfig, init_weights, resolve_shape
+from loquetier_jax.adapters.lora import LoraConfig, LoraModule, LoraShape, init_weights, resolve_shape
 from loquetier_jax.adapters.peft import write_peft
 from loquetier_jax.cli import main
 from loquetier_jax.errors import AdapterError, ModelError
@@ -99,6 +99,9 @@ def test_a_refusal_leaves_nothing_behind(tmp_path: Path) -> None:
         merge.write_merged(tmp_path / "new", base, {}, shape)
     with pytest.raises(ModelError, match="no such folder"):
         merge.write_merged(tmp_path / "new", tmp_path / "nowhere", weights, shape)
+    deep = LoraShape((*shape.modules, LoraModule(1, "q_proj", 4, 1.0)))
+    with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.q_proj\.weight' is adapted, but .* has no such"):
+        merge.write_merged(tmp_path / "new", base, weights | {"layers.1.q_proj": weights["layers.0.q_proj"]}, deep)
     weights["layers.0.o_proj"]["lora_A"][1, 1] = np.inf
     with pytest.raises(AdapterError, match=r"o_proj\.weight: merged .* not finite in float32"):
         merge.write_merged(tmp_path / "new", base, weights, shape)
