@@ -18,7 +18,7 @@ from loquetier_jax.models.checkpoint import Checkpoint
 from loquetier_jax.models.parameters import Parameter, Tree, param_axes, param_shapes, param_table, shardings
 from loquetier_jax.models.spec import DecoderSpec
 
-__all__ = ["init_random", "load_hf", "param_axes", "param_shapes", "shardings"]
+__all__ = ["init_random", "load_hf", "open_hf", "param_axes", "param_shapes", "shardings"]
 
 log = logging.getLogger(__name__)
 
