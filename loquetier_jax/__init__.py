@@ -27,6 +27,7 @@ without jax.
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from loquetier_jax.config import Bucket, EngineConfig, SLOConfig
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
     from loquetier_jax.step.loss_batch import LossBatch
 
 __version__ = "0.1.0"
+
+# At every import transformers says that there is no torch; of what it then lacks, nothing is used here.
+logging.getLogger("transformers").addFilter(lambda record: not str(record.msg).startswith("PyTorch was not found"))
 
 # Public name -> the module that defines it.
 _LAZY = {

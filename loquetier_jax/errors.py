@@ -30,7 +30,7 @@ class JobError(LoquetierError, RuntimeError):
 
 
 class CheckpointError(LoquetierError, RuntimeError):
-    """A checkpoint is absent, incomplete or belongs to something else."""
+    """A checkpoint is absent, incomplete, damaged or belongs to something else; names the file."""
 
 
 class EngineError(LoquetierError, RuntimeError):

@@ -5,7 +5,6 @@ An adapter at exact rank, on the host or on a device, is a plain dict
 """
 
 import math
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -13,10 +12,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from loquetier_jax.adapters.pattern import Steps, parse
 from loquetier_jax.adapters.peft_arguments import PEFT_ARGUMENTS
 from loquetier_jax.adapters.targets import (
     TARGETS,
     first_match,
+    is_targeted,
     matches,
     module_name,
     pattern_matches,
@@ -32,6 +33,7 @@ LoraWeights = dict[str, dict[str, Any]]
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's for Llama, Mistral, Qwen and Gemma
 _UNSUPPORTED_MODULES = ("lm_head", "model.embed_tokens")
+_MATCH_STEPS = 2_000_000  # seconds at most; hundreds of names for hundreds of modules take a sixth of it
 
 
 @borrowing(PEFT_ARGUMENTS)
@@ -162,26 +164,33 @@ def resolve_shape(config: LoraConfig, spec: DecoderSpec, *, strict: bool = True)
 
     Raises:
         AdapterError: nothing matches, something that is not an adaptable projection does (embedding, head),
-            or `strict` is not met; the message names it.
+            `strict` is not met, or matching takes too long; the message names it.
     """
+    try:
+        return LoraShape(tuple(_modules(config, spec, strict, Steps(_MATCH_STEPS))))
+    except TimeoutError as error:
+        raise AdapterError(f"target_modules or patterns: {error}; expected fewer or simpler ones") from None
+
+
+def _modules(config: LoraConfig, spec: DecoderSpec, strict: bool, steps: Steps) -> list[LoraModule]:
     names = {(i, t): module_name(i, t) for i in range(spec.num_hidden_layers) for t in TARGETS}
     for name in _UNSUPPORTED_MODULES:
-        if config.target_modules != "all-linear" and _targeted(config, name):
+        if config.target_modules != "all-linear" and _targeted(config, name, steps):
             raise AdapterError(f"target_modules: matches {name!r}; only {', '.join(TARGETS)} can be adapted")
     if strict:
-        _refuse_idle_entries(config, list(names.values()), spec.num_hidden_layers)
+        _refuse_idle_entries(config, list(names.values()), spec.num_hidden_layers, steps)
     modules = []
     for (layer, target), name in names.items():
-        if _targeted(config, name):
-            r = first_match(config.rank_pattern, name, config.r)
-            alpha = first_match(config.alpha_pattern, name, config.lora_alpha)
+        if _targeted(config, name, steps):
+            r = first_match(config.rank_pattern, name, config.r, steps)
+            alpha = first_match(config.alpha_pattern, name, config.lora_alpha, steps)
             modules.append(LoraModule(layer, target, r, alpha / (math.sqrt(r) if config.use_rslora else r)))
     if not modules:
         raise AdapterError(
-            f"target_modules: {config.target_modules!r} (exclude_modules {config.exclude_modules!r}, layers "
-            f"{config.layers_to_transform!r}) matches no module; names are like {module_name(0, 'q_proj')!r}"
+            f"target_modules: {config.target_modules!r:.500} (exclude_modules {config.exclude_modules!r:.200}, layers "
+            f"{config.layers_to_transform!r:.200}) matches no module; names are like {module_name(0, 'q_proj')!r}"
         )
-    return LoraShape(tuple(modules))
+    return modules
 
 
 def init_weights(shape: LoraShape, config: LoraConfig, spec: DecoderSpec, seed: int) -> LoraWeights:
@@ -224,32 +233,21 @@ def check_weights(weights: LoraWeights, shape: LoraShape, spec: DecoderSpec) -> 
                 raise AdapterError(f"weights[{key!r}][{name!r}]: got shape {got}, expected {size}")
 
 
-def _targeted(config: LoraConfig, name: str) -> bool:
-    # PEFT, tuners_utils.check_target_module_exists.
-    if config.exclude_modules and matches(config.exclude_modules, name):
-        return False
+def _targeted(config: LoraConfig, name: str, steps: Steps) -> bool:
     targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
-    if targets == "all-linear":
-        return True
-    if not matches(targets, name):
-        return False
-    # A name written out in full is taken whatever the layers say; a suffix only in those layers.
-    if not config.layers_to_transform or isinstance(targets, str) or name in targets:
-        return True
-    index = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-    return index is not None and int(index[1]) in config.layers_to_transform
+    return is_targeted(name, targets, config.exclude_modules, config.layers_to_transform, steps)
 
 
-def _refuse_idle_entries(config: LoraConfig, names: list[str], num_layers: int) -> None:
+def _refuse_idle_entries(config: LoraConfig, names: list[str], num_layers: int, steps: Steps) -> None:
     for field_name in ("target_modules", "exclude_modules"):
         entries = getattr(config, field_name)
         for entry in () if entries is None or isinstance(entries, str) else entries:
-            if not any(matches((entry,), name) for name in names):
+            if not any(matches((entry,), name, steps) for name in names):
                 known = ", ".join(TARGETS)
                 raise AdapterError(f"{field_name}: {entry!r} matches no module; expected some of {known}")
     for field_name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field_name):
-            if not any(pattern_matches(key, name) for name in names):
+            if not any(pattern_matches(key, name, steps) for name in names):
                 raise AdapterError(f"{field_name}: {key!r} matches no module")
     for layer in config.layers_to_transform or ():
         if layer >= num_layers:
@@ -277,19 +275,20 @@ def _layers(value: Any) -> tuple[int, ...] | None:
 
 
 def _check_rank(name: str, value: Any) -> None:
-    require(type(value) is int and value >= 1, name, value, "an integer >= 1")
+    require(type(value) is int and 1 <= value < 2**31, name, value, "an integer from 1 to 2**31 - 1")
 
 
 def _check_alpha(name: str, value: Any) -> None:
-    require(_is_number(value) and math.isfinite(value) and value > 0, name, value, "a number > 0")
+    # Compared, not converted: a file may hold an integer that no float can.
+    require(_is_number(value) and 0 < value < 1e38, name, value, "a number > 0, below 1e38")
 
 
 def _check_regex(name: str, value: Any) -> None:
     require(isinstance(value, str) and bool(value), name, value, "a module name or regular expression")
     try:
-        re.compile(value)
-    except re.error as error:
-        require(False, name, value, f"a valid regular expression ({error})")
+        parse(value)
+    except ValueError as error:
+        require(False, name, value[:200], f"a valid regular expression ({error})")
 
 
 def _is_number(value: Any) -> bool:

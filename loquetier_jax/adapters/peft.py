@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights, resolve_shape
 from loquetier_jax.adapters.peft_config import config_from_peft, config_to_peft
-from loquetier_jax.adapters.targets import TARGETS, module_name, weight_key
+from loquetier_jax.adapters.targets import TARGETS, module_name, unwrapped, weight_key
 from loquetier_jax.errors import AdapterError
 from loquetier_jax.models.spec import DecoderSpec
 
@@ -23,14 +23,22 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
+# The prefix is missing, or is there twice, where a PEFT model was not saved by its own save_pretrained; the name of the
+# adapter ("default") then stands behind lora_A.
+_TENSOR = re.compile(r"(?:base_model\.model\.)*(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight")
+_WHOLE = (
+    "a whole embedding or output head, as PEFT saves it beside LoRA once the vocabulary was resized, is not supported; "
+    "merge the adapter into its base (PEFT: merge_and_unload) and load the result as a model"
+)
 _FOREIGN = {
     "lora_magnitude_vector": "DoRA is not supported",
     "lora_embedding_": "embeddings cannot be adapted",
     "lora_B.bias": "lora_bias is not supported",
     "trainable_tokens": "trainable_token_indices is not supported",
     "base_layer": "trained biases and base weights are not supported",
-    ".lm_head.": "the output head can be neither adapted nor replaced",
+    "lm_head.lora_": "the output head cannot be adapted",
+    "lm_head.": _WHOLE,
+    "embed_tokens.": _WHOLE,
 }
 
 
@@ -52,28 +60,40 @@ def read_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> PeftAdapter:
     """Reads an adapter saved by PEFT for the base `spec`.
 
     Every key of the config and every tensor is accounted for: the tensors must be exactly those that the
-    config's targets and patterns ask for, in PEFT's shapes. float64, float16 and bfloat16 become float32.
+    config's targets and patterns ask for, in PEFT's shapes. float64, float16 and bfloat16 become float32. What wrappers
+    such as torch.compile and DDP add to names is taken off.
 
     Raises:
         AdapterError: a file absent or unreadable, or what cannot be honoured; names the key or the tensor.
     """
     folder = Path(folder)
     path = _existing(folder, CONFIG_FILE)
-    weights_path = _existing(folder, WEIGHTS_FILE)
+    _existing(folder, WEIGHTS_FILE)
     try:
-        config = config_from_peft(json.loads(path.read_text(encoding="utf-8")))
+        config = config_from_peft(json.loads(path.read_text(encoding="utf-8-sig")))
         shape = resolve_shape(config, spec, strict=False)
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not JSON: {error}") from error
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    return PeftAdapter(config, shape, read_weights(folder, shape, spec))
+
+
+def read_weights(folder: str | os.PathLike[str], shape: LoraShape, spec: DecoderSpec) -> LoraWeights:
+    """The weights alone, where the shape of what a folder holds is known.
+
+    Raises:
+        AdapterError: the file is absent or unreadable, or does not hold exactly that shape; names the tensor.
+    """
+    path = _existing(Path(folder), WEIGHTS_FILE)
     try:
-        weights = _read_tensors(weights_path, shape, spec)
+        return _read_tensors(path, shape, spec)
     except AdapterError as error:
-        raise AdapterError(f"{weights_path}: {error}") from error
+        raise AdapterError(f"{path}: {error}") from error
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{weights_path}: cannot be read: {error}") from error
-    return PeftAdapter(config, shape, weights)
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> tuple[tuple[int, int], ...]:
@@ -169,26 +189,37 @@ def _tensor_name(key: str, name: str, shape: LoraShape) -> str:
 
 
 def _read_tensors(path: Path, shape: LoraShape, spec: DecoderSpec) -> LoraWeights:
-    keys = {module_name(i, t): weight_key(i, t) for i in range(spec.num_hidden_layers) for t in TARGETS}
     sizes = shape.array_shapes(spec)
     weights: LoraWeights = {}
     with safe_open(path, "numpy") as file:
-        for tensor in sorted(file.keys()):
-            match = _TENSOR.fullmatch(tensor)
-            key = keys.get(match[1]) if match else None
-            if key is None:
-                why = next((text for part, text in _FOREIGN.items() if part in tensor), "no such module")
-                raise AdapterError(f"unknown tensor {tensor!r}: {why}")
-            if key not in sizes:
-                raise AdapterError(f"unknown tensor {tensor!r}: its module is not among the target_modules")
+        for tensor, (key, name) in _located(sorted(file.keys()), shape, spec).items():
             view = file.get_slice(tensor)
             if view.get_dtype() not in _DTYPES:
                 raise AdapterError(f"tensor {tensor!r}: got {view.get_dtype()}, expected one of {_DTYPES}")
-            if tuple(view.get_shape()) != sizes[key][match[2]]:
-                got, expected = tuple(view.get_shape()), sizes[key][match[2]]
+            if tuple(view.get_shape()) != sizes[key][name]:
+                got, expected = tuple(view.get_shape()), sizes[key][name]
                 raise AdapterError(f"tensor {tensor!r}: got shape {got}, expected {expected}")
-            weights.setdefault(key, {})[match[2]] = file.get_tensor(tensor).astype(np.float32)
+            with np.errstate(all="ignore"):  # NaN and infinity stay what they are, and are their owner's alone
+                weights.setdefault(key, {})[name] = file.get_tensor(tensor).astype(np.float32)
     missing = [_tensor_name(k, n, shape) for k in sizes for n in sizes[k] if n not in weights.get(k, {})]
     if missing:
         raise AdapterError(f"missing tensor {missing[0]!r} of a target module ({len(missing)} in all)")
     return weights
+
+
+def _located(tensors: list[str], shape: LoraShape, spec: DecoderSpec) -> dict[str, tuple[str, str]]:
+    """Tensor -> (key, "lora_A" or "lora_B"): where in `LoraWeights` it belongs."""
+    keys = {module_name(i, t): weight_key(i, t) for i in range(spec.num_hidden_layers) for t in TARGETS}
+    found: dict[tuple[str, str], str] = {}
+    for tensor in tensors:
+        match = _TENSOR.fullmatch(unwrapped(tensor))
+        key = keys.get(match[1]) if match else None
+        if key is None:
+            why = next((text for part, text in _FOREIGN.items() if part in tensor), "no such module")
+            raise AdapterError(f"unknown tensor {tensor!r}: {why}")
+        if key not in shape.by_key:
+            raise AdapterError(f"unknown tensor {tensor!r}: its module is not among the target_modules")
+        other = found.setdefault((key, match[2]), tensor)
+        if other != tensor:
+            raise AdapterError(f"tensors {other!r} and {tensor!r}: expected one {match[2]} of a module")
+    return {tensor: place for place, tensor in found.items()}

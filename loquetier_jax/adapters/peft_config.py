@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape
-from loquetier_jax.adapters.targets import module_name
+from loquetier_jax.adapters.targets import module_name, unwrapped
 from loquetier_jax.errors import AdapterError, ConfigError
 from loquetier_jax.models.spec import DecoderSpec
 
@@ -17,6 +17,8 @@ _HONOURED = {
 _INERT = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "auto_mapping", "megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config",
+    # ms-swift's: learning rates, and the dtype it trained in.
+    "lorap_lr_ratio", "lorap_emb_lr", "lora_dtype",
 }
 # These leave the base as it is, so that the saved A and B are the whole adapter; pissa, olora, ... do not.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -45,7 +47,7 @@ def config_from_peft(data: Any) -> LoraConfig:
         if not _empty(data[key]) and not (key == "layers_pattern" and data[key] in ("layers", ["layers"])):
             raise AdapterError(f"{key}: got {data[key]!r}, which is not supported; expected none")
     # null stands for the default.
-    fields = {key: data[key] for key in _HONOURED if data.get(key) is not None}
+    fields = {key: _unwrapped(data[key]) for key in _HONOURED if data.get(key) is not None}
     init = fields.pop("init_lora_weights", True)
     if init not in _INITS:
         raise AdapterError(f"init_lora_weights: {init!r} may change the base; expected one of {_INITS}")
@@ -85,6 +87,13 @@ def config_to_peft(
         "rank_pattern": {names[key]: m.r for key, m in shape.by_key.items() if m.r != r},
         "alpha_pattern": {names[key]: value for key, value in alphas.items() if value != alpha},
     }
+
+
+def _unwrapped(value: Any) -> Any:
+    """The same names without what wrappers put into them: lists of names, and the keys of patterns."""
+    if isinstance(value, list):
+        return [unwrapped(name) if isinstance(name, str) else name for name in value]
+    return {unwrapped(key): one for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def _empty(value: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Mapping
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights, check_weights
-from loquetier_jax.adapters.peft import fingerprint, read_peft
+from loquetier_jax.adapters.peft import fingerprint, read_weights
 from loquetier_jax.adapters.pool import PagePool
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.errors import AdapterError, CapacityError, IntegrityError
@@ -99,10 +99,7 @@ class Residency:
         elif version.host is None:
             if not self._source_holds(version):
                 raise AdapterError(f"{version.name}: {version.source} has changed since it was loaded")
-            _, shape, weights = read_peft(version.source, self._spec)
-            if shape != version.shape:
-                raise AdapterError(f"{version.name}: {version.source} has another shape by now")
-            version.host = weights
+            version.host = read_weights(version.source, version.shape, self._spec)
         return version.host
 
     def trim_host(self) -> None:

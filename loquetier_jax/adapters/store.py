@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights
-from loquetier_jax.adapters.peft import fingerprint, read_peft
+from loquetier_jax.adapters.peft import PeftAdapter, fingerprint, read_peft
 from loquetier_jax.adapters.pool import PagePool
 from loquetier_jax.adapters.registry import Registry
 from loquetier_jax.adapters.residency import JOBS, Residency, WritePages, host_copy
@@ -15,6 +16,31 @@ from loquetier_jax.adapters.version import Published, Version
 from loquetier_jax.config import RANK_PAGE
 from loquetier_jax.errors import AdapterError, CapacityError, IntegrityError
 from loquetier_jax.models.spec import DecoderSpec
+
+
+class FoundAdapter(NamedTuple):
+    """An adapter as a folder holds it.
+
+    Attributes:
+        folder: Where it lies.
+        stamp: `peft.fingerprint(folder)` from before it was read.
+        adapter: What it is.
+    """
+
+    folder: Path
+    stamp: tuple[tuple[int, int], ...]
+    adapter: PeftAdapter
+
+
+def read_folder(folder: str | os.PathLike[str], spec: DecoderSpec) -> FoundAdapter:
+    """Reads a PEFT folder; needs no store, so that nobody has to wait for the disk.
+
+    Raises:
+        AdapterError: what `peft.read_peft` refuses.
+    """
+    # The stamp is taken first: a folder written anew during the read then counts as changed.
+    stamp = fingerprint(folder)
+    return FoundAdapter(Path(folder), stamp, read_peft(folder, spec))
 
 
 class AdapterStore(Registry):
@@ -85,11 +111,17 @@ class AdapterStore(Registry):
             AdapterError: what `peft.read_peft` refuses, too large a rank, a name in use; nothing is changed.
         """
         self._check_name(name, replace)
-        # Taken first: a folder written anew during the read then counts as changed.
-        stamp = fingerprint(folder)
-        config, shape, weights = read_peft(folder, self.spec)
+        return self.take_in(name, read_folder(folder, self.spec), replace=replace)
+
+    def take_in(self, name: str, found: FoundAdapter, *, replace: bool = False) -> Version:
+        """Adds what `read_folder` has read: the second half of `load`, which is over at once.
+
+        Raises:
+            AdapterError: too large a rank, a name in use; nothing is changed.
+        """
+        config, shape, weights = found.adapter
         self.check_new(name, shape, replace=replace)
-        return self._serve(name, shape, config, weights, folder, stamp)
+        return self._serve(name, shape, config, weights, found.folder, found.stamp)
 
     def fail(self, name: str, reason: str) -> None:
         """Takes a name out of service because of an error: who asks for it is told, and whoever wants it may have it.

@@ -3,9 +3,19 @@
 import re
 from typing import Any
 
+from loquetier_jax.adapters.pattern import Steps, fullmatch
 from loquetier_jax.models.spec import MODULES
 
 TARGETS: tuple[str, ...] = tuple(MODULES)
+
+# What torch.compile, DDP, FSDP and activation checkpointing put into the names of the modules they wrap.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PLAIN = re.compile(r"[\w.]+")
+
+
+def unwrapped(name: str) -> str:
+    """A module's or a tensor's name without the parts that wrappers of training frameworks put into it."""
+    return _WRAPPERS.sub("", name)
 
 
 def weight_key(layer: int, target: str) -> str:
@@ -18,18 +28,67 @@ def module_name(layer: int, target: str) -> str:
     return f"model.layers.{layer}.{MODULES[target]}"
 
 
-def matches(names: tuple[str, ...] | str, name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for all of `name`, a list holds names or suffixes."""
+def is_targeted(
+    name: str,
+    targets: tuple[str, ...] | str,
+    excluded: tuple[str, ...] | str | None,
+    layers: tuple[int, ...] | None,
+    steps: Steps,
+) -> bool:
+    """Whether a module gets an adapter (PEFT, tuners_utils.check_target_module_exists).
+
+    Args:
+        name: Its full name.
+        targets, excluded, layers: `target_modules`, `exclude_modules` and `layers_to_transform` of a LoraConfig.
+        steps: What matching may take.
+
+    Raises:
+        TimeoutError: it takes more steps than there are left.
+    """
+    if excluded and matches(excluded, name, steps):
+        return False
+    if targets == "all-linear":
+        return True
+    if not matches(targets, name, steps):
+        return False
+    # A name written out in full is taken whatever the layers say; a suffix only in those layers.
+    if not layers or isinstance(targets, str) or name in targets:
+        return True
+    index = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return index is not None and int(index[1]) in layers
+
+
+def matches(names: tuple[str, ...] | str, name: str, steps: Steps) -> bool:
+    """PEFT's rule: a string is a regular expression for all of `name`, a list holds names or suffixes.
+
+    Raises:
+        TimeoutError: it takes more steps than there are left.
+    """
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
+        return fullmatch(names, name, steps)
+    steps.take(len(names))
     return any(name == entry or name.endswith(f".{entry}") for entry in names)
 
 
-def first_match(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that matches (PEFT, utils.other.get_pattern_key), or `default`."""
-    return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)
+def first_match(pattern: dict[str, Any], name: str, default: Any, steps: Steps) -> Any:
+    """The value of the first key that matches (PEFT, utils.other.get_pattern_key), or `default`.
+
+    Raises:
+        TimeoutError: it takes more steps than there are left.
+    """
+    return next((value for key, value in pattern.items() if pattern_matches(key, name, steps)), default)
 
 
-def pattern_matches(key: str, name: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` stands for the module `name`."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+def pattern_matches(key: str, name: str, steps: Steps) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` stands for the module `name`: as (.*\\.)?(key)$ does.
+
+    Raises:
+        TimeoutError: it takes more steps than there are left.
+    """
+    if _PLAIN.fullmatch(key):  # PEFT itself writes one for each module: there may be hundreds
+        steps.take()
+        head, tail = name[: -len(key)], name[-len(key) :]
+        whole = len(key) <= len(name) and (not head or head.endswith("."))
+        return whole and (key == tail or all(k in (".", c) for k, c in zip(key, tail, strict=True)))
+    starts = 1 | sum(1 << i + 1 for i, char in enumerate(name) if char == ".")
+    return fullmatch(key, name, steps, starts)

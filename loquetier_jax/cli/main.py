@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from loquetier_jax import __version__
-from loquetier_jax.cli import bench, demo, finetune, generate, serve_loop
+from loquetier_jax.cli import bench, demo, export, finetune, generate, serve_loop
 from loquetier_jax.errors import LoquetierError
 
-COMMANDS = (demo, generate, finetune, serve_loop, bench)
+COMMANDS = (demo, generate, finetune, export, serve_loop, bench)
 
 USAGE = 2  # exit code of a refused input, as argparse's own
 INTERRUPTED = 130

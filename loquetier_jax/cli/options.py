@@ -30,15 +30,20 @@ def new_parser(commands: Any, name: str, help: str, description: str) -> argpars
     return commands.add_parser(name, help=help, description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --config, -o, --slo, --json: see `build_engine`."""
-    group = parser.add_argument_group("engine")
-    group.add_argument(
+def add_model_option(parser: Any) -> None:
+    """--model, of a parser or of a group of one: see `model_path`."""
+    parser.add_argument(
         "--model",
         default=TINY,
         metavar="PATH",
         help=f"Hugging Face folder, or the word {TINY}: the embedded {BASE_NAME} (default)",
     )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --config, -o, --slo, --json: see `build_engine`."""
+    group = parser.add_argument_group("engine")
+    add_model_option(group)
     group.add_argument(
         "--config",
         metavar="PRESET",

@@ -7,12 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights
+from loquetier_jax.adapters.merge import write_merged
 from loquetier_jax.adapters.pages import pages_of, write_pages
 from loquetier_jax.adapters.peft import write_peft
-from loquetier_jax.adapters.store import AdapterStore
+from loquetier_jax.adapters.registry import check_name
+from loquetier_jax.adapters.store import AdapterStore, read_folder
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.errors import AdapterError
+from loquetier_jax.errors import AdapterError, ModelError
 from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.state import DeviceState
@@ -36,8 +38,10 @@ class AdapterCalls:
                 makes a new version.
         """
         path = path_of(path, "path", "a PEFT folder", AdapterError)
+        check_name(name)
+        found = read_folder(path, self.spec)  # without the lock: everybody else goes on meanwhile
         with self._lock:
-            return self.adapters.load(name, path, replace=replace)
+            return self.adapters.take_in(name, found, replace=replace)
 
     def add_adapter(
         self, name: str, weights: LoraWeights, shape: LoraShape, *, replace: bool = False
@@ -87,6 +91,25 @@ class AdapterCalls:
             config=version.config,
             base_model_name_or_path=self.name or None,
         )
+        return path
+
+    def export_merged(self, name: str, path: str | Path) -> Path:
+        """Writes base and adapter as one HF model folder, which transformers loads without PEFT.
+
+        The current version is merged, on the host, into the tensors of the folder that the base was loaded from, in
+        their own dtype: that folder has to be as it was then. See `adapters.merge.write_merged`.
+
+        Raises:
+            AdapterError: an unknown name, or a folder that holds something.
+            ModelError: the base was not loaded from a folder, or that cannot be read any more.
+        """
+        path = path_of(path, "path", "the folder to write", AdapterError)
+        if not self.name:
+            raise ModelError("export_merged: this engine was not loaded from a folder, expected from_pretrained(path)")
+        with self._lock:
+            version = self.adapters.get(name)
+            weights = self.adapters.weights(version)
+        write_merged(path, self.name, weights, version.shape)
         return path
 
     def _write_pages(self, page_ids: Sequence[int], weights: Any, shape: Any) -> None:

@@ -2,10 +2,11 @@
 
     folder/checkpoint-00000007/{arrays/ (orbax), state.json, COMMITTED}
 
-COMMITTED lists every file with its size. A folder without it does not exist for a reader, and is removed by
-the next save. One process writes to a folder at a time.
+COMMITTED lists every file with its sha256: what a disk or a copy has changed is noticed, and never loaded. A folder
+without it does not exist for a reader, and is removed by the next save. One process writes to a folder at a time.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from loquetier_jax.config import require
 from loquetier_jax.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MARKER = "COMMITTED"
 PREFIX = "checkpoint-"
 ASIDE = ".writing-"
@@ -54,7 +55,7 @@ class CheckpointStore:
         self._fault = fault or (lambda point: None)
 
     def committed(self) -> list[Path]:
-        """All readable checkpoints, oldest first."""
+        """All checkpoints whose save came to its end, oldest first; whether they are damaged is not looked at."""
         found = sorted(self.folder.glob(f"{PREFIX}*")) if self.folder.is_dir() else []
         return [path for path in found if (path / MARKER).is_file()]
 
@@ -104,9 +105,9 @@ class CheckpointStore:
         return final
 
     def _commit(self, path: Path) -> None:
-        sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
+        digests = {str(f.relative_to(path)): _digest(f) for f in sorted(path.rglob("*")) if f.is_file()}
         aside = path / f"{MARKER}.aside"
-        aside.write_text(json.dumps(sizes, indent=1))
+        aside.write_text(json.dumps(digests, indent=1))
         _sync(aside)
         self._fault("before_commit")
         aside.rename(path / MARKER)
@@ -141,25 +142,64 @@ def find_checkpoint(path: str | Path) -> Path:
     return path if (path / MARKER).is_file() else CheckpointStore(path).latest()
 
 
-def read_state(path: str | Path) -> dict[str, Any]:
-    """The JSON state of a committed checkpoint.
+def verify(path: str | Path) -> None:
+    """Reads every file of a committed checkpoint once.
 
     Raises:
-        CheckpointError: not committed, a file is missing or of another size, or another format.
+        CheckpointError: not committed, or a file is missing, unreadable or not what was written; names it.
     """
     path = Path(path)
     if not (path / MARKER).is_file():
         raise CheckpointError(f"{path}: not a committed checkpoint")
-    for name, size in json.loads((path / MARKER).read_text()).items():
-        got = (path / name).stat().st_size if (path / name).is_file() else None
-        if got != size:
-            raise CheckpointError(
-                f"{path / name}: got {got} bytes, expected {size}: the checkpoint is damaged"
-            )
-    saved = json.loads((path / "state.json").read_text())
+    for name, expected in _digests(path / MARKER).items():
+        try:
+            got = _digest(path / name)
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            raise CheckpointError(f"{path / name}: cannot be read ({error}): the checkpoint is damaged") from error
+        if got != expected:
+            raise CheckpointError(f"{path / name}: is not what was written: the checkpoint is damaged")
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The JSON state of a committed checkpoint, all of whose files are verified first.
+
+    Raises:
+        CheckpointError: see `verify`, which of the others in its folder is good then; or another format.
+    """
+    path = Path(path)
+    try:
+        verify(path)
+        saved = json.loads((path / "state.json").read_text())
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_offer(path)}") from error
     if saved.get("format") != FORMAT:
         raise CheckpointError(f"{path}: got format {saved.get('format')}, expected {FORMAT}")
     return saved["state"]
+
+
+def _digests(marker: Path) -> dict[str, str]:
+    try:
+        found = json.loads(marker.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{marker}: cannot be read ({error}): the checkpoint is damaged") from error
+    complete = isinstance(found, dict) and "state.json" in found
+    if not complete or not all(isinstance(digest, str) for digest in found.values()):
+        raise CheckpointError(
+            f"{marker}: does not list files with their sha256: the checkpoint is damaged, or of an older version"
+        )
+    return found
+
+
+def _offer(path: Path) -> str:
+    """What to take instead of a checkpoint that is damaged."""
+    for other in reversed(CheckpointStore(path.parent).committed()):
+        if other.name != path.name:
+            try:
+                verify(other)
+            except CheckpointError:
+                continue
+            return f"the newest good one beside it is {other}: resume from that, or remove the damaged folder"
+    return "there is no good one beside it"
 
 
 def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
@@ -173,10 +213,14 @@ def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
         `like` with numpy arrays.
 
     Raises:
-        CheckpointError: an array is missing, left over, or of another shape or dtype.
+        CheckpointError: an array is missing, left over, or of another shape or dtype, or they cannot be read.
     """
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        saved = checkpointer.restore(Path(path).absolute() / "arrays")
+    folder = Path(path).absolute() / "arrays"
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            saved = checkpointer.restore(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
     expected = {_name(key): leaf for key, leaf in leaves}
     for name in sorted(expected.keys() | saved.keys()):
@@ -187,6 +231,11 @@ def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
             found, asked = f"{got.dtype}{list(got.shape)}", f"{want.dtype}{list(want.shape)}"
             raise CheckpointError(f"{path}: array {name!r}: got {found}, expected {asked}")
     return jax.tree.unflatten(tree, [saved[_name(key)] for key, _ in leaves])
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -1,5 +1,6 @@
 """A HF checkpoint on disk: safetensors, one file or sharded with an index, read one tensor at a time."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,24 @@ from loquetier_jax.models.hf_config import read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_ROWS = 4096  # of a tensor that is compared, at a time
 _SHOWN = 5  # tensors named in full by one message
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is, and what its header says of it."""
+    """Where a tensor is, under which name, and what its header says of it."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * _BYTES.get(self.dtype, 8)
 
 
 class Checkpoint:
@@ -73,18 +82,41 @@ class Checkpoint:
             if entry.dtype not in DTYPES:
                 raise ModelError(f"{name}: has dtype {entry.dtype} in {entry.file.name}, expected {DTYPES}")
 
+    def rename(self, name: str, new: str) -> None:
+        """Reads a tensor by another name from now on."""
+        self.entries[new] = self.entries.pop(name)
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors of one shape hold the same numbers; the host holds a few rows of them at a time.
+
+        Raises:
+            ModelError: a file cannot be read any more.
+        """
+        entries = self.entries[name], self.entries[other]
+        rows = entries[0].shape[0]
+        try:
+            with safe_open(entries[0].file, "numpy") as one, safe_open(entries[1].file, "numpy") as two:
+                slices = one.get_slice(entries[0].name), two.get_slice(entries[1].name)
+                for start in range(0, rows, _ROWS):
+                    ours, theirs = (s[start : min(start + _ROWS, rows)].astype(np.float32) for s in slices)
+                    if not np.array_equal(ours, theirs):
+                        return False
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.folder}: cannot read {name} and {other} ({error})") from error
+        return True
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the dtype of the file, as a host copy of its own.
 
         Raises:
             ModelError: the file cannot be read any more.
         """
-        file = self.entries[name].file
+        entry = self.entries[name]
         try:
-            with safe_open(file, framework="numpy") as tensors:
-                return tensors.get_tensor(name)
+            with safe_open(entry.file, framework="numpy") as tensors:
+                return tensors.get_tensor(entry.name)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: cannot read {name} ({error})") from error
+            raise ModelError(f"{entry.file}: cannot read {entry.name} ({error})") from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -108,7 +140,7 @@ def _header(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(file, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            return {n: Entry(file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+            return {n: Entry(file, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: not a readable safetensors file ({error})") from error
 

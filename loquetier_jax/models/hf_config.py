@@ -44,6 +44,8 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (None, False),
 }
 
+_MOST_LAYERS = 10_000
+
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu",
     "gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh",
@@ -60,6 +62,8 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> dic
     model_type = _check_supported(config)
     config = {**_DEFAULTS[model_type], **config}
     layers, hidden = _integer(config, "num_hidden_layers"), _integer(config, "hidden_size")
+    if layers > _MOST_LAYERS:  # each is listed, before the files are asked whether they have it
+        raise ModelError(f"num_hidden_layers: got {layers}, expected at most {_MOST_LAYERS}")
     length = _integer(config, "max_position_embeddings")
     theta, scaling = read_rope(config, length)
     attention_bias = model_type != "mistral" and bool(config.get("attention_bias"))
@@ -97,10 +101,12 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is absent, not JSON, or not an object; names the path.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error})") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, dict):
         raise ModelError(f"{path}: got {type(data).__name__}, expected a JSON object")
@@ -128,9 +134,12 @@ def _as_dict(config: Any) -> dict[str, Any]:
 
 def _check_supported(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ModelError(f"model_type: {model_type!r} is not supported, only {sorted(ARCHITECTURES)} are")
-    for architecture in config.get("architectures") or ():
+    architectures = config.get("architectures") or ()
+    if not isinstance(architectures, (list, tuple)):
+        raise ModelError(f"architectures: got {architectures!r}, expected a list of names")
+    for architecture in architectures:
         known = ARCHITECTURES[model_type]
         if architecture != known:
             raise ModelError(f"architectures: {architecture!r} is not supported, expected {known}")
@@ -142,8 +151,8 @@ def _check_supported(config: Mapping[str, Any]) -> str:
 
 def _integer(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(f"{key}: got {value!r}, expected a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ModelError(f"{key}: got {value!r}, expected an integer from 1 to 2**31 - 1")
     return value
 
 
@@ -177,7 +186,7 @@ def _activation(config: Mapping[str, Any], model_type: str) -> str:
         # The first Gemma files say "gelu" and mean the tanh approximation (transformers #29402).
         names = ["gelu_pytorch_tanh" if name == "gelu" else name for name in names]
     for name in names:
-        if name not in _ACTIVATIONS:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
             raise ModelError(f"hidden_act: {name!r} is not supported, expected one of {sorted(_ACTIVATIONS)}")
     if len({_ACTIVATIONS[name] for name in names}) > 1:
         raise ModelError(f"hidden_activation: {names[1]!r} contradicts hidden_act {names[0]!r}")
@@ -194,7 +203,7 @@ def _windows(config: Mapping[str, Any], model_type: str, layers: int) -> tuple[i
     if types is None and model_type == "mistral":
         types = [uniform] * layers
     elif types is None:
-        start = layers if window is None else int(config.get("max_window_layers", 28))
+        start = layers if window is None else _start_of_windows(config)
         types = ["sliding_attention" if i >= start else "full_attention" for i in range(layers)]
     if not isinstance(types, (list, tuple)) or len(types) != layers:
         raise ModelError(f"layer_types: got {types!r}, expected a list of num_hidden_layers = {layers} names")
@@ -206,6 +215,13 @@ def _windows(config: Mapping[str, Any], model_type: str, layers: int) -> tuple[i
         if model_type == "mistral" and name != uniform:  # transformers' Mistral ignores the list
             raise ModelError(f"layer_types: {name!r} contradicts sliding_window {window} of a mistral model")
     return tuple(window if name == "sliding_attention" else None for name in types)
+
+
+def _start_of_windows(config: Mapping[str, Any]) -> int:
+    value = config.get("max_window_layers", 28)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ModelError(f"max_window_layers: got {value!r}, expected an integer >= 0")
+    return value
 
 
 def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
 """How base parameters come to the device: from a HF folder, streamed, or drawn at random."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,8 +18,11 @@ from loquetier_jax.models.checkpoint import Checkpoint
 from loquetier_jax.models.parameters import Parameter, Tree, param_axes, param_shapes, param_table, shardings
 from loquetier_jax.models.spec import DecoderSpec
 
-__all__ = ["init_random", "load_hf", "param_axes", "param_shapes", "shardings"]
+__all__ = ["init_random", "load_hf", "open_hf", "param_axes", "param_shapes", "shardings"]
 
+log = logging.getLogger(__name__)
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROTARY_BUFFERS = "rotary_emb.inv_freq"  # written by transformers before 4.32; recomputed here
 
 
@@ -28,7 +33,9 @@ def load_hf(
 ) -> tuple[DecoderSpec, Tree]:
     """Loads a HF model folder, tensor by tensor: the host holds one parameter at a time.
 
-    Everything is checked from the headers before the first tensor is read.
+    Everything is checked from the headers before the first tensor is read. Where a config ties the head to the
+    embedding and the files hold another head, the files count, as for transformers 5: there is a warning, and the spec
+    that comes back says False. Of a tied pair either name may be missing.
 
     Args:
         folder: Holds `config.json` and safetensors.
@@ -41,18 +48,42 @@ def load_hf(
     Raises:
         ModelError: an unsupported config; a missing, extra, mis-shaped or unreadable tensor or file (named).
     """
+    dtype = None if dtype is None else _compute_dtype(dtype)
+    spec, checkpoint = open_hf(folder)
+    dtype = dtype or _compute_dtype(spec.dtype or "float32")
+    return spec, _place(param_table(spec), sharding, lambda p, where: _load(checkpoint, p, dtype, where))
+
+
+def open_hf(folder: str | os.PathLike[str]) -> tuple[DecoderSpec, Checkpoint]:
+    """The architecture of a HF model folder and its tensors, checked against each other; reads none of them.
+
+    Raises:
+        ModelError: see `load_hf`.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder")
-    spec = DecoderSpec.from_hf(folder)
-    dtype = _compute_dtype(dtype if dtype is not None else spec.dtype or "float32")
-    checkpoint = Checkpoint(folder)
-    table = param_table(spec)
-    expected = {name: shape for p in jax.tree.leaves(table) for name, shape in p.tensors}
-    # A tied head is the embedding, whatever a file may repeat of it.
-    tied = ("lm_head.weight",) if spec.tie_word_embeddings else ()
-    checkpoint.check(expected, harmless=(_ROTARY_BUFFERS, *tied))
-    return spec, _place(table, sharding, lambda p, where: _load(checkpoint, p, dtype, where))
+    spec, checkpoint = DecoderSpec.from_hf(folder), Checkpoint(folder)
+    tied = spec.tie_word_embeddings
+    if tied and HEAD in checkpoint.entries:  # as transformers 5: the files say whether the two are one
+        if EMBEDDING not in checkpoint.entries:
+            checkpoint.rename(HEAD, EMBEDDING)
+        else:
+            spec = replace(spec, tie_word_embeddings=False)
+    expected = {name: shape for p in jax.tree.leaves(param_table(spec)) for name, shape in p.tensors}
+    checkpoint.check(expected, harmless=(_ROTARY_BUFFERS,))
+    if tied and not spec.tie_word_embeddings:
+        if checkpoint.same(HEAD, EMBEDDING):
+            del checkpoint.entries[HEAD]
+            return replace(spec, tie_word_embeddings=True), checkpoint
+        log.warning(
+            "%s: config.json says tie_word_embeddings, but %s differs from %s: the two are kept apart; "
+            "set tie_word_embeddings to false",
+            checkpoint.folder,
+            HEAD,
+            EMBEDDING,
+        )
+    return spec, checkpoint
 
 
 def init_random(

@@ -81,7 +81,7 @@ def _read_llama3(
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e38:  # of f32
         raise ModelError(f"{name}: got {value!r}, expected a positive number")
     return float(value)
 

@@ -1,5 +1,8 @@
 """What is refused before anything is loaded, and how: exit code 2, one line, no traceback."""
 
+import importlib.util
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,7 @@ from loquetier_jax.errors import ConfigError
 
 NO_MODEL = ("--model", str(Path(__file__).parent))  # a folder that holds none: whoever loads it says so
 DATA = str(Path(__file__).parents[2] / "examples" / "polite.jsonl")
-COMMANDS = ("demo", "generate", "finetune", "serve-loop", "bench")
+COMMANDS = ("demo", "generate", "finetune", "export", "serve-loop", "bench")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -48,6 +51,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["generate", "x", "--adapter", "no-path"],
         ["generate", "x", "--adapter", "base=somewhere"],
         ["finetune", "data.jsonl"],  # no --output-dir
+        ["export", "adapter"],  # no --output-dir
         ["demo", "--steps", "0"],
     ],
 )
@@ -91,6 +95,8 @@ def test_wrong_options_end_with_usage(arguments: list[str], capsys: pytest.Captu
         (["serve-loop", "--job", "a=nothing.jsonl", *NO_MODEL], "nothing.jsonl: no such file"),
         (["serve-loop", "--job", f"a={DATA}", "--lora", "rank=3", *NO_MODEL], "--lora rank"),
         (["serve-loop", "--adapter", "a=nowhere", *NO_MODEL], "--adapter a: got nowhere"),
+        (["export", "a", "--output-dir", "new", "--model", "nowhere"], "--model: got 'nowhere'"),
+        (["export", "no-adapter", "--output-dir", "new"], "no-adapter/adapter_config.json: no such file"),
         (["serve-loop", "--workload", "tsunami"], "workloads: got 'tsunami'"),
         (["serve-loop", "-w", "speed=3"], "workload speed"),
         (["serve-loop", "-w", "rate=-1"], "rate: got -1"),
@@ -133,3 +139,12 @@ def test_bench_lists_without_importing(capsys: pytest.CaptureFixture[str]) -> No
 def test_help_imports_no_jax() -> None:
     code = "import sys, loquetier_jax.cli; sys.exit(1 if 'jax' in sys.modules else 0)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_says_that_there_is_no_torch() -> None:
+    """transformers does, at its import, and everything else that it says is to be heard."""
+    source = Path(importlib.util.find_spec("transformers").origin).read_text()
+    said = re.search(r'warning_advice\(\s*"(PyTorch was not found[^"]*)"', source)[1]
+    logger = logging.getLogger("transformers")
+    record = lambda text: logger.makeRecord(logger.name, logging.WARNING, "", 0, text, (), None)  # noqa: E731
+    assert not logger.filter(record(said)) and logger.filter(record("Something else"))

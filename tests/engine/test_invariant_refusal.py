@@ -13,6 +13,7 @@ from loquetier_jax.errors import (
     DataError,
     IntegrityError,
     JobError,
+    ModelError,
     RequestError,
 )
 from loquetier_jax.kv.pool import EpochPool
@@ -193,6 +194,7 @@ def refuse_adapters(engine, folder):
         (AdapterError, "'job' exists", lambda: engine.rename_adapter("a", "job")),
         (AdapterError, "'nobody'", lambda: engine.pin_adapter("nobody")),
         (AdapterError, "'nobody'", lambda: engine.save_adapter("nobody", folder / "out")),
+        (ModelError, "not loaded from a folder", lambda: engine.export_merged("a", folder / "out")),
     ):
         with pytest.raises(error, match=named):
             call()

@@ -112,6 +112,7 @@ def test_arguments_of_another_type_are_named(tiny_engine, tmp_path):
         (AdapterError, "path: got '', expected", lambda: engine.load_adapter("a", "")),
         (AdapterError, "name: got ['a'], expected", lambda: engine.load_adapter(["a"], tmp_path)),
         (AdapterError, "path: got None, expected", lambda: engine.save_adapter("job", None)),
+        (AdapterError, "path: got None, expected", lambda: engine.export_merged("job", None)),
         (AdapterError, "weights: got None, expected", lambda: engine.add_adapter("a", None, None)),
         (AdapterError, "shape: got None, expected", lambda: engine.add_adapter("a", {}, None)),
         (JobError, "path: got None, expected", lambda: job.save(None)),

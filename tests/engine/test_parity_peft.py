@@ -99,6 +99,8 @@ def test_trained_here_serves_in_peft(engine: Engine, tmp_path: Path, config: dic
     assert_same_logits(engine, "job", model)
     again = peft.PeftModel.from_pretrained(hf_model(engine.name, dtype=torch.float32), tmp_path / "by-engine")
     assert np.array_equal(torch_logits(again.eval(), tokens), torch_logits(model, tokens))
+    engine.export_merged("job", tmp_path / "merged")
+    assert_same_logits(engine, "job", hf_model(tmp_path / "merged", dtype=torch.float32))
 
 
 def test_trained_in_peft_serves_here(engine: Engine, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: exact, refused when they do not fit, and never spoilt by a kill at any point of a save."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -15,6 +16,8 @@ import pytest
 from loquetier_jax.errors import CheckpointError, ConfigError
 from loquetier_jax.jobs.checkpoint import (
     FAULT_POINTS,
+    FORMAT,
+    PREFIX,
     CheckpointStore,
     find_checkpoint,
     read_arrays,
@@ -80,18 +83,81 @@ def test_what_does_not_fit_is_named(tmp_path):
             read_arrays(path, bad)
 
 
-def test_damage_is_noticed(tmp_path):
+def test_what_another_version_wrote_is_refused(tmp_path):
     path = CheckpointStore(tmp_path).save({"x": np.float32([1])}, {})
-    shutil.copytree(path, tmp_path / "copy")
-    (tmp_path / "copy" / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
-        read_state(tmp_path / "copy")
-    saved = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(saved, indent=1).replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="format 2"):
+    text = (path / "state.json").read_text().replace(f'"format": {FORMAT}', '"format": 99')
+    (path / "state.json").write_text(text)
+    marked = json.loads((path / "COMMITTED").read_text()) | {"state.json": hashlib.sha256(text.encode()).hexdigest()}
+    (path / "COMMITTED").write_text(json.dumps(marked))
+    with pytest.raises(CheckpointError, match="format 99"):
+        read_state(path)
+    (path / "COMMITTED").write_text(json.dumps(dict.fromkeys(marked, 5)))  # sizes, as in format 1
+    with pytest.raises(CheckpointError, match="older version"):
         read_state(path)
     (path / "COMMITTED").unlink()
     with pytest.raises(CheckpointError, match="not a committed"):
+        read_state(path)
+
+
+def flip(file: Path) -> None:
+    """One bit of the middle, as a bad disk turns it over."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "a bit": flip,
+    "zeros": lambda f: f.write_bytes(bytes(f.stat().st_size)),
+    "cut": lambda f: f.write_bytes(f.read_bytes()[:-1]),
+    "grown": lambda f: f.write_bytes(f.read_bytes() + b" "),
+    "other text": lambda f: f.write_text("[]"),
+    "no text": lambda f: f.write_bytes(b"\xff" * f.stat().st_size),
+    "gone": lambda f: f.unlink(),
+    "a folder": lambda f: (f.unlink(), f.mkdir()),
+}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Three checkpoints of one job."""
+    store = CheckpointStore(tmp_path_factory.mktemp("three"), keep=3)
+    for i in range(3):
+        store.save({"x": np.arange(64, dtype=np.float32) + i}, {"i": i})
+    return store.folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_of_a_file_is_named_and_the_newest_good_one_offered(three, tmp_path, damage):
+    last = sorted(three.iterdir())[-1]
+    data = next((last / "arrays" / "d").iterdir())
+    for file in (last / "COMMITTED", last / "state.json", last / "arrays" / "_METADATA", data):
+        file = file.relative_to(three)
+        folder = tmp_path / str(file).replace("/", "-")
+        shutil.copytree(three, folder)
+        good, newest = sorted(folder.iterdir())[-2:]
+        DAMAGE[damage](folder / file)
+        if file.name == "COMMITTED" and damage in ("gone", "a folder"):  # as if its save had not come to an end
+            assert find_checkpoint(folder) == good
+            continue
+        if file.name == "COMMITTED" and damage == "grown":  # a space more is the same list
+            assert read_state(newest) == {"i": 2}
+            continue
+        with pytest.raises(CheckpointError) as refused:
+            read_state(find_checkpoint(folder))
+        named = newest if file.name == "COMMITTED" else folder / file  # a digest in it may now fit another file no more
+        assert str(named) in str(refused.value)
+        assert f"newest good one beside it is {good}:" in str(refused.value)
+        assert read_state(good) == {"i": 1}
+        flip(good / "state.json")
+        with pytest.raises(CheckpointError, match=rf"newest good one beside it is {folder / PREFIX}0*1:"):
+            read_state(newest)
+
+
+def test_a_checkpoint_without_a_good_one_beside_it(tmp_path):
+    path = CheckpointStore(tmp_path).save({"x": np.float32([1])}, {})
+    flip(path / "state.json")
+    with pytest.raises(CheckpointError, match=r"state\.json: is not what was written.*no good one beside it"):
         read_state(path)
 
 

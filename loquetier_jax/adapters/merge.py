@@ -1,0 +1,98 @@
+"""A base and an adapter as one ordinary model: merged tensor by tensor on the host, from the base's own files."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.numpy import save_file
+
+from loquetier_jax.adapters.lora import LoraShape, LoraWeights, check_weights
+from loquetier_jax.adapters.targets import module_name
+from loquetier_jax.errors import AdapterError
+from loquetier_jax.models.checkpoint import INDEX, Checkpoint
+from loquetier_jax.models.load import open_hf
+
+MAX_SHARD = 2 * 10**9
+"""Most bytes of tensors in a file, unless a single one is larger: the host holds about twice as much at a time."""
+
+_BESIDE = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, chat template
+_NOT_BESIDE = (".index.json", "adapter_config.json")  # of the weights; of an adapter that transformers would load, too
+
+
+def write_merged(
+    folder: str | os.PathLike[str], base: str | os.PathLike[str], weights: LoraWeights, shape: LoraShape
+) -> None:
+    """Writes a HF model folder with W + scaling * B A in the place of every adapted W; complete once it is there.
+
+    Sums are formed in float32 and rounded to the dtype of the base's tensor; what is not adapted, the config and the
+    tokenizer are copied as they are. The device is not used, and the host holds one file of the new folder at a time.
+
+    Args:
+        folder: Made, parents included; it must not exist, or be empty.
+        base: The base model's folder.
+        weights: f32, numpy or jax arrays.
+        shape: Ranks and scalings.
+
+    Raises:
+        AdapterError: the weights do not belong to `shape` or to the base, a merged weight is not finite in the base's
+            dtype, or `folder` holds something.
+        ModelError: the base cannot be read.
+    """
+    folder, base = Path(folder), Path(base)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise AdapterError(f"folder: got {folder}, which exists, expected a new one")
+    spec, checkpoint = open_hf(base)
+    check_weights(weights, shape, spec)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for file in _beside(base):
+            shutil.copyfile(file, temporary / file.name)
+        _write_tensors(temporary, checkpoint, weights, shape)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(base: Path) -> Iterator[Path]:
+    """The files of a model folder that go along with its weights."""
+    for file in sorted(base.iterdir()):
+        license_text = file.name.upper().startswith(("LICENSE", "NOTICE"))
+        if file.is_file() and (license_text or file.name.endswith(_BESIDE)) and not file.name.endswith(_NOT_BESIDE):
+            yield file
+
+
+def _write_tensors(folder: Path, checkpoint: Checkpoint, weights: LoraWeights, shape: LoraShape) -> None:
+    split = split_state_dict_into_shards_factory(
+        checkpoint.entries,
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD,
+    )
+    adapted = {f"{module_name(m.layer, m.target)}.weight": key for key, m in shape.by_key.items()}
+    if strange := sorted(adapted.keys() - checkpoint.entries.keys()):
+        raise AdapterError(f"weights: {strange[0]!r} is adapted, but {checkpoint.folder} has no such tensor")
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: checkpoint.read(name) for name in names}
+        for name in adapted.keys() & tensors.keys():
+            key = adapted[name]
+            tensors[name] = _merged(name, tensors[name], weights[key], shape.by_key[key].scaling)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _merged(name: str, weight: np.ndarray, pair: dict[str, np.ndarray], scaling: float) -> np.ndarray:
+    a, b = (np.asarray(pair[part], np.float32) for part in ("lora_A", "lora_B"))
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        merged = (weight.astype(np.float32) + np.float32(scaling) * (b @ a)).astype(weight.dtype)
+    if not np.isfinite(merged).all():
+        raise AdapterError(f"{name}: merged with the adapter it is not finite in {weight.dtype}")
+    return merged
