@@ -40,13 +40,13 @@ def with_reference(engine: Engine, answers: Dataset) -> Dataset:
     return Dataset(answers.name, samples, group_size=2)
 
 
-def main(steps: int = 16) -> None:
-    """Runs the example with so many optimizer steps."""
+def main(steps: int = 16, questions: int = 96) -> None:
+    """Runs the example with so many optimizer steps, on the short ones of so many questions."""
     engine = Engine.from_pretrained(base_path(), config="demo", buckets=BUCKETS)
-    pairs = zip(dataset("polite", 96, seed=0), dataset("shout", 96, seed=0), strict=True)
+    pairs = zip(dataset("polite", questions, seed=0), dataset("shout", questions, seed=0), strict=True)
     short = [pair for pair in pairs if len(pair[0]["prompt"]) < 50]  # both answers fit one pack
     records = [record for pair in short for record in pair]  # chosen, rejected, chosen, rejected, ...
-    train = TrainConfig(max_steps=steps, per_device_train_batch_size=4, learning_rate=2e-3, pack_tokens=256,
+    train = TrainConfig(max_steps=steps, per_device_train_batch_size=4, learning_rate=5e-4, pack_tokens=256,
                         loss=dpo, loss_per="group")  # fmt: skip
     data, held_out = (
         with_reference(engine, load_dataset(part, engine.tokenizer, train)) for part in (records[:-16], records[-16:])

@@ -34,8 +34,11 @@ class Registry:
         return sorted(name for name in self._names if name in self)
 
     def versions(self) -> list[Version]:
-        """All living versions, oldest first: the current ones, and old ones that somebody still uses."""
-        return list(self._versions.values())
+        """All living versions, oldest first: the current ones, and old ones that somebody still uses.
+
+        What stands for a name that has failed is none.
+        """
+        return [version for version in self._versions.values() if version.failure is None]
 
     def get(self, name: str) -> Version:
         """The version that `name` points to; of a name that has failed, one whose weights raise why.

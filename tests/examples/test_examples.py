@@ -51,7 +51,7 @@ def test_own_loss(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_dpo(capsys: pytest.CaptureFixture[str]) -> None:
-    load("05").main(steps=3)
+    load("05").main(steps=2, questions=30)
     shown = capsys.readouterr().out
     losses = [float(x) for x in next(line for line in shown.splitlines() if line.startswith("loss")).split()[1:]]
     assert losses[0] == 0.6931 > losses[-1]  # log 2 before anything is learnt
