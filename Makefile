@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Groups of tests that share compiled functions (tests/conftest.py), in their order: the longest ones first.
 PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
+GPU_ARGS ?= -n 8 --dist worksteal
 TESTS ?= tests
 BIN := $(VENV)/bin
 
@@ -37,9 +38,9 @@ test-slow: $(VENV)/.dev-$(ACCELERATOR)
 test-all: $(VENV)/.dev-$(ACCELERATOR)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
-# One process: the GPU's memory is shared by none.
+# Compiling kernels is work for many cores; the models are tiny, so one GPU serves all processes.
 test-gpu: $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.dev-$(ACCELERATOR))
-	$(BIN)/python3 -m pytest -m gpu $(TESTS)
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python3 -m pytest $(GPU_ARGS) -m gpu $(TESTS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
