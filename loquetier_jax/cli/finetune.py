@@ -26,7 +26,8 @@ from loquetier_jax.cli.options import (
 from loquetier_jax.config import RANK_PAGE, EngineConfig, require
 from loquetier_jax.config_file import from_dict, read_yaml
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
-from loquetier_jax.jobs.config import TRUNCATIONS, TrainConfig, changed_config
+from loquetier_jax.jobs.changes import changed_config
+from loquetier_jax.jobs.config import TRUNCATIONS, TrainConfig
 from loquetier_jax.jobs.metrics import read_metrics
 from loquetier_jax.jobs.records import check_records
 

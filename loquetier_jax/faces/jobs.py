@@ -19,8 +19,9 @@ from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.errors import AdapterError, CheckpointError, JobError
 from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.faces.job_handle import JobHandle
+from loquetier_jax.jobs.changes import changed_config
 from loquetier_jax.jobs.checkpoint import CheckpointStore, find_checkpoint
-from loquetier_jax.jobs.config import TrainConfig, changed_config
+from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data import Data, Dataset, load_dataset
 from loquetier_jax.jobs.extras import check_samples
 from loquetier_jax.jobs.fingerprint import base_fingerprint

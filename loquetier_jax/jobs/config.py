@@ -1,10 +1,8 @@
 """How a job trains: one frozen dataclass under TRL's names, and each step's learning rate. Imports no jax."""
 
 import dataclasses
-import inspect
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,28 +12,12 @@ import numpy as np
 from loquetier_jax.borrowed import borrowing
 from loquetier_jax.config import PACK_ALIGN, is_int, is_number, require
 from loquetier_jax.errors import ConfigError
+from loquetier_jax.jobs.loss_function import takes_batch
 from loquetier_jax.jobs.trl_arguments import TRL_ARGUMENTS
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 TRUNCATIONS = ("right", "left", "drop", "error")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
-CHANGEABLE = (
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "max_grad_norm",
-    "weight_decay",
-    "eval_steps",
-    "early_stopping_patience",
-    "early_stopping_threshold",
-    "load_best_model_at_end",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-)
-"""What a job may be given anew when it is resumed: whatever its past steps and their data do not depend on."""
 LOSS_PER = ("target", "sample", "group")
 DEFAULT_PACK_TOKENS = 512
 CALLABLE_LOSS = "callable"  # stands for a loss function in a saved config; restoring is given it again
@@ -278,35 +260,6 @@ class TrainConfig:
                 raise ConfigError("loss: got None, expected the loss function this job was started with")
             data = data | {"loss": loss}
         return cls(**data)
-
-
-def takes_batch(loss: Callable[..., Any]) -> bool:
-    """Whether a loss takes a LossBatch beside log-probs and weights: whether it cannot do with two arguments.
-
-    Raises:
-        ConfigError: it takes neither two nor three.
-    """
-    for count in (2, 3):
-        with suppress(TypeError, ValueError):  # ValueError: a builtin that tells no signature
-            inspect.signature(loss).bind(*range(count))
-            return count == 3
-    raise ConfigError(f"loss: got {loss!r:.200}, expected a function of (logp, weights) or (logp, weights, batch)")
-
-
-def changed_config(saved: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config with other values from here on.
-
-    Args:
-        saved: From `TrainConfig.to_dict`.
-        changes: Fields of CHANGEABLE.
-
-    Raises:
-        ConfigError: a field that the past of the job depends on, or none.
-    """
-    require(isinstance(changes, Mapping), "train", changes, "a mapping of TrainConfig fields to change")
-    for key, value in changes.items():
-        require(key in CHANGEABLE, f"train {key}", value, f"one of {CHANGEABLE}: the others cannot change on resume")
-    return saved | dict(changes)
 
 
 def learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:

@@ -27,7 +27,7 @@ def restore_job(
     """A job that goes on with the same packs and the same numbers.
 
     Args:
-        state: From `Job.state_dict`; its config may have been given other values (`config.changed_config`).
+        state: From `Job.state_dict`; its config may have been given other values (`changes.changed_config`).
         data, eval_data: The same data; hashes are compared.
         metrics: Cut back to where the state was taken; lines of later steps will be written again.
         loss: The loss function, when the job has one of its own.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
-from loquetier_jax.jobs.config import TrainConfig, changed_config
+from loquetier_jax.jobs.changes import changed_config
+from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.job import Job
 from loquetier_jax.jobs.metrics import MetricsWriter, read_metrics
 from loquetier_jax.jobs.restore import restore_job
