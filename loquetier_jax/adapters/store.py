@@ -3,12 +3,12 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from loquetier_jax.adapters.folder import FoundAdapter, read_folder
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights
-from loquetier_jax.adapters.peft import PeftAdapter, fingerprint, read_peft
+from loquetier_jax.adapters.peft import fingerprint
 from loquetier_jax.adapters.pool import PagePool
 from loquetier_jax.adapters.registry import Registry
 from loquetier_jax.adapters.residency import JOBS, Residency, WritePages, host_copy
@@ -16,31 +16,6 @@ from loquetier_jax.adapters.version import Published, Version
 from loquetier_jax.config import RANK_PAGE
 from loquetier_jax.errors import AdapterError, CapacityError, IntegrityError
 from loquetier_jax.models.spec import DecoderSpec
-
-
-class FoundAdapter(NamedTuple):
-    """An adapter as a folder holds it.
-
-    Attributes:
-        folder: Where it lies.
-        stamp: `peft.fingerprint(folder)` from before it was read.
-        adapter: What it is.
-    """
-
-    folder: Path
-    stamp: tuple[tuple[int, int], ...]
-    adapter: PeftAdapter
-
-
-def read_folder(folder: str | os.PathLike[str], spec: DecoderSpec) -> FoundAdapter:
-    """Reads a PEFT folder; needs no store, so that nobody has to wait for the disk.
-
-    Raises:
-        AdapterError: what `peft.read_peft` refuses.
-    """
-    # The stamp is taken first: a folder written anew during the read then counts as changed.
-    stamp = fingerprint(folder)
-    return FoundAdapter(Path(folder), stamp, read_peft(folder, spec))
 
 
 class AdapterStore(Registry):

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.folder import read_folder
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights
 from loquetier_jax.adapters.merge import write_merged
 from loquetier_jax.adapters.pages import pages_of, write_pages
 from loquetier_jax.adapters.peft import write_peft
 from loquetier_jax.adapters.registry import check_name
-from loquetier_jax.adapters.store import AdapterStore, read_folder
+from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.errors import AdapterError, ModelError
