@@ -179,7 +179,7 @@ class StepFunctions:
         batch = LossBatch(ints, ints, ints, shapes_of({name: a[0] for name, a in extras.items()}))
 
         def build() -> Callable[..., Any]:
-            return jax.jit(functools.partial(loss_value, key.loss)).lower(rows, rows, batch).compile()
+            return _compile(functools.partial(loss_value, key.loss), rows, rows, batch)
 
         return self._get(("loss_value", key.pack_tokens, key.loss, key.extras), build)
 
