@@ -9,6 +9,7 @@ from loquetier_jax.cli import main
 from loquetier_jax.cli.scenario import QUESTIONS, SKILLS
 
 
+@pytest.mark.slow
 def test_demo(
     tmp_path: Path,
     embedded_world: None,

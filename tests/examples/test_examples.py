@@ -50,6 +50,7 @@ def test_own_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(numbers[-1]) > float(numbers[-3])  # the adapter finds the preferred answers likelier
 
 
+@pytest.mark.slow
 def test_dpo(capsys: pytest.CaptureFixture[str]) -> None:
     load("05").main(steps=2, questions=30)
     shown = capsys.readouterr().out

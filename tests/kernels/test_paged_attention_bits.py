@@ -49,7 +49,11 @@ def tiled(first: int, step: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window"),
-    [(4, 4, 16, None), (4, 1, 32, None), (8, 2, 64, 21), (2, 1, 80, None)],
+    [
+        (4, 1, 32, None),
+        (8, 2, 64, 21),
+        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((4, 4, 16, None), (2, 1, 80, None))),
+    ],
 )
 def test_a_row_has_one_result(heads: int, kv_heads: int, dim: int, window: int | None) -> None:
     sequence = make_sequence(heads, kv_heads, dim)

@@ -130,7 +130,10 @@ SERVING = (  # heads, kv heads, head size, window, pack length, page size, colum
 )
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window", "length", "page_size", "columns"), SERVING)
+SOME = [*SERVING[:3], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SERVING[3:])]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window", "length", "page_size", "columns"), SOME)
 def test_serving_equals_training_bit_for_bit(
     heads: int, kv_heads: int, dim: int, window: int | None, length: int, page_size: int, columns: int
 ) -> None:

@@ -37,6 +37,7 @@ def test_weights_are_small_and_config_is_the_script_s() -> None:
         assert width % 16 == 0 and all(out % 16 == 0 for out in outs)
 
 
+@pytest.mark.slow
 def test_held_out_loss() -> None:
     loss = float(evaluate.loss(*base(), evaluate.held_out_rows(8, 512)))
     assert math.isfinite(loss) and loss < HELD_OUT_LOSS
@@ -75,6 +76,7 @@ def test_export_is_the_inverse_of_load(tmp_path: Path) -> None:
     assert {f.name for f in tmp_path.iterdir()} == {f.name for f in base_path().iterdir()}
 
 
+@pytest.mark.slow
 def test_pretraining_learns() -> None:
     arguments = ["--out", "unused", "--steps", "12", "--batch-tokens", "512", "--log-every", "1"]
     tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
