@@ -116,6 +116,7 @@ def test_nan_and_inf_stay_with_their_rows_and_pages(implementation: str) -> None
     assert not np.isfinite(got[dirty]).all(axis=1).any()
 
 
+@pytest.mark.bits
 @BOTH
 @pytest.mark.parametrize("size", [32, 1040])
 def test_a_row_keeps_its_bits_wherever_it_is_placed(size: int, implementation: str) -> None:

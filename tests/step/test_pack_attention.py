@@ -128,11 +128,10 @@ SERVING = (  # heads, kv heads, head size, window, pack length, page size, colum
     (3, 3, 40, None, 128, 16, 8),
     (4, 2, 96, None, 128, 64, 3),
 )
-
-
 SOME = [*SERVING[:3], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SERVING[3:])]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "window", "length", "page_size", "columns"), SOME)
 def test_serving_equals_training_bit_for_bit(
     heads: int, kv_heads: int, dim: int, window: int | None, length: int, page_size: int, columns: int
