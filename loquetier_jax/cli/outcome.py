@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -32,24 +33,25 @@ def _show_latencies(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.1f}"
+def _ms(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def _show_adapters(console: Console, result: dict[str, Any]) -> None:
     """A row per adapter, where there are several."""
     if len(result["adapters"]) < 2:
         return
-    table = Table()
-    table.add_column("adapter", overflow="fold")
+    table = Table(box=box.SIMPLE)  # all of it fits into 80 columns
+    table.add_column("adapter", overflow="fold", min_width=len("adapter"))
     promise = ["kept"] if "slo" in result else []
-    for column in ("requests", "failed", *promise, "TTFT median", "p99", "TPOT median", "p99", "ITL p99"):
-        table.add_column(column, justify="right")
+    figures = ("TTFT\nmedian", "TTFT\np99", "TPOT\nmedian", "TPOT\np99", "ITL\np99")
+    for column in ("requests", "failed", *promise, *figures):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, one in result["adapters"].items():
         kept = [f"{100 * one['slo_attainment']:.1f}%"] if promise else []
         keys = ("median_ttft", "p99_ttft", "median_tpot", "p99_tpot", "p99_itl")
         counts = (str(one["completed"]), str(one["failed"]), *kept)
-        table.add_row(Text(name), *counts, *(_ms(one[f"{key}_ms"]) for key in keys))
+        table.add_row(Text(name), *counts, *(_ms(one[f"{key}_ms"], digits=0) for key in keys))
     console.print(table)
 
 

@@ -1,6 +1,6 @@
 """How much time the promise to requests leaves: milliseconds, inf where nothing is promised.
 
-All of it is meant on average: who plans with it leaves a margin for what takes longer than predicted.
+These are averages: callers add a margin for what takes longer than predicted.
 """
 
 import math
