@@ -2,6 +2,7 @@
 #   make demo   train two adapters and stream four requests on the embedded model
 #   make test       the quick part of the test suite; make test-slow the rest, make test-all both
 #   make test-gpu   what needs a GPU, or shows something there too; with an interpreter of one's own: BIN=/usr/bin
+#   make fuzz       10,000 mutated inputs of each kind; FUZZ="--count 500 --kind chats" for others
 #   make lint   ruff
 # Another interpreter: make demo PYTHON=python3.12. Another accelerator: make demo ACCELERATOR=cpu.
 
@@ -10,6 +11,7 @@ VENV ?= .venv
 # Groups of tests that share compiled functions (tests/conftest.py), in their order: the longest ones first.
 PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 TESTS ?= tests
+FUZZ ?= --out benchmarks/results
 BIN := $(VENV)/bin
 
 # cuda13, cuda12 or cpu, by the major version of the NVIDIA driver.
@@ -22,7 +24,7 @@ comma := ,
 RUNTIME_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,[$(ACCELERATOR)])
 DEV_EXTRA := [dev$(if $(filter cpu,$(ACCELERATOR)),,$(comma)$(ACCELERATOR))]
 
-.PHONY: demo test test-slow test-all test-gpu lint clean
+.PHONY: demo test test-slow test-all test-gpu fuzz lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime-$(ACCELERATOR)
@@ -40,6 +42,9 @@ test-all: $(VENV)/.dev-$(ACCELERATOR)
 # One process: the GPU's memory is shared by none.
 test-gpu: $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.dev-$(ACCELERATOR))
 	$(BIN)/python3 -m pytest -m gpu $(TESTS)
+
+fuzz: $(VENV)/.dev-$(ACCELERATOR)
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

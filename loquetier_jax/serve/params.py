@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from loquetier_jax.borrowed import borrowing, plain
 from loquetier_jax.config import Sampling
-from loquetier_jax.errors import RequestError
+from loquetier_jax.errors import RequestError, short
 from loquetier_jax.serve.vllm_arguments import VLLM_ARGUMENTS
 
 MAX_NUMBER = 1e38
@@ -17,7 +17,7 @@ MIN_TEMPERATURE = 1e-5  # vLLM's _SAMPLING_EPS: logits divided by less would be 
 def refuse(ok: bool, name: str, got: Any, expected: str) -> None:
     """Raises RequestError naming the field, what came and what was expected, unless `ok`."""
     if not ok:
-        raise RequestError(f"{name}: got {got!r:.200}, expected {expected}")
+        raise RequestError(f"{name}: got {short(got, 200)}, expected {expected}")
 
 
 def _is_int(value: Any) -> bool:
