@@ -227,7 +227,7 @@ def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.restore(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+        raise CheckpointError(f"{folder}: cannot be read: {error!s:.500}") from error
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
     expected = {_name(key): leaf for key, leaf in leaves}
     for name in sorted(expected.keys() | saved.keys()):

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import tests.conftest  # sets the environment, before anything imports jax
+import tests.conftest  # noqa: F401  (sets the environment, before anything imports jax)
 
 from benchmarks.results import record, write  # isort: skip
 from tests.fuzz.kind import Outcome, fuzz
@@ -20,8 +20,8 @@ BOUND = 1.05
 
 def _run(name: str, count: int, seed: int) -> Outcome:
     logging.disable(logging.WARNING)  # of data that was cut or left out
-    with tempfile.TemporaryDirectory() as folder, KINDS[name](Path(folder)) as kind:
-        return fuzz(kind, count, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        return fuzz(KINDS[name], Path(folder), count, seed)
 
 
 def _records(name: str, outcome: Outcome) -> list[dict[str, Any]]:

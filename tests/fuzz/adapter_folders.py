@@ -2,8 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +64,3 @@ class AdapterFolders:
 
     def traces(self) -> list[str]:
         return [path.name for path in self._root.iterdir()]
-
-
-@contextmanager
-def build(folder: Path) -> Iterator[AdapterFolders]:
-    """See `kind.Build`."""
-    yield AdapterFolders(folder)

@@ -3,7 +3,6 @@
 import copy
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ class Chats:
 
     errors = (DataError, RequestError)
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self._tokenizers = [build_tokenizer(), *map(chat_tokenizer, TEMPLATES)]
         self._good = [(one, chat) for one in self._tokenizers for chat in _chats() if _taken(one, chat)]
 
@@ -70,9 +69,3 @@ def _taken(tokenizer: Any, chat: dict[str, Any]) -> bool:
         return bool(_learn(tokenizer, chat) and _serve(tokenizer, chat))
     except LoquetierError:
         return False
-
-
-@contextmanager
-def build(folder: Path) -> Iterator[Chats]:
-    """See `kind.Build`; writes nothing."""
-    yield Chats()

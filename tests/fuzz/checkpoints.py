@@ -3,8 +3,6 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +65,3 @@ class Checkpoints:
 
     def traces(self) -> list[str]:
         return listing(self._root)
-
-
-@contextmanager
-def build(folder: Path) -> Iterator[Checkpoints]:
-    """See `kind.Build`."""
-    yield Checkpoints(folder)

@@ -1,8 +1,7 @@
 """Lines of training data: JSON lines, one JSON array, lists of records; of every format."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +92,3 @@ class DataLines:
 
     def traces(self) -> list[str]:
         return listing(self._folder)
-
-
-@contextmanager
-def build(folder: Path) -> Iterator[DataLines]:
-    """See `kind.Build`."""
-    yield DataLines(folder)

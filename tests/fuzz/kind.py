@@ -4,12 +4,10 @@ import gc
 import os
 import random
 import resource
-import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,8 +38,8 @@ class Kind(Protocol):
         """What has to be the same before and after."""
 
 
-Build = Callable[[Path], AbstractContextManager[Kind]]
-"""A folder of its own to write to -> the kind."""
+Build = Callable[[Path], Kind]
+"""An empty folder, to write inputs to -> the kind."""
 
 
 @dataclass
@@ -74,14 +72,15 @@ class Outcome:
         return self.rss_last / self.rss_first
 
 
-def fuzz(kind: Kind, count: int, seed: int = 0) -> Outcome:
+def fuzz(build: Build, folder: Path, count: int, seed: int = 0) -> Outcome:
     """Gives `count` mutated inputs to a kind.
 
     Raises:
-        AssertionError: another error than the documented ones, or one that cannot be printed; something left behind:
-            what `Kind.traces` tells of, files left open, threads.
+        AssertionError: another error than the documented ones, or a warning, or a message that cannot be printed;
+            something left behind: what `Kind.traces` tells of, or an open file of the folder.
     """
-    outcome, before, started = Outcome(seed, count), kind.traces(), time.perf_counter()
+    kind, outcome, started = build(folder), Outcome(seed, count), time.perf_counter()
+    before = kind.traces()
     for i in range(count):
         begun = time.perf_counter()
         refusal = _attempt(kind, seed, i)
@@ -93,9 +92,10 @@ def fuzz(kind: Kind, count: int, seed: int = 0) -> Outcome:
         traces = kind.traces()
         assert traces == before, f"seed {seed}, input {i}: was {before}, is {traces}"
         if i + 1 == max(1, count // 10):
-            outcome.rss_first, held = _rss(), _held()
+            outcome.rss_first = _rss()
     outcome.rss_last, outcome.seconds = _rss(), time.perf_counter() - started
-    assert _held() <= held, "open files or threads are left behind"
+    left = _open_files(folder)
+    assert not left, f"left open: {left[:3]}"
     return outcome
 
 
@@ -122,8 +122,9 @@ def _rss() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def _held() -> int:
-    return len(os.listdir("/proc/self/fd")) + threading.active_count()
+def _open_files(folder: Path) -> list[str]:
+    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return [path for link in links if link.is_symlink() and (path := os.readlink(link)).startswith(str(folder))]
 
 
 def listing(folder: Path) -> list[str]:

@@ -1,12 +1,16 @@
 """The kinds of inputs, by name."""
 
-from tests.fuzz import adapter_folders, chats, checkpoints, data_lines, requests
+from tests.fuzz.adapter_folders import AdapterFolders
+from tests.fuzz.chats import Chats
+from tests.fuzz.checkpoints import Checkpoints
+from tests.fuzz.data_lines import DataLines
 from tests.fuzz.kind import Build
+from tests.fuzz.requests import Requests
 
 KINDS: dict[str, Build] = {
-    "chats": chats.build,
-    "adapter folders": adapter_folders.build,
-    "data lines": data_lines.build,
-    "requests": requests.build,
-    "checkpoints": checkpoints.build,
+    "chats": Chats,
+    "adapter folders": AdapterFolders,
+    "data lines": DataLines,
+    "requests": Requests,
+    "checkpoints": Checkpoints,
 }

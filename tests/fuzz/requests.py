@@ -2,12 +2,9 @@
 
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loquetier_jax.engine import Engine
 from loquetier_jax.errors import AdapterError, RequestError
 from loquetier_jax.serve.params import SamplingParams
 from loquetier_jax.tiny.tokenizer import build_tokenizer
@@ -34,9 +31,10 @@ class Requests:
 
     errors = (AdapterError, RequestError)
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        add_random_adapter(engine, "a", seed=1)
+    def __init__(self, folder: Path) -> None:
+        cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+        self._engine = build_engine(cache, tokenizer=build_tokenizer())  # its functions are those of tests/engine
+        add_random_adapter(self._engine, "a", seed=1)
 
     def attempt(self, rng: random.Random) -> None:
         before, steps = state_of(self._engine), rng.random() < 0.02
@@ -78,9 +76,3 @@ def _arguments(rng: random.Random) -> dict[str, Any]:
     if isinstance(params, dict):  # Python itself refuses names that are no argument
         params = SamplingParams(**{name: value for name, value in params.items() if name in FIELDS})
     return {"prompt": prompt, "params": params, **rest}
-
-
-@contextmanager
-def build(folder: Path) -> Iterator[Requests]:
-    """See `kind.Build`; an engine of the world that most tests of the engine share."""
-    yield Requests(build_engine(os.environ["JAX_COMPILATION_CACHE_DIR"], tokenizer=build_tokenizer()))
