@@ -18,7 +18,7 @@ from tests.jobs.chats import chat_tokenizer
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 IDS = [3, 4, 5, 6]
-LONGEST = 4096  # tokens of a sample
+LONGEST = 4096  # rows of a sample
 RECORDS: tuple[dict[str, Any], ...] = (
     {"messages": TURNS},
     {"messages": [{"role": "system", "content": "Be brief."}, *TURNS, *TURNS], "chat_template_kwargs": {}},
@@ -85,7 +85,7 @@ class DataLines:
     def _look_at(self, dataset: Dataset) -> None:
         """What is accepted can be trained."""
         for sample in dataset.samples:
-            assert len(sample.tokens) == len(sample.targets) == len(sample.weights) < LONGEST
+            assert len(sample.tokens) == len(sample.targets) == len(sample.weights) <= LONGEST
             ids = np.concatenate([sample.tokens, sample.targets])
             assert ids.min() >= 0 and ids.max() < self._vocab
             assert np.isin(sample.weights, (0, 1)).all() and sample.weights.any()

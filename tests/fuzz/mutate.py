@@ -117,7 +117,7 @@ def _alter(rng: random.Random, holder: Any, key: Any, value: Any) -> None:
     elif isinstance(old, (int, float)):
         holder[key] = rng.choice(NUMBERS)
     elif isinstance(old, list):
-        holder[key] = old * rng.choice((0, 2, 20))
+        holder[key] = old * rng.choice((0, 2, 5))
     else:
         holder[key] = value(rng)
 

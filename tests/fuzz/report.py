@@ -1,4 +1,4 @@
-"""What `python -m tests.fuzz` does: many mutated inputs of every kind, and a result file that says what became of them."""
+"""What `python -m tests.fuzz` does: mutated inputs of every kind, and a result file that says what became of them."""
 
 import argparse
 import logging
