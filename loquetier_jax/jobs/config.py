@@ -13,7 +13,7 @@ import numpy as np
 
 from loquetier_jax.borrowed import borrowing
 from loquetier_jax.config import PACK_ALIGN, is_int, is_number, require
-from loquetier_jax.errors import ConfigError, short
+from loquetier_jax.errors import ConfigError
 from loquetier_jax.jobs.trl_arguments import TRL_ARGUMENTS
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
@@ -290,7 +290,7 @@ def takes_batch(loss: Callable[..., Any]) -> bool:
         with suppress(TypeError, ValueError):  # ValueError: a builtin that tells no signature
             inspect.signature(loss).bind(*range(count))
             return count == 3
-    raise ConfigError(f"loss: got {short(loss, 200)}, expected a function of (logp, weights) or (logp, weights, batch)")
+    raise ConfigError(f"loss: got {loss!r:.200}, expected a function of (logp, weights) or (logp, weights, batch)")
 
 
 def changed_config(saved: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What one kind of input is, and the loop that throws mutated ones at it."""
 
+import ctypes
 import gc
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 from loquetier_jax.errors import LoquetierError
 
+MOST_GROWTH = 1.05  # of memory, from the first tenth of the inputs to the last
 MOST_MESSAGE = 5000  # characters of an error: it shows what came, not all of it
 
 
@@ -118,7 +120,10 @@ def _attempt(kind: Kind, seed: int, i: int) -> str | None:
 
 
 def _rss() -> int:
+    """What is in use: collected, and without what the allocator keeps of freed memory, which goes up and down."""
     gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

@@ -9,8 +9,8 @@ from tests.fuzz.requests import Requests
 
 KINDS: dict[str, Build] = {
     "chats": Chats,
-    "adapter folders": AdapterFolders,
     "data lines": DataLines,
     "requests": Requests,
+    "adapter folders": AdapterFolders,
     "checkpoints": Checkpoints,
 }

@@ -8,10 +8,9 @@ import pytest
 
 from loquetier_jax.errors import DataError, JobError
 from tests.fuzz import mutate
-from tests.fuzz.kind import fuzz, listing
+from tests.fuzz.kind import MOST_GROWTH, fuzz, listing
 from tests.fuzz.kinds import KINDS
 
-GROWTH = 1.05
 ENGINE = pytest.mark.xdist_group("0-engine")  # it shares compiled functions with those tests
 
 
@@ -20,7 +19,7 @@ ENGINE = pytest.mark.xdist_group("0-engine")  # it shares compiled functions wit
 def test_mutated_inputs_are_refused_by_type_or_rightly_taken(name, count, tmp_path):
     outcome = fuzz(KINDS[name], tmp_path, count)
     assert outcome.accepted and sum(outcome.refused.values()) > count / 10
-    assert outcome.growth <= GROWTH
+    assert outcome.growth <= MOST_GROWTH
 
 
 def test_a_seed_is_an_input():
