@@ -252,7 +252,7 @@ def _refuse_idle_entries(config: LoraConfig, names: list[str], num_layers: int, 
                 raise AdapterError(f"{field_name}: {key!r} matches no module")
     for layer in config.layers_to_transform or ():
         if layer >= num_layers:
-            raise AdapterError(f"layers_to_transform: got {layer}, expected layers 0 to {num_layers - 1}")
+            raise AdapterError(f"layers_to_transform: got {short(layer)}, expected layers 0 to {num_layers - 1}")
 
 
 def _names(field_name: str, value: Any) -> tuple[str, ...] | str | None:

@@ -87,8 +87,8 @@ def tokenized(record: Mapping[str, Any], where: str, *, completion_only: bool) -
         labels = _column(record, "labels", where, len(ids))
         odd = next((i for i, (a, b) in enumerate(zip(labels, ids, strict=True)) if a not in (b, NOT_LEARNT)), None)
         if odd is not None:
-            expected = f"{ids[odd]} as in input_ids, or {NOT_LEARNT}"
-            raise DataError(f"{where}: labels[{odd}]: got {labels[odd]}, expected {expected}")
+            expected = f"{short(ids[odd])} as in input_ids, or {NOT_LEARNT}"
+            raise DataError(f"{where}: labels[{odd}]: got {short(labels[odd])}, expected {expected}")
         learn = [label != NOT_LEARNT for label in labels]
     for key in MASKS if completion_only else ():
         if key in record:

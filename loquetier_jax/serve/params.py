@@ -127,7 +127,7 @@ class SamplingParams:
         entries = {plain(token): plain(bias) for token, bias in self.logit_bias.items()}
         for token, bias in entries.items():
             refuse(_is_int(token) and token >= 0, "logit_bias", token, "token ids (integers >= 0) as keys")
-            refuse(_is_number(bias), f"logit_bias[{token}]", bias, "a finite number")
+            refuse(_is_number(bias), f"logit_bias[{short(token)}]", bias, "a finite number")
         object.__setattr__(self, "logit_bias", entries or None)
 
     def _check_stops(self) -> None:

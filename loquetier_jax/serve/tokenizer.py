@@ -113,7 +113,7 @@ def encode_prompt(
         raise RequestError(f"prompt: got {short(prompt)}, expected at least one token")
     bad = next((i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size)), None)
     if bad is not None:
-        raise RequestError(f"prompt: got token id {bad}, expected ids in [0, {vocab_size or 'vocab_size'})")
+        raise RequestError(f"prompt: got token id {short(bad)}, expected ids in [0, {vocab_size or 'vocab_size'})")
     return tuple(ids)
 
 
