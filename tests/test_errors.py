@@ -69,6 +69,13 @@ def test_what_is_nested_too_deep_for_a_template_is_refused():
             parse_record({"messages": TURNS, column: given}, "here")
 
 
+def test_stops_that_are_arrays_are_lists():
+    assert SamplingParams(stop=np.array(["x", "yz"])).stop == ("x", "yz")
+    assert SamplingParams(stop=None).stop == SamplingParams(stop=[]).stop == ()
+    with pytest.raises(RequestError, match="stop"):
+        SamplingParams(stop=np.ones((2, 2)))
+
+
 def test_columns_that_are_arrays_are_lists():
     plain = {"messages": TURNS, "tools": [], "history": [], "system": None}
     arrays = {"messages": np.array(TURNS), "tools": np.zeros(0), "history": np.array([]), "system": None}

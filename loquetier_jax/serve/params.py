@@ -8,6 +8,7 @@ from loquetier_jax.borrowed import borrowing, plain
 from loquetier_jax.config import Sampling
 from loquetier_jax.errors import RequestError, short
 from loquetier_jax.serve.vllm_arguments import VLLM_ARGUMENTS
+from loquetier_jax.token_ids import listed
 
 MAX_NUMBER = 1e38
 MAX_N = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
@@ -131,7 +132,8 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", entries or None)
 
     def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        stop = listed(self.stop)
+        stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
         ok = isinstance(stop, Sequence) and all(isinstance(s, str) and s for s in stop)
         refuse(ok, "stop", self.stop, "a non-empty string or a list of them")
         ids = self.stop_token_ids if self.stop_token_ids is not None else ()
