@@ -2,6 +2,7 @@
 #   make demo   train two adapters and stream four requests on the embedded model
 #   make test       the quick part of the test suite; make test-slow the rest, make test-all both
 #   make test-gpu   what needs a GPU, or shows something there too; with an interpreter of one's own: BIN=/usr/bin
+#   make fuzz       10,000 mutated inputs of each kind; FUZZ="--count 500 --kind chats" for others
 #   make lint   ruff
 # Another interpreter: make demo PYTHON=python3.12. Another accelerator: make demo ACCELERATOR=cpu.
 
@@ -11,6 +12,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 GPU_ARGS ?= -n 8 --dist worksteal
 TESTS ?= tests
+FUZZ ?= --out benchmarks/results
 BIN := $(VENV)/bin
 
 # cuda13, cuda12 or cpu, by the major version of the NVIDIA driver.
@@ -23,7 +25,7 @@ comma := ,
 RUNTIME_EXTRA := $(if $(filter cpu,$(ACCELERATOR)),,[$(ACCELERATOR)])
 DEV_EXTRA := [dev$(if $(filter cpu,$(ACCELERATOR)),,$(comma)$(ACCELERATOR))]
 
-.PHONY: demo test test-slow test-all test-gpu lint clean
+.PHONY: demo test test-slow test-all test-gpu fuzz lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime-$(ACCELERATOR)
@@ -41,6 +43,9 @@ test-all: $(VENV)/.dev-$(ACCELERATOR)
 # Compiling kernels is work for many cores; the models are tiny, so one GPU serves all processes.
 test-gpu: $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.dev-$(ACCELERATOR))
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python3 -m pytest $(GPU_ARGS) -m gpu $(TESTS)
+
+fuzz: $(VENV)/.dev-$(ACCELERATOR)
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

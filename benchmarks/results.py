@@ -72,7 +72,7 @@ def _arguments(folder: Path | None) -> list[str]:
 
 def _module() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from loquetier_jax.errors import ConfigError, LoquetierError
+from loquetier_jax.errors import ConfigError, LoquetierError, short
 
 C = TypeVar("C")
 
@@ -102,10 +102,10 @@ def _translate(
     for name in (n for n in values if n in rules):
         said = rules[name](values[name], found)
         if isinstance(said, str):
-            raise error(f"{name}: got {values[name]!r:.200}, expected {said}")
+            raise error(f"{name}: got {short(values[name], 200)}, expected {said}")
         for field, value in said.items():
             if field != name and field in given and not _among(found[field], (value,)):
-                both = f"{values[name]!r:.200} beside {field}={found[field]!r:.200}"
+                both = f"{short(values[name], 200)} beside {field}={short(found[field], 200)}"
                 raise error(f"{name}: got {both}, expected one of the two")
             found[field] = value
     return found

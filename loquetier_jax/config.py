@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from loquetier_jax.errors import ConfigError
+from loquetier_jax.errors import ConfigError, short
 
 RANK_PAGE = 16  # ranks in one adapter page
 BLOCK = 16  # rows of one prefill block and of one LoRA tile
@@ -56,7 +56,7 @@ def is_number(value: Any) -> bool:
 def require(ok: Any, name: str, got: Any, expected: str) -> None:
     """Raises ConfigError naming the argument, what came and what was expected."""
     if not ok:
-        raise ConfigError(f"{name}: got {got!r}, expected {expected}")
+        raise ConfigError(f"{name}: got {short(got, 500)}, expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)

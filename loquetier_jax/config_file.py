@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 
 from loquetier_jax.config import require
-from loquetier_jax.errors import ConfigError
+from loquetier_jax.errors import ConfigError, short
 
 C = TypeVar("C")
 
@@ -65,7 +65,7 @@ def load_yaml(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> 
         node = data
         for parent in parents:
             node = node.setdefault(parent, {})
-            require(isinstance(node, dict), "override", override, f"no key below {parent}, which is {node!r:.60}")
+            require(isinstance(node, dict), "override", override, f"no key below {parent}, which is {short(node, 60)}")
         node[leaf] = parse_value(text, f"override {key}")
     return from_dict(cls, data)
 

@@ -1,8 +1,25 @@
-"""The errors this package raises: each is a LoquetierError and the standard type a caller would expect."""
+"""The errors this package raises: each is a LoquetierError and the standard type a caller would expect.
+
+And how their messages show what came.
+"""
+
+from typing import Any
+
+
+def short(value: Any, limit: int = 60) -> str:
+    """The repr of a value in at most `limit` characters, also of one that has none: nested too deep, an endless int."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 class LoquetierError(Exception):
-    """Base of every error raised on purpose by loquetier_jax."""
+    """Base of every error raised on purpose by loquetier_jax; its message can be printed, whatever it quotes."""
+
+    def __str__(self) -> str:
+        return super().__str__().encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no UTF-8
 
 
 class ConfigError(LoquetierError, ValueError):

@@ -48,8 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): tests that one worker runs")
 
 
-def worker_group(path: Path) -> str:
-    """The tests that one worker should run, because they share compiled functions (see tests/worlds.py)."""
+def worker_group(item: pytest.Item) -> str:
+    """The tests that one worker should run, because they share compiled functions (see tests/worlds.py).
+
+    That of a test's own mark, where it has one.
+    """
+    if mark := item.get_closest_marker("xdist_group"):
+        return str(mark.args[0])
+    path = item.path
     if path.parent == TESTS / "engine":
         return "1-families" if path.stem in PARITY else "0-engine"
     if path.stem in EMBEDDED:
@@ -67,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     gpu = jax.default_backend() == "gpu"
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(worker_group(item.path)))
+        item.add_marker(pytest.mark.xdist_group(worker_group(item)))
         if item.name.split("[")[0].endswith("_would_be_seen"):
             item.add_marker(pytest.mark.mutation)
         if item.get_closest_marker("also_gpu") and gpu:
@@ -76,7 +82,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("multi_device") and jax.device_count() < 2:
             item.add_marker(pytest.mark.skip(reason="needs several devices"))
-    items.sort(key=lambda item: min(worker_group(item.path), "2"))
+    items.sort(key=lambda item: min(worker_group(item), "2"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -25,7 +25,7 @@ from loquetier_jax.adapters.targets import (
 )
 from loquetier_jax.borrowed import borrowing
 from loquetier_jax.config import RANK_PAGE, require
-from loquetier_jax.errors import AdapterError
+from loquetier_jax.errors import AdapterError, short
 from loquetier_jax.models.spec import DecoderSpec
 
 LoraWeights = dict[str, dict[str, Any]]
@@ -187,8 +187,9 @@ def _modules(config: LoraConfig, spec: DecoderSpec, strict: bool, steps: Steps) 
             modules.append(LoraModule(layer, target, r, alpha / (math.sqrt(r) if config.use_rslora else r)))
     if not modules:
         raise AdapterError(
-            f"target_modules: {config.target_modules!r:.500} (exclude_modules {config.exclude_modules!r:.200}, layers "
-            f"{config.layers_to_transform!r:.200}) matches no module; names are like {module_name(0, 'q_proj')!r}"
+            f"target_modules: {short(config.target_modules, 500)} (exclude_modules "
+            f"{short(config.exclude_modules, 200)}, layers {short(config.layers_to_transform, 200)}) "
+            f"matches no module; names are like {module_name(0, 'q_proj')!r}"
         )
     return modules
 
@@ -251,7 +252,7 @@ def _refuse_idle_entries(config: LoraConfig, names: list[str], num_layers: int, 
                 raise AdapterError(f"{field_name}: {key!r} matches no module")
     for layer in config.layers_to_transform or ():
         if layer >= num_layers:
-            raise AdapterError(f"layers_to_transform: got {layer}, expected layers 0 to {num_layers - 1}")
+            raise AdapterError(f"layers_to_transform: got {short(layer)}, expected layers 0 to {num_layers - 1}")
 
 
 def _names(field_name: str, value: Any) -> tuple[str, ...] | str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape
 from loquetier_jax.adapters.targets import module_name, unwrapped
-from loquetier_jax.errors import AdapterError, ConfigError
+from loquetier_jax.errors import AdapterError, ConfigError, short
 from loquetier_jax.models.spec import DecoderSpec
 
 _HONOURED = {
@@ -39,18 +39,18 @@ def config_from_peft(data: Any) -> LoraConfig:
     if not isinstance(data, dict):
         raise AdapterError(f"got {type(data).__name__}, expected a mapping")
     if data.get("peft_type") != "LORA":
-        raise AdapterError(f"peft_type: got {data.get('peft_type')!r}, expected 'LORA'")
+        raise AdapterError(f"peft_type: got {short(data.get('peft_type'))}, expected 'LORA'")
     if data.get("task_type") not in (None, "CAUSAL_LM"):
-        raise AdapterError(f"task_type: got {data['task_type']!r}, expected 'CAUSAL_LM'")
+        raise AdapterError(f"task_type: got {short(data['task_type'])}, expected 'CAUSAL_LM'")
     for key in sorted(data.keys() - _HONOURED - _INERT):
         # The only list of layers that our bases have is "layers": naming it changes nothing.
         if not _empty(data[key]) and not (key == "layers_pattern" and data[key] in ("layers", ["layers"])):
-            raise AdapterError(f"{key}: got {data[key]!r}, which is not supported; expected none")
+            raise AdapterError(f"{key:.100}: got {short(data[key])}, which is not supported; expected none")
     # null stands for the default.
     fields = {key: _unwrapped(data[key]) for key in _HONOURED if data.get(key) is not None}
     init = fields.pop("init_lora_weights", True)
     if init not in _INITS:
-        raise AdapterError(f"init_lora_weights: {init!r} may change the base; expected one of {_INITS}")
+        raise AdapterError(f"init_lora_weights: {short(init)} may change the base; expected one of {_INITS}")
     if init == "gaussian":
         fields["init_lora_weights"] = init
     try:

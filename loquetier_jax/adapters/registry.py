@@ -3,13 +3,13 @@
 import itertools
 
 from loquetier_jax.adapters.version import Version
-from loquetier_jax.errors import AdapterError, IntegrityError
+from loquetier_jax.errors import AdapterError, IntegrityError, short
 
 
 def check_name(name: object) -> None:
     """Raises AdapterError unless an adapter could be called so."""
     if not isinstance(name, str) or not name:
-        raise AdapterError(f"name: got {name!r:.200}, expected some text")
+        raise AdapterError(f"name: got {short(name, 200)}, expected some text")
 
 
 class Registry:
@@ -47,7 +47,7 @@ class Registry:
             AdapterError: unknown name.
         """
         if not isinstance(name, str) or name not in self._names:
-            raise AdapterError(f"adapter: got {name!r}, expected one of {self.names()}")
+            raise AdapterError(f"adapter: got {short(name, 200)}, expected one of {self.names()}")
         return self._names[name]
 
     def is_current(self, version: Version) -> bool:

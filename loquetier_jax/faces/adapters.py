@@ -15,7 +15,7 @@ from loquetier_jax.adapters.registry import check_name
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.errors import AdapterError, ModelError
+from loquetier_jax.errors import AdapterError, ModelError, short
 from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.state import DeviceState
@@ -54,7 +54,7 @@ class AdapterCalls:
         """
         for argument, value, kind in (("weights", weights, Mapping), ("shape", shape, LoraShape)):
             if not isinstance(value, kind):
-                raise AdapterError(f"{argument}: got {value!r:.200}, expected a {kind.__name__}")
+                raise AdapterError(f"{argument}: got {short(value, 200)}, expected a {kind.__name__}")
         with self._lock:
             return self.adapters.add(name, weights, shape, replace=replace)
 

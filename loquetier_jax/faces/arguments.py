@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loquetier_jax.errors import LoquetierError
+from loquetier_jax.errors import LoquetierError, short
 from loquetier_jax.serve.params import refuse
 from loquetier_jax.serve.tokenizer import Prompt
 from loquetier_jax.token_ids import are_token_ids, plain_prompt
@@ -17,7 +17,7 @@ def path_of(value: Any, name: str, expected: str, error: type[LoquetierError]) -
     """A path given as text or as a path; otherwise raises `error`, naming the argument."""
     path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path:
-        raise error(f"{name}: got {value!r:.200}, expected the path of {expected}")
+        raise error(f"{name}: got {short(value, 200)}, expected the path of {expected}")
     return Path(path)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loquetier_jax.adapters.peft import write_peft
 from loquetier_jax.adapters.version import Version
-from loquetier_jax.errors import CheckpointError, JobError
+from loquetier_jax.errors import CheckpointError, JobError, short
 from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.jobs.checkpoint import CheckpointStore
 from loquetier_jax.jobs.data import Dataset
@@ -161,7 +161,7 @@ class JobHandle:
             CheckpointError: another base.
         """
         if not isinstance(other, type(self._engine)):
-            raise JobError(f"other: got {other!r:.200}, expected another Engine")
+            raise JobError(f"other: got {short(other, 200)}, expected another Engine")
         if other is self._engine:
             raise JobError(f"job {self.name!r}: cannot migrate to the engine it is on")
         job = self._trainee.job

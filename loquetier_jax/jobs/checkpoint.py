@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from loquetier_jax.config import require
-from loquetier_jax.errors import CheckpointError
+from loquetier_jax.errors import CheckpointError, short
 
 FORMAT = 2
 MARKER = "COMMITTED"
@@ -169,24 +169,31 @@ def read_state(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         verify(path)
-        saved = json.loads((path / "state.json").read_text())
+        saved = _object(path / "state.json")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_offer(path)}") from error
-    if saved.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: got format {saved.get('format')}, expected {FORMAT}")
+    if saved.get("format") != FORMAT or not isinstance(saved.get("state"), dict):
+        raise CheckpointError(f"{path}: got format {short(saved.get('format'))}, expected {FORMAT} and a state")
     return saved["state"]
 
 
 def _digests(marker: Path) -> dict[str, str]:
-    try:
-        found = json.loads(marker.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{marker}: cannot be read ({error}): the checkpoint is damaged") from error
-    complete = isinstance(found, dict) and "state.json" in found
-    if not complete or not all(isinstance(digest, str) for digest in found.values()):
+    found = _object(marker)
+    if "state.json" not in found or not all(isinstance(digest, str) for digest in found.values()):
         raise CheckpointError(
             f"{marker}: does not list files with their sha256: the checkpoint is damaged, or of an older version"
         )
+    return found
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}): the checkpoint is damaged") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: got {short(found)}, expected an object: the checkpoint is damaged")
     return found
 
 
@@ -220,7 +227,7 @@ def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.restore(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+        raise CheckpointError(f"{folder}: cannot be read: {error!s:.500}") from error
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
     expected = {_name(key): leaf for key, leaf in leaves}
     for name in sorted(expected.keys() | saved.keys()):

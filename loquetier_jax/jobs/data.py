@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
 from loquetier_jax.config import is_int
-from loquetier_jax.errors import DataError
+from loquetier_jax.errors import DataError, short
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data_checks import check_samples_fit, check_token_ids
 from loquetier_jax.jobs.formats import parse_record
@@ -188,7 +188,7 @@ def make_sample(ids: Sequence[int], learn: Sequence[bool], where: str = "sample"
     given = np.asarray(ids)
     whole = given.dtype.kind in "iu" or not given.size
     if not whole or given.ndim != 1 or (given.size and not 0 <= given.min() <= given.max() < 2**31):
-        raise DataError(f"{where}: token ids: got {ids!r:.200}, expected a list of integers in [0, 2**31)")
+        raise DataError(f"{where}: token ids: got {short(ids, 200)}, expected a list of integers in [0, 2**31)")
     tokens = given.astype(np.int32)
     weights = np.asarray(learn, np.float32)[1:]
     return Sample(tokens[:-1].copy(), np.where(weights > 0, tokens[1:], 0).astype(np.int32), weights)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from loquetier_jax.errors import DataError
+from loquetier_jax.errors import DataError, short
 from loquetier_jax.jobs.config import TrainConfig
 
 
@@ -43,4 +43,5 @@ def _check_arrays(sample: Any, where: str) -> None:
     kinds = [getattr(getattr(array, "dtype", None), "kind", "?") for array in arrays]
     flat = len(shapes) == 1 and len(next(iter(shapes)) or ()) == 1
     if not flat or kinds[0] not in "iu" or kinds[1] not in "iu" or kinds[2] != "f" or not np.isfinite(arrays[2]).all():
-        raise DataError(f"{where}: got {sample!r:.200}, expected a Sample: three arrays of one length, weights finite")
+        expected = "a Sample: three arrays of one length, weights finite"
+        raise DataError(f"{where}: got {short(sample, 200)}, expected {expected}")

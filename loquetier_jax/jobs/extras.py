@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32
 
-from loquetier_jax.errors import DataError
+from loquetier_jax.errors import DataError, short
 from loquetier_jax.jobs.data import Dataset, Pack, Sample
 from loquetier_jax.jobs.packing import SAMPLE_ALIGN, rows_of
 
@@ -38,7 +38,7 @@ def check_samples(data: Dataset, pack_rows: int, *, own_loss: bool, like: Datase
         for name, value in sample.extras.items():
             if np.shape(value) not in ((), (len(sample),)) or not np.isfinite(value).all():
                 expected = f"one finite number, or one for each of its {len(sample)} rows"
-                raise DataError(f"{data.name}[{i}]: extras[{name!r}]: got {value!r:.80}, expected {expected}")
+                raise DataError(f"{data.name}[{i}]: extras[{name!r}]: got {short(value, 80)}, expected {expected}")
     if want and not own_loss:
         expected = "none: cross-entropy reads none; pass the loss that does, TrainConfig(loss=...)"
         raise DataError(f"{data.name}: got extras {_spell(want)}, expected {expected}")

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loquetier_jax.errors import DataError
-from loquetier_jax.serve.messages import ChatError, normalize_message, short
+from loquetier_jax.errors import DataError, short
+from loquetier_jax.serve.messages import ChatError, normalize_message, plain_json
+from loquetier_jax.token_ids import listed
 
 # The two templates of github.com/tatsu-lab/stanford_alpaca, which every Alpaca-trained model has seen.
 ALPACA = (
@@ -86,6 +87,7 @@ def parse_record(data: Any, where: str) -> Record:
     """
     if not isinstance(data, dict):
         raise DataError(f"{where}: got {type(data).__name__}, expected a JSON object")
+    data = {key: listed(value) for key, value in data.items()}
     if "messages" in data:
         return _conversation(_chat(data["messages"], where), data, where)
     if "prompt" in data or "completion" in data:
@@ -103,7 +105,7 @@ def parse_record(data: Any, where: str) -> Record:
         return _conversation(_sharegpt(data["conversations"], where), data, where)
     if "text" in data:
         return Text(_string(data, "text", where))
-    raise DataError(f"{where}: got keys {sorted(map(str, data))}, expected {FORMATS}")
+    raise DataError(f"{where}: got keys {short(list(data), 200)}, expected {FORMATS}")
 
 
 def _pair(data: dict[str, Any], where: str) -> Record:
@@ -148,6 +150,10 @@ def _conversation(chat: Chat, data: dict[str, Any], where: str) -> Chat:
     tools, kwargs = _tools(data.get("tools"), where), data.get("chat_template_kwargs")
     if not isinstance(kwargs, Mapping | None):
         raise DataError(f"{where}: chat_template_kwargs: got {short(kwargs)}, expected an object")
+    try:
+        kwargs = plain_json(kwargs, "chat_template_kwargs")
+    except ChatError as error:
+        raise DataError(f"{where}: {error}") from error
     return replace(chat, tools=tools, chat_template_kwargs=kwargs)
 
 
@@ -162,7 +168,10 @@ def _tools(tools: Any, where: str) -> tuple[Any, ...] | None:
         return None
     if not isinstance(tools, list):
         raise DataError(f"{where}: tools: got {short(tools)}, expected a list")
-    return tuple(tools)
+    try:
+        return tuple(plain_json(tools, "tools"))
+    except ChatError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _chat(messages: Any, where: str, name: str = "messages") -> Chat:
@@ -196,7 +205,8 @@ def _sharegpt(turns: Any, where: str) -> Chat:
         raise DataError(f"{where}: conversations: got {short(turns)}, expected a list of turns")
     messages = []
     for i, turn in enumerate(turns):
-        role = SHAREGPT_ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
+        said = turn.get("from") if isinstance(turn, dict) else None
+        role = SHAREGPT_ROLES.get(said) if isinstance(said, str) else None
         if role is None or not isinstance(turn.get("value"), str):
             expected = f"from (one of {tuple(SHAREGPT_ROLES)}) and value (a string)"
             raise DataError(f"{where}: conversations[{i}]: got {short(turn)}, expected {expected}")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from loquetier_jax.errors import DataError
+from loquetier_jax.errors import DataError, short
 from loquetier_jax.jobs.formats import parse_record
 from loquetier_jax.json_records import read_records
 from loquetier_jax.token_ids import are_token_ids, listed
@@ -59,7 +59,7 @@ def is_empty(record: Mapping[str, Any], where: str) -> bool:
     if not record.keys().isdisjoint(("messages", "conversations")):
         return False
     answer = next((column for column in ANSWERS if column in record), None)
-    if answer is None or record[answer] != "":
+    if answer is None or not isinstance(record[answer], str) or record[answer]:
         return False
     parse_record({**record, answer: "."}, where)
     return True
@@ -87,8 +87,8 @@ def tokenized(record: Mapping[str, Any], where: str, *, completion_only: bool) -
         labels = _column(record, "labels", where, len(ids))
         odd = next((i for i, (a, b) in enumerate(zip(labels, ids, strict=True)) if a not in (b, NOT_LEARNT)), None)
         if odd is not None:
-            expected = f"{ids[odd]} as in input_ids, or {NOT_LEARNT}"
-            raise DataError(f"{where}: labels[{odd}]: got {labels[odd]}, expected {expected}")
+            expected = f"{short(ids[odd])} as in input_ids, or {NOT_LEARNT}"
+            raise DataError(f"{where}: labels[{odd}]: got {short(labels[odd])}, expected {expected}")
         learn = [label != NOT_LEARNT for label in labels]
     for key in MASKS if completion_only else ():
         if key in record:
@@ -114,7 +114,7 @@ def _column(record: Mapping[str, Any], key: str, where: str, length: int | None 
     if isinstance(value, (list, tuple)):
         value = [int(i) if isinstance(i, bool) and key in MASKS else i for i in value]
     if not are_token_ids(value):
-        raise DataError(f"{where}: {key}: got {value!r:.80}, expected a list of integers")
+        raise DataError(f"{where}: {key}: got {short(value, 80)}, expected a list of integers")
     if length is not None and len(value) != length:
         raise DataError(f"{where}: {key}: got {len(value)} values, expected {length}, one for each of input_ids")
     return value
@@ -123,7 +123,7 @@ def _column(record: Mapping[str, Any], key: str, where: str, length: int | None 
 def _iterable(data: Any, name: str) -> Iterable[Any]:
     expected = "a file of JSON lines, or a list or other iterable of records"
     if isinstance(data, Mapping):
-        got = f"{type(data).__name__} with keys {sorted(map(str, data))[:8]}"
+        got = f"{type(data).__name__} with keys {short(list(data), 200)}"
         raise DataError(f"{name}: got {got}, expected {expected}, as one split of a DatasetDict is")
     try:
         if isinstance(data, (bytes, bytearray)):

@@ -12,7 +12,8 @@ from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from loquetier_jax.serve.messages import REASONING, ChatError, plain_json, short
+from loquetier_jax.errors import short
+from loquetier_jax.serve.messages import REASONING, ChatError, plain_json
 
 Message = dict[str, Any]
 # What a render is given by other arguments, or by nobody.
@@ -68,7 +69,7 @@ class ChatTemplate:
             raise ChatError(f"tools: got {len(self._tools)}, expected none: the chat template has no place for tools")
         for key in kwargs:
             if key not in variables:
-                raise ChatError(f"chat_template_kwargs: got {key!r}, expected what the chat template uses")
+                raise ChatError(f"chat_template_kwargs: got {short(key)}, expected what the chat template uses")
         self._variables = {"documents": None, **tokenizer.special_tokens_map, **kwargs}
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
@@ -150,5 +151,5 @@ def _kwargs(kwargs: Any) -> dict[str, Any]:
         raise ChatError(f"chat_template_kwargs: got {short(kwargs)}, expected an object of template variables")
     for key in kwargs:
         if key in _RESERVED:
-            raise ChatError(f"chat_template_kwargs: got {key!r}, which is not among what can be set here")
+            raise ChatError(f"chat_template_kwargs: got {short(key)}, which is not among what can be set here")
     return plain_json(kwargs, "chat_template_kwargs")

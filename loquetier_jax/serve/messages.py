@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from loquetier_jax.errors import short
+
 # Names that a message's reasoning is passed under; the first is the one that templates read.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -42,7 +44,7 @@ def normalize_message(message: Any, name: str) -> dict[str, Any]:
     if "tool_calls" in plain:
         plain["tool_calls"] = _tool_calls(plain["tool_calls"], f"{name}.tool_calls")
     if "role" not in plain or ("content" not in plain and not plain.get("tool_calls")):
-        raise ChatError(f"{name}: got keys {sorted(plain)}, expected role and content")
+        raise ChatError(f"{name}: got keys {short(sorted(plain), 200)}, expected role and content")
     if not isinstance(plain["role"], str):
         raise ChatError(f"{name}.role: got {short(plain['role'])}, expected a string")
     if "content" in plain:
@@ -130,12 +132,3 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, np.ndarray):
         return _plain(value.tolist(), name)
     raise ChatError(f"{name}: got {short(value)} ({type(value).__name__}), expected what JSON can hold")
-
-
-def short(value: Any) -> str:
-    """A value in at most 60 characters, for messages."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a nested {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from loquetier_jax.borrowed import borrowing, plain
 from loquetier_jax.config import Sampling
-from loquetier_jax.errors import RequestError
+from loquetier_jax.errors import RequestError, short
 from loquetier_jax.serve.vllm_arguments import VLLM_ARGUMENTS
+from loquetier_jax.token_ids import listed
 
 MAX_NUMBER = 1e38
 MAX_N = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
@@ -17,7 +18,7 @@ MIN_TEMPERATURE = 1e-5  # vLLM's _SAMPLING_EPS: logits divided by less would be 
 def refuse(ok: bool, name: str, got: Any, expected: str) -> None:
     """Raises RequestError naming the field, what came and what was expected, unless `ok`."""
     if not ok:
-        raise RequestError(f"{name}: got {got!r:.200}, expected {expected}")
+        raise RequestError(f"{name}: got {short(got, 200)}, expected {expected}")
 
 
 def _is_int(value: Any) -> bool:
@@ -127,11 +128,12 @@ class SamplingParams:
         entries = {plain(token): plain(bias) for token, bias in self.logit_bias.items()}
         for token, bias in entries.items():
             refuse(_is_int(token) and token >= 0, "logit_bias", token, "token ids (integers >= 0) as keys")
-            refuse(_is_number(bias), f"logit_bias[{token}]", bias, "a finite number")
+            refuse(_is_number(bias), f"logit_bias[{short(token)}]", bias, "a finite number")
         object.__setattr__(self, "logit_bias", entries or None)
 
     def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        stop = listed(self.stop)
+        stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
         ok = isinstance(stop, Sequence) and all(isinstance(s, str) and s for s in stop)
         refuse(ok, "stop", self.stop, "a non-empty string or a list of them")
         ids = self.stop_token_ids if self.stop_token_ids is not None else ()

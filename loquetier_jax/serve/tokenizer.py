@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from loquetier_jax.errors import ModelError, RequestError
+from loquetier_jax.errors import ModelError, RequestError, short
 from loquetier_jax.serve.chat_template import ChatTemplate
 from loquetier_jax.serve.messages import ChatError, normalize_messages
 
@@ -99,7 +99,8 @@ def encode_prompt(
     is_chat = is_list and bool(prompt) and all(isinstance(m, Mapping) for m in prompt)
     for name, value in (("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
         if value is not None and not is_chat:
-            raise RequestError(f"{name}: got {value!r:.200}, expected it beside chat messages, not {prompt!r:.80}")
+            expected = f"it beside chat messages, not {short(prompt, 80)}"
+            raise RequestError(f"{name}: got {short(value, 200)}, expected {expected}")
     if isinstance(prompt, str):
         ids = _encode_text(tokenizer, prompt)
     elif is_chat:
@@ -107,12 +108,12 @@ def encode_prompt(
     elif is_list and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in prompt):
         ids = [int(i) for i in prompt]
     else:
-        raise RequestError(f"prompt: got {prompt!r:.200}, expected text, token ids or chat messages")
+        raise RequestError(f"prompt: got {short(prompt, 200)}, expected text, token ids or chat messages")
     if not ids:
-        raise RequestError(f"prompt: got {prompt!r}, expected at least one token")
+        raise RequestError(f"prompt: got {short(prompt)}, expected at least one token")
     bad = next((i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size)), None)
     if bad is not None:
-        raise RequestError(f"prompt: got token id {bad}, expected ids in [0, {vocab_size or 'vocab_size'})")
+        raise RequestError(f"prompt: got token id {short(bad)}, expected ids in [0, {vocab_size or 'vocab_size'})")
     return tuple(ids)
 
 
@@ -122,7 +123,7 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list
     try:
         return encode_text(tokenizer, prompt)
     except (TypeError, UnicodeError) as error:  # half a surrogate pair, as JSON's "\ud800" may bring
-        raise RequestError(f"prompt: got {prompt!r:.200}, expected text of whole characters") from error
+        raise RequestError(f"prompt: got {short(prompt, 200)}, expected text of whole characters") from error
 
 
 def encode_chat(

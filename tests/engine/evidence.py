@@ -102,6 +102,24 @@ def owners(engine: Engine) -> dict[str, int]:
     }
 
 
+def state_of(engine: Engine) -> dict[str, Any]:
+    """Everything on the host that a refusal might touch."""
+    serving, training = engine.loop.serving, engine.loop.training
+    versions = [(v.id, v.name, v.pages, v.holds, v.in_flight, v.last_epoch) for v in engine.adapters.versions()]
+    return {
+        "waiting": list(serving.waiting),
+        "running": {r.id: (r.slot, tuple(r.kv_pages), r.num_dispatched) for r in serving.running.values()},
+        "listeners": list(serving.listeners),
+        "versions": versions,
+        "names": engine.adapters.names(),
+        "taken": owners(engine),
+        "jobs": [(name, job.status, job.step) for name, job in engine.jobs.items()],
+        "trainees": list(training.trainees),
+        "scoring": engine.loop.scoring.views(),
+        "seeds": engine._rng.bit_generator.state["state"],
+    }
+
+
 def settle(engine: Engine) -> None:
     """Runs until nothing is left to do, and reads it."""
     while engine.step() or engine.compiler.busy:

@@ -20,7 +20,7 @@ from loquetier_jax.kv.pool import EpochPool
 from loquetier_jax.runtime.serving import Serving
 from loquetier_jax.serve.params import SamplingParams
 from tests.engine.engines import BUCKETS, add_random_adapter, greedy, random_data, random_prompt
-from tests.engine.evidence import LORA, PAIR, finish, owners, prompts, settle, train_config
+from tests.engine.evidence import LORA, PAIR, finish, owners, prompts, settle, state_of, train_config
 from tests.step.cases import random_adapter
 
 
@@ -29,24 +29,6 @@ def engine(make_engine, tokenizer):
     made = make_engine(buckets=(*BUCKETS, PAIR), tokenizer=tokenizer)
     add_random_adapter(made, "a", 1, 8)
     return made
-
-
-def state_of(engine):
-    """Everything on the host that a refusal might touch."""
-    serving, training = engine.loop.serving, engine.loop.training
-    versions = [(v.id, v.name, v.pages, v.holds, v.in_flight, v.last_epoch) for v in engine.adapters.versions()]
-    return {
-        "waiting": list(serving.waiting),
-        "running": {r.id: (r.slot, tuple(r.kv_pages), r.num_dispatched) for r in serving.running.values()},
-        "listeners": list(serving.listeners),
-        "versions": versions,
-        "names": engine.adapters.names(),
-        "taken": owners(engine),
-        "jobs": [(name, job.status, job.step) for name, job in engine.jobs.items()],
-        "trainees": list(training.trainees),
-        "scoring": engine.loop.scoring.views(),
-        "seeds": engine._rng.bit_generator.state["state"],
-    }
 
 
 SUBMITS = {
