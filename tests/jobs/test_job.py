@@ -279,8 +279,13 @@ def test_other_data_is_refused(make_data):
         restore_job(job.state_dict(), make_data([1, *LENGTHS]))
     with pytest.raises(CheckpointError, match="eval_data"):
         restore_job(job.state_dict(), make_data(LENGTHS), make_data([3]))
+    with pytest.raises(CheckpointError, match="eval_data: got data, expected None: the job has none"):
+        restore_job(job.state_dict(), make_data(LENGTHS), make_data([3], "eval"))
+    held_out = started(make_data(LENGTHS), make_data([3], "eval"))
+    with pytest.raises(CheckpointError, match="eval_data: got None, expected the job's evaluation data"):
+        restore_job(held_out.state_dict(), make_data(LENGTHS))
     records = started(replace(make_data(LENGTHS), records="those"))
-    with pytest.raises(CheckpointError, match="the job's records, but other tokens of them"):
+    with pytest.raises(CheckpointError, match="the records match, but this tokenizer gives different tokens"):
         restore_job(records.state_dict(), replace(make_data([1, *LENGTHS]), records="those"))
     restore_job(records.state_dict(), replace(make_data(LENGTHS), records="others"))  # of the same tokens
 
