@@ -36,7 +36,7 @@ class Registry:
     def versions(self) -> list[Version]:
         """All living versions, oldest first: the current ones, and old ones that somebody still uses.
 
-        What stands for a name that has failed is none.
+        Placeholders of failed names are left out.
         """
         return [version for version in self._versions.values() if version.failure is None]
 

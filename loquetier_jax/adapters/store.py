@@ -99,7 +99,7 @@ class AdapterStore(Registry):
         return self._serve(name, shape, config, weights, found.folder, found.stamp)
 
     def fail(self, name: str, reason: str) -> None:
-        """Takes a name out of service because of an error: who asks for it is told, and whoever wants it may have it.
+        """Takes a name out of service because of an error: who asks for it is told, and the name is free again.
 
         Requests that have its version keep it to their end.
 

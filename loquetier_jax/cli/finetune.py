@@ -192,7 +192,7 @@ def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConf
         recipe = {key: saved[key] for key in ("data", "eval_data", "name")}
         recipe |= {"lora": LoraConfig(**saved["lora"]), "train": TrainConfig.from_dict(saved["train"] | changes)}
         cfg = from_dict(EngineConfig, saved["engine"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"--resume: got {folder}, expected a folder that finetune wrote: {error}") from error
     known = args.model in (TINY, saved["model"])
     require(known, "--model", args.model, f"{saved['model']}, as in {folder / CONFIG}")
@@ -237,7 +237,7 @@ def _drive(engine: "Engine", job: "JobHandle", bar: JobBar) -> bool:
         return False
     job.wait()
     if job.status != "succeeded":
-        raise JobError(f"job {job.name!r} is {job.status}")
+        raise JobError(f"job {job.name!r} was cancelled")
     return True
 
 

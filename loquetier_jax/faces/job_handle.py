@@ -83,8 +83,10 @@ class JobHandle:
         """
         job = self._trainee.job
         self._engine.wait(lambda: (job.finished and self.released) or job.status == "paused")
-        if not job.finished or job.status == "failed":
-            raise JobError(f"job {self.name!r} is {job.status}: {job.error or 'resume() it first'}")
+        if job.status == "failed":
+            raise JobError(f"job {self.name!r} failed: {job.error}")
+        if not job.finished:
+            raise JobError(f"job {self.name!r} is {job.status}: resume() it first")
         return self
 
     @property

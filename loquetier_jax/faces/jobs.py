@@ -227,6 +227,8 @@ class JobCalls:
         job = trainee.job
         if job.save_due and not self.loop.training.busy(job.name):
             state = take_job_state(self, trainee)
+            if job.status == "paused":  # as in `JobHandle.checkpoint`: whoever takes it up goes on
+                state.host["job"]["status"] = job.paused_from
             folder = Path(job.cfg.output_dir) / CHECKPOINTS
             CheckpointStore(folder, keep=job.cfg.save_total_limit).save(state.arrays, state.host)
             job.saved()
@@ -249,7 +251,8 @@ class JobCalls:
         if version is None or version.name != job.name or not self.adapters.is_current(version):
             return
         why = job.error or "it has published nothing"
-        self.adapters.fail(job.name, f"adapter {job.name!r}: its job is {job.status}: {why}")
+        ended = "failed" if job.status == "failed" else "was cancelled"
+        self.adapters.fail(job.name, f"adapter {job.name!r}: its job {ended}: {why}")
 
 
 def _check_evaluation(cfg: TrainConfig, eval_data: Data | None) -> None:

@@ -1,6 +1,5 @@
 """Which data a job was started on: a hash of its records, and one of what the tokenizer made of them. No jax."""
 
-
 from loquetier_jax.errors import CheckpointError
 from loquetier_jax.jobs.data import Dataset
 
@@ -15,19 +14,25 @@ def check_same_data(name: str, given: Dataset | None, saved: dict[str, str | Non
 
     Args:
         name: "data" or "eval_data", for messages.
-        given: What it is to go on with.
+        given: What it is to go on with; only eval_data may be None.
         saved: From `data_identity`.
 
     Raises:
         CheckpointError: other data; or the same records, of which this tokenizer makes other tokens.
     """
-    got, want = data_identity(given) or {}, saved or {}
-    if got.get("tokens") == want.get("tokens"):
+    got, want = data_identity(given), saved
+    if got is None and want is None:
         return
-    if got.get("records") and got.get("records") == want.get("records"):
+    if got is None:
+        raise CheckpointError(f"{name}: got None, expected the job's evaluation data")
+    if want is None:
+        raise CheckpointError(f"{name}: got data, expected None: the job has none")
+    if got["tokens"] == want["tokens"]:
+        return
+    if got["records"] and got["records"] == want.get("records"):
         raise CheckpointError(
-            f"{name}: got the job's records, but other tokens of them than when it was started: expected the same "
-            "tokenizer and chat template"
+            f"{name}: the records match, but this tokenizer gives different tokens: expected the tokenizer and chat "
+            "template that the job was started with"
         )
-    hashes = [str(one.get("tokens")) for one in (got, want)]
-    raise CheckpointError(f"{name}: got hash {hashes[0]:.12}, expected {hashes[1]:.12}: not the data of the job")
+    hashes = f"got hash {got['tokens']:.12}, expected {want['tokens']:.12}"
+    raise CheckpointError(f"{name}: {hashes}: not the data of the job")

@@ -113,9 +113,9 @@ class Job(Lifecycle):
 
     @property
     def save_due(self) -> bool:
-        """Whether save_steps asks for a checkpoint now; `saved` clears it."""
+        """Whether save_steps asks for a checkpoint now, after the evaluation of its step; `saved` clears it."""
         every, done = self.cfg.save_steps, self.status == "succeeded"
-        due = every > 0 and self.step > 0 and (self.step % every == 0 or done)
+        due = every > 0 and self.step > 0 and (self.step % every == 0 or done) and not self.evaluating
         return due and self.saved_step != self.step and self.status not in ("failed", "cancelled")
 
     def tell_left_out(self) -> None:

@@ -9,13 +9,21 @@ from loquetier_jax.errors import ConfigError
 
 
 def takes_batch(loss: Callable[..., Any]) -> bool:
-    """Whether a loss takes a LossBatch beside log-probs and weights: whether it cannot do with two arguments.
+    """Whether a loss takes a LossBatch beside log-probs and weights.
+
+    It does if it cannot do with two arguments, or if its third one is named `batch`, whatever its default.
 
     Raises:
         ConfigError: it takes neither two nor three.
     """
     for count in (2, 3):
         with suppress(TypeError, ValueError):  # ValueError: a builtin that tells no signature
-            inspect.signature(loss).bind(*range(count))
-            return count == 3
+            signature = inspect.signature(loss)
+            signature.bind(*range(count))
+            return count == 3 or _names_batch(signature)
     raise ConfigError(f"loss: got {loss!r:.200}, expected a function of (logp, weights) or (logp, weights, batch)")
+
+
+def _names_batch(signature: inspect.Signature) -> bool:
+    third = list(signature.parameters.values())[2:3]
+    return any(p.name == "batch" and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in third)

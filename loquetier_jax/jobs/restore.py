@@ -32,7 +32,7 @@ def restore_job(
         metrics: Cut back to where the state was taken; lines of later steps will be written again.
         loss: The loss function, when the job has one of its own.
         clock: Wall-clock seconds.
-        go_on: Whether there have to be steps left, also for a job that had succeeded.
+        go_on: Whether to require remaining steps, even if the job had succeeded.
 
     Raises:
         CheckpointError: other data, or a metrics file shorter than it was.
@@ -60,6 +60,6 @@ def restore_job(
         job.evaluation.load_state(state["evaluation"])
     if go_on and job.status == "succeeded":
         job.status = "queued"
-        if job.evaluation is not None:
-            job.evaluation.misses = 0  # what had stopped it early counts from here
+    if go_on and job.evaluation is not None:
+        job.evaluation.misses = 0  # what had stopped it early, or was about to, counts from here
     return job

@@ -95,7 +95,7 @@ class Trainee:
             losses = [float(value) for value in values]
         for pack, score, loss in zip(packs, scores, losses, strict=True):
             job.eval_pack_finished(pack, score["logp"], score["correct"], loss)
-        if job.cfg.keeps_best and self._has_just_improved and job.status in ("running", "succeeded"):
+        if job.cfg.keeps_best and self._has_just_improved and job.status not in ("failed", "cancelled"):
             self.best = self.copy_master(self.master)
             for leaf in jax.tree.leaves(self.best):
                 leaf.copy_to_host_async()

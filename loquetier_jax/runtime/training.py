@@ -12,7 +12,7 @@ from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.pack import TrainItem
 from loquetier_jax.batch.segments import shapes_of
 from loquetier_jax.config import Bucket, EngineConfig
-from loquetier_jax.errors import CapacityError, JobError
+from loquetier_jax.errors import CapacityError, ConfigError, JobError
 from loquetier_jax.jobs.data import Pack
 from loquetier_jax.jobs.optimizer import hyperparams
 from loquetier_jax.kv.pool import EpochPool
@@ -126,13 +126,14 @@ class Training:
         return list(found)
 
     def _ready(self, trainee: Trainee) -> bool:
-        """Whether a started job's functions are compiled; a job whose functions cannot be is failed."""
+        """Whether a started job's functions are compiled; a job whose functions cannot be compiled fails."""
         try:
             keys = (("optimizer", trainee.number), *self.keys(trainee))
             return all(self.compiler.ready(key) for key in keys) and bool(trainee.pages)
         except Exception as error:  # whatever the compiler raised in its thread
             if not trainee.job.finished:
-                trainee.job.fail(f"compiling failed: {error}")
+                own = isinstance(error, ConfigError)  # of its loss, see `step.loss`; it says all
+                trainee.job.fail(f"{'' if own else 'compiling failed: '}{error}")
             return False
 
     def views(self) -> tuple[JobView, ...]:

@@ -105,9 +105,15 @@ def loss_value(
     """A loss of one's own for one pack, f32.
 
     Raises:
-        ConfigError: it returns something else than a scalar.
+        ConfigError: it raises, or returns something else than a scalar.
     """
-    value = jnp.asarray(loss(logp, weights, batch) if takes_batch(loss) else loss(logp, weights))
+    arguments = (logp, weights, batch) if takes_batch(loss) else (logp, weights)
+    try:
+        value = jnp.asarray(loss(*arguments))
+    except Exception as error:  # whatever a function of the user's raises
+        missing = f"; the samples bring along: {', '.join(batch.extras) or 'nothing'}"
+        why = f"{str(error).partition(chr(10))[0]}{missing if isinstance(error, KeyError) else ''}"
+        raise ConfigError(f"loss: {type(error).__name__}: {why}") from error
     if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
         got = f"{value.dtype}{list(value.shape)}"
         raise ConfigError(f"loss: got a function that returns {got}, expected a float scalar: the sum over the pack")

@@ -154,7 +154,7 @@ def test_kept_activations_of_one_job(engine, quiet, monkeypatch, value, where):
     sick = engine.jobs["sick"]
     engine.wait(lambda: sick.released)
     assert sick.status == "failed" and "not finite" in sick.error
-    with pytest.raises(JobError, match="'sick' is failed: step 0"):
+    with pytest.raises(JobError, match="'sick' failed: step 0"):
         sick.wait()
     check_clean(engine)
     after = start(engine, "job", 0).wait()  # on the train pages that the sick one left

@@ -58,6 +58,29 @@ def test_early_stopping_serves_and_saves_the_best(tiny_engine, tmp_path, moved):
     tiny_engine.check_integrity()
 
 
+def test_a_checkpoint_during_the_best_evaluation_keeps_its_weights(tiny_engine, tmp_path):
+    """The job was paused just then: best_step moved on, the weights of an earlier step were kept as the best."""
+    data, held_out = random_data(4, count=6), random_data(5, count=4)
+    cfg = quick(**WORSE, early_stopping_patience=3)
+    job = tiny_engine.finetune("job", data, lora=LORA, eval_data=held_out, train=cfg)
+    inner = job._trainee.job
+    tiny_engine.wait(lambda: job.step == 2 and inner.evaluation.in_flight > 0)
+    job.checkpoint(tmp_path)
+    evals = losses(job.wait(), "eval_loss")
+    assert job.serves_best and job.best_step == 2 == 1 + int(np.argmin(evals))
+    assert mean_loss(tiny_engine, held_out, "job") == pytest.approx(min(evals), rel=1e-5)
+
+
+def test_a_run_that_was_stopped_early_goes_on(tiny_engine, tmp_path):
+    """Its newest checkpoint was of before the last evaluation, which stopped it again at once."""
+    data, held_out = random_data(4, count=6), random_data(5, count=4)
+    cfg = quick(**WORSE, early_stopping_patience=2, save_steps=1, output_dir=str(tmp_path))
+    job = tiny_engine.finetune("job", data, lora=LORA, eval_data=held_out, train=cfg).wait()
+    assert job.step < job.total_steps
+    more = tiny_engine.resume_job(tmp_path, data, eval_data=held_out, train={"max_steps": 60}).wait()
+    assert more.step == job.step + 2, "as patient as before"
+
+
 def test_the_last_weights_serve_where_one_asks_for_them(tiny_engine):
     data, held_out = random_data(4, count=6), random_data(5, count=4)
     cfg = quick(**WORSE, early_stopping_patience=2, load_best_model_at_end=False)
@@ -75,9 +98,9 @@ def test_a_failed_job_leaves_no_adapter_behind(tiny_engine):
         engine.finetune("job", random_data(0), lora=LORA, train=quick(**bad)).wait()
     [output] = engine.generate([[5, 6, 7]], "job", greedy(4))
     assert output.outputs[0].finish_reason == "error"
-    assert output.outputs[0].stop_reason.startswith("adapter 'job': its job is failed: step 0: loss")
+    assert output.outputs[0].stop_reason.startswith("adapter 'job': its job failed: step 0: loss")
     for call in (engine.log_probs, lambda ids, name: engine.finetune("x", random_data(0), init_from=name)):
-        with pytest.raises(AdapterError, match="its job is failed"):
+        with pytest.raises(AdapterError, match="its job failed"):
             call([[5, 6, 7]], "job")
     assert "job" not in engine.adapters and engine.adapters.names() == []
     engine.check_integrity()
@@ -144,7 +167,7 @@ def test_a_template_that_prints_the_time_resumes_at_any(tiny_engine, tmp_path, m
         np.testing.assert_array_equal(one.tokens, other.tokens)
     again.cancel()
     dated.chat_template = DATED.replace("%f", "%f %Y")
-    with pytest.raises(CheckpointError, match="data: got the job's records, but other tokens of them"):
+    with pytest.raises(CheckpointError, match="data: the records match, but this tokenizer gives different tokens"):
         tiny_engine.resume_job(path, CHATS, eval_data=CHATS[:1])
     with pytest.raises(CheckpointError, match=r"data: got hash .* not the data of the job"):
         tiny_engine.resume_job(path, CHATS[::-1], eval_data=CHATS[:1])

@@ -131,7 +131,7 @@ def test_a_job_whose_last_step_diverges_publishes_nothing(engine: Engine, steps:
         job.wait()
     assert job.status == "failed" and "job" not in engine.adapters
     assert len(losses(job)) == steps - 1
-    with pytest.raises(AdapterError, match=f"adapter 'job': its job is failed: step {steps - 1}: loss"):
+    with pytest.raises(AdapterError, match=f"adapter 'job': its job failed: step {steps - 1}: loss"):
         engine.log_probs([[5, 6, 7]], "job")
 
 

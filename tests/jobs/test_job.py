@@ -250,14 +250,42 @@ def test_save_due(make_data):
     assert saved == [3, 4]
 
 
+def test_a_checkpoint_waits_for_the_evaluation_of_its_step(make_data):
+    job = started(make_data(LENGTHS), make_data([8], "eval"), save_steps=2, eval_steps=2, output_dir="unused")
+    saved = []
+    while drive(job, 1):
+        if job.save_due:
+            saved.append((job.step, len([line for line in job.record.lines if "eval_loss" in line])))
+            job.saved()
+    assert saved == [(2, 1), (4, 2)] and job.status == "succeeded"
+
+
+def test_patience_begins_anew_for_a_job_that_goes_on(make_data):
+    """Also from within the evaluation that was about to stop it."""
+    data = make_data([8] * 6), make_data([8], "eval")
+    job = started(*data, max_steps=9, eval_steps=1, early_stopping_patience=2)
+    worse = lambda pack, step: (np.full(64, -float(step), np.float32), None)  # noqa: E731
+    while not (job.step == 3 and job.evaluating):
+        drive(job, 1, worse)
+    again = restore_job(job.state_dict(), *data, go_on=True)
+    assert (again.status, again.evaluating, again.evaluation.misses) == ("running", True, 0)
+    drive(again, 1000, worse)
+    assert again.step == 4
+
+
 def test_other_data_is_refused(make_data):
     job = started(make_data(LENGTHS))
     with pytest.raises(CheckpointError, match="not the data of the job"):
         restore_job(job.state_dict(), make_data([1, *LENGTHS]))
     with pytest.raises(CheckpointError, match="eval_data"):
         restore_job(job.state_dict(), make_data(LENGTHS), make_data([3]))
+    with pytest.raises(CheckpointError, match="eval_data: got data, expected None: the job has none"):
+        restore_job(job.state_dict(), make_data(LENGTHS), make_data([3], "eval"))
+    held_out = started(make_data(LENGTHS), make_data([3], "eval"))
+    with pytest.raises(CheckpointError, match="eval_data: got None, expected the job's evaluation data"):
+        restore_job(held_out.state_dict(), make_data(LENGTHS))
     records = started(replace(make_data(LENGTHS), records="those"))
-    with pytest.raises(CheckpointError, match="the job's records, but other tokens of them"):
+    with pytest.raises(CheckpointError, match="the records match, but this tokenizer gives different tokens"):
         restore_job(records.state_dict(), replace(make_data([1, *LENGTHS]), records="those"))
     restore_job(records.state_dict(), replace(make_data(LENGTHS), records="others"))  # of the same tokens
 

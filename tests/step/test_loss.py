@@ -122,12 +122,32 @@ def test_what_is_no_loss_is_named(loss):
         loss_value(loss, jnp.zeros(ROWS), pack.weights, loss_batch(pack))
 
 
+def test_what_a_loss_raises_is_told_with_its_type():
+    """It was "compiling failed: 'adv'"."""
+    _, pack = make_pack(np.random.default_rng(4))
+
+    def reads(logp, weights, batch):
+        return batch.extras["adv"].sum()
+
+    def fails(logp, weights):
+        raise ValueError("first line\nsecond line")
+
+    missing = "loss: KeyError: 'adv'; the samples bring along: margin, ref_logp"
+    said = {reads: missing, fails: "loss: ValueError: first line"}
+    for loss, message in said.items():
+        with pytest.raises(ConfigError) as raised:
+            jax.eval_shape(partial(loss_value, loss), jnp.zeros(ROWS), pack.weights, loss_batch(pack))
+        assert str(raised.value) == message
+
+
 @pytest.mark.parametrize(
     ("loss", "takes"),
     [
         (lambda logp, weights: 0, False),
         (lambda logp, weights, batch: 0, True),
         (lambda logp, weights, beta=0.1: 0, False),
+        (lambda logp, weights, batch=None: 0, True),
+        (lambda logp, weights, batch=None, beta=0.1: 0, True),
         (partial(dpo), True),
         (lambda *arrays: 0, False),
     ],
