@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loquetier_jax.errors import DataError
-from loquetier_jax.serve.messages import ChatError, normalize_message, short
+from loquetier_jax.serve.messages import MEDIA, ChatError, normalize_message, refuse_media, short
 
 # The two templates of github.com/tatsu-lab/stanford_alpaca, which every Alpaca-trained model has seen.
 ALPACA = (
@@ -86,6 +86,7 @@ def parse_record(data: Any, where: str) -> Record:
     """
     if not isinstance(data, dict):
         raise DataError(f"{where}: got {type(data).__name__}, expected a JSON object")
+    refuse_columns(data, where)
     if "messages" in data:
         return _conversation(_chat(data["messages"], where), data, where)
     if "prompt" in data or "completion" in data:
@@ -102,8 +103,21 @@ def parse_record(data: Any, where: str) -> Record:
     if "conversations" in data:
         return _conversation(_sharegpt(data["conversations"], where), data, where)
     if "text" in data:
+        refuse_chat_columns(data, where)
         return Text(_string(data, "text", where))
     raise DataError(f"{where}: got keys {sorted(map(str, data))}, expected {FORMATS}")
+
+
+def refuse_columns(data: Mapping[str, Any], where: str) -> None:
+    """Raises DataError, naming the column, if one asks for what no format has a place for."""
+    try:
+        refuse_media(data, f"{where}: ")
+    except ChatError as error:
+        raise DataError(str(error)) from error
+    for key in ("train", "weight"):
+        if data.get(key) is not None:
+            expected = "it on an assistant message: leave out a record that is not to be learnt"
+            raise DataError(f"{where}: {key}: got {short(data[key])} for the whole record, expected {expected}")
 
 
 def _pair(data: dict[str, Any], where: str) -> Record:
@@ -124,13 +138,18 @@ def _pair(data: dict[str, Any], where: str) -> Record:
     )
 
 
-def _completion(prompt: str, completion: str, data: dict[str, Any], where: str) -> Completion:
+def refuse_chat_columns(data: Mapping[str, Any], where: str, beside: str = "plain text") -> None:
+    """Raises DataError, naming the column, if one of CHAT_COLUMNS stands beside what has no place for it."""
     for key in CHAT_COLUMNS:
         if data.get(key):
             raise DataError(
-                f"{where}: {key}: got {short(data[key])} beside plain text, which has no place for it: "
+                f"{where}: {key}: got {short(data[key])} beside {beside}, which has no place for it: "
                 "write the conversation as messages"
             )
+
+
+def _completion(prompt: str, completion: str, data: dict[str, Any], where: str) -> Completion:
+    refuse_chat_columns(data, where)
     return Completion(prompt, completion)
 
 
@@ -200,7 +219,7 @@ def _sharegpt(turns: Any, where: str) -> Chat:
         if role is None or not isinstance(turn.get("value"), str):
             expected = f"from (one of {tuple(SHAREGPT_ROLES)}) and value (a string)"
             raise DataError(f"{where}: conversations[{i}]: got {short(turn)}, expected {expected}")
-        learnt = {key: turn[key] for key in ("weight", "train", "train_detail") if key in turn}
+        learnt = {key: turn[key] for key in ("weight", "train", "train_detail", *MEDIA) if key in turn}
         messages.append({"role": role, "content": turn["value"], **learnt})
     return _chat(messages, where, "conversations")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from loquetier_jax.errors import DataError
-from loquetier_jax.jobs.formats import parse_record
+from loquetier_jax.jobs.formats import parse_record, refuse_chat_columns, refuse_columns
 from loquetier_jax.json_records import read_records
 from loquetier_jax.token_ids import are_token_ids, listed
 
@@ -78,6 +78,8 @@ def tokenized(record: Mapping[str, Any], where: str, *, completion_only: bool) -
     Raises:
         DataError: ids that are none, columns of other lengths, labels that are other ids, several samples in one.
     """
+    refuse_columns(record, where)
+    refuse_chat_columns(record, where, "input_ids")
     ids = _column(record, "input_ids", where)
     for key in ("position_ids", "seq_lengths", "cu_seqlens"):
         if key in record and listed(record[key]) not in (list(range(len(ids))), [len(ids)]):
