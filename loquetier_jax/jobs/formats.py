@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loquetier_jax.errors import DataError
-from loquetier_jax.serve.messages import MEDIA, ChatError, normalize_message, refuse_media, short
+from loquetier_jax.serve.messages import MEDIA, REASONING, ChatError, normalize_message, refuse_media, short
 
 # The two templates of github.com/tatsu-lab/stanford_alpaca, which every Alpaca-trained model has seen.
 ALPACA = (
@@ -55,15 +55,18 @@ class Chat:
 
     Attributes:
         messages: As `serve.messages.normalize_message` returns them.
-        train: Whether message i is learnt: assistant messages that neither "weight": 0 nor "train": false takes out.
+        train: Whether message i is learnt: assistant messages that say something and that neither "weight": 0 nor
+            "train": false takes out.
         tools: Tool definitions handed to the template, or None.
         chat_template_kwargs: Further variables of the template, or None.
+        num_empty: Assistant messages that would be learnt if they said anything.
     """
 
     messages: tuple[dict[str, Any], ...]
     train: tuple[bool, ...]
     tools: tuple[Any, ...] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    num_empty: int = field(default=0, repr=False)
 
 
 Record = Text | Completion | Chat
@@ -129,7 +132,7 @@ def _pair(data: dict[str, Any], where: str) -> Record:
         # what stands in the prompt is given, not learnt, whoever said it
         context, learnt = _chat(prompt, where, "prompt"), _chat(completion, where, "completion")
         train = (False,) * len(context.messages) + learnt.train
-        return _conversation(Chat(context.messages + learnt.messages, train), data, where)
+        return _conversation(Chat(context.messages + learnt.messages, train, num_empty=learnt.num_empty), data, where)
     if isinstance(prompt, str) and isinstance(completion, str):
         return _completion(prompt, _string(data, "completion", where), data, where)
     got = f"{type(prompt).__name__} and {type(completion).__name__}"
@@ -191,7 +194,9 @@ def _chat(messages: Any, where: str, name: str = "messages") -> Chat:
         parsed = [_message(m, f"{name}[{i}]") for i, m in enumerate(messages)]
     except ChatError as error:
         raise DataError(f"{where}: {error}") from error
-    return Chat(tuple(m for m, _ in parsed), tuple(t for _, t in parsed))
+    says = [any(m.get(key) for key in ("content", "tool_calls", REASONING[0])) for m, _ in parsed]
+    train = tuple(t and one for (_, t), one in zip(parsed, says, strict=True))
+    return Chat(tuple(m for m, _ in parsed), train, num_empty=sum(t for _, t in parsed) - sum(train))
 
 
 def _message(message: Any, name: str) -> tuple[dict[str, Any], bool]:

@@ -98,11 +98,11 @@ def test_a_template_that_refuses_beginnings_without_a_question(with_template) ->
         learnt(tokenizer, [assistant("Welcome")])
 
 
-def test_an_empty_answer_learns_its_end(with_template) -> None:
+def test_an_empty_answer_is_not_learnt(with_template) -> None:
     chat = [user("a"), assistant(""), user("b"), assistant("c")]
     for turn in ("{{ m.content }}<eot>", "{{ m.content }}<eot>{% if loop.last %}<eos>{% endif %}"):
         tokenizer = with_template(f"{{% for m in messages %}}{HEADER}{turn}{{% endfor %}}{OPENING}")
-        assert learnt(tokenizer, chat).startswith("<eot>c<eot>")
+        assert learnt(tokenizer, chat).startswith("c<eot>")
 
 
 def test_an_answer_that_the_template_leaves_out_is_refused(with_template) -> None:
