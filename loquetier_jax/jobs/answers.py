@@ -89,14 +89,14 @@ class _Finder:
         if not count:
             return None
         try:
-            return self._template.render(self._messages[:count], generation_prompt=generation_prompt)
+            return self._template.render(self._messages[:count], generation_prompt=generation_prompt, whole=False)
         except ChatError:  # the whole conversation has been rendered all the same
             return None
 
     @cached_property
     def _header(self) -> str:
         """The generation prompt."""
-        opened = self._template.render(self._messages, generation_prompt=True)
+        opened = self._template.render(self._messages, generation_prompt=True, whole=False)
         return opened[len(self.text) :] if opened.startswith(self.text) else ""
 
     def _lead(self, i: int, opened: str | None, words: int) -> str:
@@ -141,7 +141,8 @@ class _Finder:
         return _difference(self.text, variant) if self._unseen in variant else None
 
     def _variant(self, i: int, messages: list[Message]) -> str:
-        return self._template.render([*messages[:i], _replaced(messages[i], self._unseen), *messages[i + 1 :]])
+        changed = [*messages[:i], _replaced(messages[i], self._unseen), *messages[i + 1 :]]
+        return self._template.render(changed, whole=False)
 
     @cached_property
     def _unseen(self) -> str:

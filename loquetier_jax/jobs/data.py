@@ -183,14 +183,17 @@ def make_sample(ids: Sequence[int], learn: Sequence[bool], where: str = "sample"
     """A sample from token ids and which of them are learnt: inputs are ids[:-1], targets ids[1:].
 
     Raises:
-        DataError: begins with `where`: ids that are no integers in [0, 2**31).
+        DataError: begins with `where`: ids that are no integers in [0, 2**31), or not as many truth values.
     """
     given = np.asarray(ids)
     whole = given.dtype.kind in "iu" or not given.size
     if not whole or given.ndim != 1 or (given.size and not 0 <= given.min() <= given.max() < 2**31):
         raise DataError(f"{where}: token ids: got {short(ids, 200)}, expected a list of integers in [0, 2**31)")
     tokens = given.astype(np.int32)
-    weights = np.asarray(learn, np.float32)[1:]
+    flags = np.asarray(learn, object)
+    if flags.shape != tokens.shape or not all(flag in (0, 1) for flag in flags):
+        raise DataError(f"{where}: learn: got {learn!r:.200}, expected {len(tokens)} booleans, one for each token id")
+    weights = flags.astype(np.float32)[1:]
     return Sample(tokens[:-1].copy(), np.where(weights > 0, tokens[1:], 0).astype(np.int32), weights)
 
 
@@ -216,7 +219,8 @@ class _Intake:
             return
         ids, learn = self._tokens(record, where)
         if not any(learn[1:]):
-            raise DataError(f"{where}: nothing to learn: no assistant message, completion or second token")
+            expected = "one behind the first that is an answer and that no weight, train, label or mask takes out"
+            raise DataError(f"{where}: nothing to learn: got {len(ids)} tokens, expected {expected}")
         sample, most = make_sample(ids, learn, where), self.cfg.sample_tokens
         check_token_ids(sample, self.vocab_size, where, self.tokenizer)
         if len(ids) > most:

@@ -42,6 +42,8 @@ def _check_arrays(sample: Any, where: str) -> None:
     shapes = {getattr(array, "shape", None) for array in arrays}
     kinds = [getattr(getattr(array, "dtype", None), "kind", "?") for array in arrays]
     flat = len(shapes) == 1 and len(next(iter(shapes)) or ()) == 1
-    if not flat or kinds[0] not in "iu" or kinds[1] not in "iu" or kinds[2] != "f" or not np.isfinite(arrays[2]).all():
-        expected = "a Sample: three arrays of one length, weights finite"
-        raise DataError(f"{where}: got {short(sample, 200)}, expected {expected}")
+    if not flat or kinds[0] not in "iu" or kinds[1] not in "iu" or kinds[2] != "f":
+        raise DataError(f"{where}: got {short(sample, 200)}, expected a Sample: three arrays of one length")
+    weights = arrays[2]
+    if bad := weights[~(np.isfinite(weights) & (weights >= 0))].tolist():
+        raise DataError(f"{where}: weights: got {bad[0]}, expected a Sample whose weights are finite and not negative")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32
 
-from loquetier_jax.errors import DataError, short
+from loquetier_jax.errors import DataError
 from loquetier_jax.jobs.data import Dataset, Pack, Sample
 from loquetier_jax.jobs.packing import SAMPLE_ALIGN, rows_of
 
@@ -29,16 +29,14 @@ def check_samples(data: Dataset, pack_rows: int, *, own_loss: bool, like: Datase
     Raises:
         DataError: names the sample and what is wrong with it.
     """
+    for i, sample in enumerate(data.samples):
+        _check_values(sample, f"{data.name}[{i}]")
     size, want = data.group_size, extra_names((like or data).samples[0])
     if like is not None and size != like.group_size:
         raise DataError(f"{data.name}: got group_size {size}, expected {like.group_size}, that of {like.name}")
     for i, sample in enumerate(data.samples):
         if (got := extra_names(sample)) != want:
             raise DataError(f"{data.name}[{i}]: got extras {_spell(got)}, expected {_spell(want)}")
-        for name, value in sample.extras.items():
-            if np.shape(value) not in ((), (len(sample),)) or not np.isfinite(value).all():
-                expected = f"one finite number, or one for each of its {len(sample)} rows"
-                raise DataError(f"{data.name}[{i}]: extras[{name!r}]: got {short(value, 80)}, expected {expected}")
     if want and not own_loss:
         expected = "none: cross-entropy reads none; pass the loss that does, TrainConfig(loss=...)"
         raise DataError(f"{data.name}: got extras {_spell(want)}, expected {expected}")
@@ -49,6 +47,18 @@ def check_samples(data: Dataset, pack_rows: int, *, own_loss: bool, like: Datase
                 f"{data.name}[{first}]: got a group of {size} samples that takes {rows} rows, expected at most "
                 f"pack_tokens = {pack_rows}: they belong in one pack"
             )
+
+
+def _check_values(sample: Sample, where: str) -> None:
+    for name, value in sample.extras.items():
+        try:
+            array = np.asarray(value)
+        except ValueError:  # lists of several lengths
+            array = np.empty(0, object)
+        numbers = array.dtype.kind in "biuf" and array.shape in ((), (len(sample),))
+        if not numbers or not np.isfinite(array).all():
+            expected = f"one finite number, or one for each of its {len(sample)} rows"
+            raise DataError(f"{where}: extras[{name!r}]: got {value!r:.80}, expected {expected}")
 
 
 def _spell(names: ExtraNames) -> str:

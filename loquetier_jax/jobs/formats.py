@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loquetier_jax.errors import DataError, short
-from loquetier_jax.serve.messages import ChatError, normalize_message, plain_json
+from loquetier_jax.serve.messages import MEDIA, REASONING, ChatError, normalize_message, plain_json, refuse_media
 from loquetier_jax.token_ids import listed
 
 # The two templates of github.com/tatsu-lab/stanford_alpaca, which every Alpaca-trained model has seen.
@@ -56,15 +56,18 @@ class Chat:
 
     Attributes:
         messages: As `serve.messages.normalize_message` returns them.
-        train: Whether message i is learnt: assistant messages that neither "weight": 0 nor "train": false takes out.
+        train: Whether message i is learnt: assistant messages that say something and that neither "weight": 0 nor
+            "train": false takes out.
         tools: Tool definitions handed to the template, or None.
         chat_template_kwargs: Further variables of the template, or None.
+        num_empty: Assistant messages that would be learnt if they said anything.
     """
 
     messages: tuple[dict[str, Any], ...]
     train: tuple[bool, ...]
     tools: tuple[Any, ...] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    num_empty: int = field(default=0, repr=False)
 
 
 Record = Text | Completion | Chat
@@ -88,6 +91,7 @@ def parse_record(data: Any, where: str) -> Record:
     if not isinstance(data, dict):
         raise DataError(f"{where}: got {type(data).__name__}, expected a JSON object")
     data = {key: listed(value) for key, value in data.items()}
+    refuse_columns(data, where)
     if "messages" in data:
         return _conversation(_chat(data["messages"], where), data, where)
     if "prompt" in data or "completion" in data:
@@ -104,8 +108,21 @@ def parse_record(data: Any, where: str) -> Record:
     if "conversations" in data:
         return _conversation(_sharegpt(data["conversations"], where), data, where)
     if "text" in data:
+        refuse_chat_columns(data, where)
         return Text(_string(data, "text", where))
     raise DataError(f"{where}: got keys {short(list(data), 200)}, expected {FORMATS}")
+
+
+def refuse_columns(data: Mapping[str, Any], where: str) -> None:
+    """Raises DataError, naming the column, if one asks for what no format has a place for."""
+    try:
+        refuse_media(data, f"{where}: ")
+    except ChatError as error:
+        raise DataError(str(error)) from error
+    for key in ("train", "weight"):
+        if data.get(key) is not None:
+            expected = "it on an assistant message: leave out a record that is not to be learnt"
+            raise DataError(f"{where}: {key}: got {short(data[key])} for the whole record, expected {expected}")
 
 
 def _pair(data: dict[str, Any], where: str) -> Record:
@@ -117,7 +134,7 @@ def _pair(data: dict[str, Any], where: str) -> Record:
         # what stands in the prompt is given, not learnt, whoever said it
         context, learnt = _chat(prompt, where, "prompt"), _chat(completion, where, "completion")
         train = (False,) * len(context.messages) + learnt.train
-        return _conversation(Chat(context.messages + learnt.messages, train), data, where)
+        return _conversation(Chat(context.messages + learnt.messages, train, num_empty=learnt.num_empty), data, where)
     if isinstance(prompt, str) and isinstance(completion, str):
         return _completion(prompt, _string(data, "completion", where), data, where)
     got = f"{type(prompt).__name__} and {type(completion).__name__}"
@@ -126,13 +143,18 @@ def _pair(data: dict[str, Any], where: str) -> Record:
     )
 
 
-def _completion(prompt: str, completion: str, data: dict[str, Any], where: str) -> Completion:
+def refuse_chat_columns(data: Mapping[str, Any], where: str, beside: str = "plain text") -> None:
+    """Raises DataError, naming the column, if one of CHAT_COLUMNS stands beside what has no place for it."""
     for key in CHAT_COLUMNS:
         if data.get(key):
             raise DataError(
-                f"{where}: {key}: got {short(data[key])} beside plain text, which has no place for it: "
+                f"{where}: {key}: got {short(data[key])} beside {beside}, which has no place for it: "
                 "write the conversation as messages"
             )
+
+
+def _completion(prompt: str, completion: str, data: dict[str, Any], where: str) -> Completion:
+    refuse_chat_columns(data, where)
     return Completion(prompt, completion)
 
 
@@ -181,7 +203,9 @@ def _chat(messages: Any, where: str, name: str = "messages") -> Chat:
         parsed = [_message(m, f"{name}[{i}]") for i, m in enumerate(messages)]
     except ChatError as error:
         raise DataError(f"{where}: {error}") from error
-    return Chat(tuple(m for m, _ in parsed), tuple(t for _, t in parsed))
+    says = [any(m.get(key) for key in ("content", "tool_calls", REASONING[0])) for m, _ in parsed]
+    train = tuple(t and one for (_, t), one in zip(parsed, says, strict=True))
+    return Chat(tuple(m for m, _ in parsed), train, num_empty=sum(t for _, t in parsed) - sum(train))
 
 
 def _message(message: Any, name: str) -> tuple[dict[str, Any], bool]:
@@ -210,7 +234,7 @@ def _sharegpt(turns: Any, where: str) -> Chat:
         if role is None or not isinstance(turn.get("value"), str):
             expected = f"from (one of {tuple(SHAREGPT_ROLES)}) and value (a string)"
             raise DataError(f"{where}: conversations[{i}]: got {short(turn)}, expected {expected}")
-        learnt = {key: turn[key] for key in ("weight", "train", "train_detail") if key in turn}
+        learnt = {key: turn[key] for key in ("weight", "train", "train_detail", *MEDIA) if key in turn}
         messages.append({"role": role, "content": turn["value"], **learnt})
     return _chat(messages, where, "conversations")
 

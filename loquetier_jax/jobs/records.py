@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from loquetier_jax.errors import DataError, short
-from loquetier_jax.jobs.formats import parse_record
+from loquetier_jax.jobs.formats import Chat, parse_record, refuse_chat_columns, refuse_columns
 from loquetier_jax.json_records import read_records
 from loquetier_jax.token_ids import are_token_ids, listed
 
@@ -51,13 +51,17 @@ def check_records(data: Any, name: str = "data") -> None:
 
 
 def is_empty(record: Mapping[str, Any], where: str) -> bool:
-    """Whether a record is whole but for its answer, which is the empty text: nothing to learn, as data sets have some.
+    """Whether a record is whole but for its answers, which are empty text: nothing to learn, as data sets have some.
 
     Raises:
         DataError: it would be refused whatever the answer was.
     """
-    if not record.keys().isdisjoint(("messages", "conversations")):
+    if "input_ids" in record:
         return False
+    chat = not record.keys().isdisjoint(("messages", "conversations")) or isinstance(record.get("completion"), list)
+    if chat:
+        parsed = parse_record(record, where)
+        return isinstance(parsed, Chat) and parsed.num_empty > 0 and not any(parsed.train)
     answer = next((column for column in ANSWERS if column in record), None)
     if answer is None or not isinstance(record[answer], str) or record[answer]:
         return False
@@ -78,6 +82,8 @@ def tokenized(record: Mapping[str, Any], where: str, *, completion_only: bool) -
     Raises:
         DataError: ids that are none, columns of other lengths, labels that are other ids, several samples in one.
     """
+    refuse_columns(record, where)
+    refuse_chat_columns(record, where, "input_ids")
     ids = _column(record, "input_ids", where)
     for key in ("position_ids", "seq_lengths", "cu_seqlens"):
         if key in record and listed(record[key]) not in (list(range(len(ids))), [len(ids)]):

@@ -57,7 +57,7 @@ def _completion(record: Completion, tokenizer: Any) -> tuple[list[int], list[boo
     prompt = encode_text(tokenizer, record.prompt)
     ids = encode_text(tokenizer, record.prompt + record.completion)
     if ids[: len(prompt)] != prompt:
-        ids = prompt + tokenizer(record.completion, add_special_tokens=False)["input_ids"]
+        ids = prompt + tokenizer(record.completion, add_special_tokens=False, verbose=False)["input_ids"]
     ids = _ended(ids, tokenizer)
     return ids, [i >= len(prompt) for i in range(len(ids))]
 
@@ -67,7 +67,7 @@ def _chat(record: Chat, tokenizer: Any, now: datetime | None) -> tuple[list[int]
     text, answers = find_answers(ChatTemplate(tokenizer, **kwargs), record.messages, record.train)
     if not tokenizer.is_fast:
         raise ChatError("messages: the tokenizer does not tell where its tokens stand in the text (it is not fast)")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     start, stop = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
     learn = np.zeros(len(start), bool)
     for answer in answers:

@@ -72,18 +72,20 @@ class ChatTemplate:
                 raise ChatError(f"chat_template_kwargs: got {short(key)}, expected what the chat template uses")
         self._variables = {"documents": None, **tokenizer.special_tokens_map, **kwargs}
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool = False, whole: bool = True) -> str:
         """The text of some messages, as transformers' `apply_chat_template` renders it.
 
         Args:
             messages: As `normalize_messages` returns them.
             generation_prompt: Whether to open the assistant's turn behind them.
+            whole: False: a part or a variant of a conversation that has been rendered, and may lack what that shows.
 
         Raises:
             ChatError: the template refuses them, or has no place for what one of them holds.
         """
         text = self._render(messages, generation_prompt, [])
-        self._refuse_dropped(messages, text, generation_prompt)
+        if whole:
+            self._refuse_dropped(messages, text, generation_prompt)
         return text
 
     def render_marked(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
@@ -110,7 +112,8 @@ class ChatTemplate:
         return "".join(blocks)
 
     def _refuse_dropped(self, messages: Sequence[Message], text: str, generation_prompt: bool) -> None:
-        """Calls and reasoning that a template knows nothing of would vanish without a word."""
+        """Calls, reasoning and content that a template has no place for would vanish without a word."""
+        self._refuse_dropped_content(messages, text, generation_prompt)
         for key, aliases in (("tool_calls", ("tool_calls",)), ("reasoning_content", REASONING)):
             if not self._source.keys.isdisjoint(aliases):
                 continue
@@ -120,6 +123,22 @@ class ChatTemplate:
                 without = {"content": "", **{k: v for k, v in message.items() if k not in aliases}}
                 if self._render([*messages[:i], without, *messages[i + 1 :]], generation_prompt, []) == text:
                     raise ChatError(f"messages[{i}].{key}: the chat template has no place for it")
+
+    def _refuse_dropped_content(self, messages: Sequence[Message], text: str, generation_prompt: bool) -> None:
+        contents = [message.get("content", "").strip() for message in messages]
+        unseen = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
+        for i, content in enumerate(contents):
+            if not content or text.count(content) >= contents.count(content):
+                continue
+            changed = [*messages[:i], {**messages[i], "content": unseen}, *messages[i + 1 :]]
+            try:
+                same = self._render(changed, generation_prompt, []) == text
+            except ChatError:  # it looks at the content, or it would not mind another one
+                continue
+            if same:
+                beside = " beside tool_calls" if messages[i].get("tool_calls") else ""
+                role = messages[i]["role"]
+                raise ChatError(f"messages[{i}].content: the chat template drops it (role {role!r}{beside})")
 
 
 def _compiled(source: str) -> jinja2.Template:

@@ -10,6 +10,8 @@ from loquetier_jax.errors import short
 
 # Names that a message's reasoning is passed under; the first is the one that templates read.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+# What a model that reads text only would never see: keys of a message, and columns of training data.
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 class ChatError(ValueError):
@@ -34,10 +36,11 @@ def normalize_message(message: Any, name: str) -> dict[str, Any]:
 
     Raises:
         ChatError: a missing role or content, a part that is no text, arguments that are no object, `function_call`,
-            or a value that JSON does not have.
+            images and the like, or a value that JSON does not have.
     """
     if not isinstance(message, Mapping):
         raise ChatError(f"{name}: got {short(message)}, expected an object with role and content")
+    refuse_media(message, f"{name}.")
     plain = {k: v for k, v in plain_json(message, name).items() if v is not None and (k, v) != ("tool_calls", [])}
     if "function_call" in plain:
         raise ChatError(f"{name}.function_call: not supported, expected tool_calls")
@@ -132,3 +135,11 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, np.ndarray):
         return _plain(value.tolist(), name)
     raise ChatError(f"{name}: got {short(value)} ({type(value).__name__}), expected what JSON can hold")
+
+
+def refuse_media(data: Mapping[str, Any], where: str) -> None:
+    """Raises ChatError, naming the key behind `where`, if `data` has images, audio or videos; empty lists are none."""
+    for key in MEDIA:
+        value = data.get(key)
+        if value is not None and not (isinstance(value, (list, tuple, str)) and not value):
+            raise ChatError(f"{where}{key}: got {short(value)}, expected none: the model reads text only")

@@ -57,7 +57,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Raises:
         TypeError, UnicodeError: half a surrogate pair.
     """
-    begin, ids = _begin(tokenizer), list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    begin, ids = _begin(tokenizer), list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return ids if begin and ids[: len(begin)] == begin else begin + ids
 
 
@@ -153,7 +153,7 @@ def encode_chat(
         template = ChatTemplate(tokenizer, tools=tools, chat_template_kwargs=chat_template_kwargs, now=now)
         text = template.render(normalize_messages(messages), generation_prompt=True)
         # the template writes the special tokens itself
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     except ChatError as error:
         raise RequestError(str(error)) from error
     except (TypeError, UnicodeError) as error:

@@ -98,19 +98,18 @@ def test_a_template_that_refuses_beginnings_without_a_question(with_template) ->
         learnt(tokenizer, [assistant("Welcome")])
 
 
-def test_an_empty_answer_learns_its_end(with_template) -> None:
+def test_an_empty_answer_is_not_learnt(with_template) -> None:
     chat = [user("a"), assistant(""), user("b"), assistant("c")]
     for turn in ("{{ m.content }}<eot>", "{{ m.content }}<eot>{% if loop.last %}<eos>{% endif %}"):
         tokenizer = with_template(f"{{% for m in messages %}}{HEADER}{turn}{{% endfor %}}{OPENING}")
-        assert learnt(tokenizer, chat).startswith("<eot>c<eot>")
+        assert learnt(tokenizer, chat).startswith("c<eot>")
 
 
 def test_an_answer_that_the_template_leaves_out_is_refused(with_template) -> None:
-    tokenizer = with_template("{% for m in messages %}{{ m.content if loop.last else 'x' }}<eot>{% endfor %}")
-    with pytest.raises(DataError, match=r"data\[0\]: messages\[1\]: the chat template leaves it out"):
+    shown = "m.content if loop.last or m.role == 'user' else 'x'"
+    tokenizer = with_template(f"{{% for m in messages %}}{{{{ {shown} }}}}<eot>{{% endfor %}}")
+    with pytest.raises(DataError, match=r"data\[0\]: messages\[1\].content: the chat template drops it"):
         learnt(tokenizer, TWO_TURNS)
-    only = [{**m, "weight": 0} if m["content"] == "Hello" else m for m in TWO_TURNS]
-    assert learnt(tokenizer, only) == "Ciao<eot>"
 
 
 def test_a_token_that_merges_the_generation_prompt_with_the_answer_is_learnt() -> None:

@@ -10,7 +10,8 @@ from loquetier_jax.errors import DataError, RequestError
 from loquetier_jax.jobs.formats import parse_record
 from loquetier_jax.jobs.tokenize import tokenize
 from loquetier_jax.serve.tokenizer import encode_prompt
-from tests.jobs.chats import CHATS, chat_tokenizer, tools_of
+from tests.jobs.chats import CALL as CALLED
+from tests.jobs.chats import CHATS, assistant, chat_tokenizer, tools_of, user
 
 NOW = datetime(2024, 7, 26)
 tokenizer_of = cache(chat_tokenizer)
@@ -108,3 +109,42 @@ def test_trained(name: str, chat: str) -> None:
     ids, learn = tokenize(record, tokenizer, completion_only=True, where="data[0]", now=NOW)
     assert ids == reference(name, chat, CHATS[chat])
     assert tokenizer.decode([i for i, one in zip(ids, learn, strict=True) if one]) == expected
+
+
+SUNNY = {"role": "tool", "tool_call_id": "abcdefghi", "name": "weather", "content": "sunny"}
+DROPPED = {
+    "developer": ("qwen2_5", [{"role": "developer", "content": "Be a pirate."}, user("Hi")], 0, "role 'developer'"),
+    "its words stand elsewhere": ("qwen3", [{"role": "developer", "content": "Hi"}, user("Hi")], 0, "role 'developer'"),
+    "function": ("qwen3", [user("Hi"), assistant("x"), {**SUNNY, "role": "function"}, user("?")], 2, "role 'function'"),
+    "human": ("qwen2_5", [{"role": "human", "content": "Hello"}, user("Hi")], 0, "role 'human'"),
+    **{
+        f"beside calls, {name}": (
+            name, [user("Hi"), assistant("Let me see", tool_calls=[CALLED]), SUNNY], 1,
+            "role 'assistant' beside tool_calls",
+        )
+        for name in ("llama3_1", "mistral")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_content_that_a_template_drops_is_refused(case: str) -> None:
+    """It vanished without a word: a whole system prompt under the name that OpenAI has for it."""
+    name, messages, i, said = DROPPED[case]
+    expected = rf"messages\[{i}\].content: the chat template drops it \({said}\)"
+    with pytest.raises(RequestError, match=f"^{expected}"):
+        encode_prompt(tokenizer_of(name), messages)
+    if all(message["role"] not in ("function", "human") for message in messages):  # roles that no record has
+        record = parse_record({"messages": [*messages, assistant("So")]}, "data[0]")
+        with pytest.raises(DataError, match=rf"^data\[0\]: {expected}"):
+            tokenize(record, tokenizer_of(name), completion_only=True, where="data[0]")
+
+
+@pytest.mark.parametrize("key", ["images", "audio", "videos"])
+def test_what_the_model_cannot_see_is_refused(key: str) -> None:
+    with pytest.raises(RequestError, match=rf"^messages\[0\].{key}: got \['a'\], expected none: the model reads text"):
+        encode_prompt(tokenizer_of("qwen3"), [{**user("Hi"), key: ["a"]}])
+    for record in ({"messages": [user("Hi"), assistant("x")]}, {"text": "a"}):
+        with pytest.raises(DataError, match=rf"^data\[0\]: {key}: got \['a'\], expected none: the model reads text"):
+            parse_record({**record, key: ["a"]}, "data[0]")
+        parse_record({**record, key: []}, "data[0]")

@@ -10,6 +10,7 @@ from loquetier_jax.errors import DataError
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data import Dataset, Sample, load_dataset, make_sample
 from loquetier_jax.jobs.records import check_records
+from loquetier_jax.serve.tokenizer import encode_prompt
 
 ROWS = [{"instruction": "a", "input": "", "output": "b"}, {"prompt": "é", "completion": "ü"}]
 CFG = TrainConfig(pack_tokens=256)
@@ -111,20 +112,39 @@ def test_what_is_no_file_or_no_data(tokenizer, tmp_path):
 
 
 def test_records_without_an_answer_are_left_out_and_counted(tokenizer):
-    """Alpaca's 52,002 records hold some whose output is empty: one of them ended it all."""
+    """Alpaca's 52,002 records hold some whose output is empty: one of them ended it all. Chats learnt their end."""
+    asked, nothing, answered = (
+        {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", ""), ("assistant", "b"))
+    )
     empty = [
         {"instruction": "a", "output": ""},
         {"prompt": "a", "completion": ""},
         {"question": "a", "answer": ""},
         {"text": ""},
+        {"messages": [asked, nothing]},
+        {"messages": [asked, {**answered, "weight": 0}, asked, nothing]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]},
+        {"prompt": [asked, answered, asked], "completion": [nothing]},
     ]
     data = load_dataset([*empty, *ROWS], tokenizer, CFG)
-    assert len(data) == 2 and data.left_out == {"num_empty": 4}
+    assert len(data) == 2 and data.left_out == {"num_empty": 8}
     for record in ({"completion": ""}, {"prompt": 3, "completion": ""}, {"prompt": [], "completion": ""}):
         with pytest.raises(DataError, match=r"data\[0\]: "):
             load_dataset([record, *ROWS], tokenizer, CFG)
-    with pytest.raises(DataError, match="none of 4 records is left: 0 too long, 4 without an answer"):
+    with pytest.raises(DataError, match="none of 8 records is left: 0 too long, 8 without an answer"):
         load_dataset(empty, tokenizer, CFG)
+    (one,) = load_dataset([{"messages": [asked, nothing, asked, answered]}], tokenizer, CFG).samples
+    (other,) = load_dataset([{"messages": [asked, {**nothing, "weight": 0}, asked, answered]}], tokenizer, CFG).samples
+    assert one.weights.tolist() == other.weights.tolist()
+
+
+def test_a_long_text_is_no_reason_for_the_tokenizer_to_warn(tokenizer, monkeypatch):
+    """It knows nothing of max_length: its own limit is that of another library's model."""
+    monkeypatch.setattr(tokenizer, "model_max_length", 2)
+    chat = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "def"}]
+    load_dataset([{"text": "abcdef"}, {"prompt": "abc", "completion": "def"}, {"messages": chat}], tokenizer, CFG)
+    encode_prompt(tokenizer, chat)
+    assert not tokenizer.deprecation_warnings
 
 
 IDS = [5, 6, 7, 8, 9]
@@ -170,7 +190,9 @@ def test_tensors_are_as_good_as_lists():
         ({"input_ids": [[1, 2]]}, "input_ids: got"),
         ({"input_ids": [True, False]}, "input_ids: got"),
         ({"input_ids": [5]}, "nothing to learn"),
-        ({"input_ids": []}, "nothing to learn"),
+        ({"input_ids": []}, "nothing to learn: got 0 tokens"),
+        ({"input_ids": IDS, "attention_mask": [0] * 5}, "nothing to learn: got 0 tokens, expected one"),
+        ({"input_ids": IDS, "labels": [-100] * 5}, "nothing to learn: got 5 tokens, expected one .* label or mask"),
         ({"input_ids": [1, 2**40]}, "token ids: got"),
         ({"input_ids": [1, 2**70]}, "token ids: got"),
         ({"input_ids": [1, -1]}, "token ids: got"),
@@ -218,7 +240,8 @@ def sample(tokens=(1, 2), targets=(2, 3), weights=(1, 1), kind=np.int32):
         (sample(targets=(-100, 3), weights=(0, 1)), "got token id -100, expected"),
         (sample(tokens=(1.5, 2), kind=np.float32), "expected a Sample"),
         (sample(tokens=(1, 2, 3)), "expected a Sample"),
-        (sample(weights=(1, np.nan)), "expected a Sample"),
+        (sample(weights=(1, np.nan)), "weights: got nan, expected"),
+        (sample(weights=(1, -1)), "weights: got -1.0, expected a Sample whose weights are finite and not negative"),
         (sample(weights=(0, 0)), "2 rows with 0 targets"),
         ({"input_ids": IDS}, "expected a Sample"),
     ],
@@ -226,6 +249,12 @@ def sample(tokens=(1, 2), targets=(2, 3), weights=(1, 1), kind=np.int32):
 def test_a_dataset_built_elsewhere_is_checked_against_the_model(bad, message):
     with pytest.raises(DataError, match=rf"^made\[1\]: .*{message}"):
         load_dataset(Dataset("made", (sample(), bad)), None, CFG, vocab_size=9)
+
+
+@pytest.mark.parametrize("learn", [[True], [True] * 4, [0, -1, 1], [1, "a", 1], [[1], [1, 1], [0]], True])
+def test_a_sample_has_a_truth_value_for_each_token(learn):
+    with pytest.raises(DataError, match=r"^sample: learn: got .* expected 3 booleans, one for each token id"):
+        make_sample([1, 2, 3], learn)
 
 
 def test_a_dataset_is_not_longer_than_max_length():

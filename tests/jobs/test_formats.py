@@ -203,6 +203,11 @@ MALFORMED = {
     '{"instruction": "a", "output": "b", "system": "s"}': "system: got 's' beside plain text",
     '{"instruction": "a", "output": "b", "history": [["q", "a"]]}': "history: got .*messages",
     '{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}': "tools: got .*messages",
+    '{"text": "a", "system": "s"}': "system: got 's' beside plain text",
+    '{"text": "a", "history": [["q", "a"]]}': "history: got .*messages",
+    '{"input_ids": [1, 2], "system": "s"}': "system: got 's' beside input_ids",
+    '{"messages": [{"role": "assistant", "content": "x"}], "train": false}': "train: got False for the whole record",
+    '{"prompt": "a", "completion": "b", "weight": 0}': "weight: got 0 for the whole record, expected it on an assist",
     '{"question": "a", "answer": "b", "chat_template_kwargs": {"x": 1}}': "chat_template_kwargs: got .*messages",
 }
 
@@ -235,10 +240,10 @@ def test_records_may_set_variables_of_the_template(tokenizer, monkeypatch):
 
 def test_template_that_rewrites_history_is_refused(tokenizer, monkeypatch):
     # like templates that drop the reasoning of earlier turns
-    template = "{% for m in messages %}{{ m.content if loop.last else 'x' }}<eot>{% endfor %}"
+    template = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else 'x' }}<eot>{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     record = CASES["two turns"][0]
-    with pytest.raises(DataError, match=r"data\[0\]: messages\[1\].*leaves it out"):
+    with pytest.raises(DataError, match=r"data\[0\]: messages\[1\].content: the chat template drops it"):
         load_dataset([record], tokenizer, TrainConfig())
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system role') }}")
     with pytest.raises(DataError, match="no system role"):

@@ -60,7 +60,12 @@ def test_what_no_loss_can_use_is_refused(make_data):
     mixed = Dataset("mixed", (data.samples[0], plain.samples[1]))
     short = with_extras(make_data([9, 4]), x=lambda i, n: np.ones(3))
     nan = with_extras(make_data([9, 4]), x=lambda i, n: np.nan)
+    odd = [
+        (replace(plain, samples=(replace(plain.samples[0], extras={"a": value}),)), {"own_loss": True}, got)
+        for value, got in (("x", r"\['a'\]: got 'x'"), ([[1], [1, 2]], r"\['a'\]: got \[\[1\], "), (None, "got None"))
+    ]
     refused = [
+        *odd,
         (data, {"own_loss": False}, "extras x .per row., expected none: cross-entropy reads none"),
         (mixed, {"own_loss": True}, r"mixed\[1\]: got extras none, expected x \(per row\)"),
         (short, {"own_loss": True}, r"made\[0\]: extras\['x'\]: got .* one for each of its 9 rows"),

@@ -126,16 +126,16 @@ def test_what_a_template_would_leave_out_is_named(
 def test_a_template_that_prints_the_date_prints_that_of_the_clock_it_is_given(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    template = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+    template = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}{{ messages[0].content }}"
     given = {"monkeypatch": monkeypatch, "now": datetime(2031, 12, 24)}
-    assert render(tokenizer, template, USER, **given) == "24 Dec 2031"
+    assert render(tokenizer, template, USER, **given) == "24 Dec 2031hi"
     today = (datetime.now(), render(tokenizer, template, USER, monkeypatch=monkeypatch), datetime.now())
-    assert today[1] in {day.strftime("%d %b %Y") for day in (today[0], today[2])}
+    assert today[1] in {day.strftime("%d %b %Yhi") for day in (today[0], today[2])}
 
 
 def test_the_template_for_tools_is_taken_where_a_folder_has_one(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = {"default": "plain", "tool_use": "{{ tools | length }} tools"}
-    assert render(tokenizer, both, USER, monkeypatch=monkeypatch) == "plain"
-    assert render(tokenizer, both, USER, monkeypatch=monkeypatch, tools=[{"name": "f"}]) == "1 tools"
+    both = {"default": "{{ messages[0].content }}", "tool_use": "{{ messages[0].content }}, {{ tools | length }} tools"}
+    assert render(tokenizer, both, USER, monkeypatch=monkeypatch) == "hi"
+    assert render(tokenizer, both, USER, monkeypatch=monkeypatch, tools=[{"name": "f"}]) == "hi, 1 tools"
