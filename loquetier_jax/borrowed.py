@@ -23,6 +23,10 @@ Rule = Callable[[Any, Mapping[str, Any]], dict[str, Any] | str]
 NOTHING: tuple[Any, ...] = (None, False, "", "none", [], (), {})  # how a feature that is not wanted is written
 
 
+class Instead(dict[str, Any]):
+    """Fields that a rule says although they are given: what was given for them asks for nothing."""
+
+
 def anything(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The rule of what decides no number here: speed, memory, logs and workers of another runtime."""
     return {}
@@ -99,13 +103,15 @@ def _translate(
     """The arguments of a class's own __init__."""
     values = {name: plain(value) for name, value in given.items()}
     found = {name: value for name, value in values.items() if name in names or name not in rules}
+    source = {name: name for name in given}  # field -> the argument that said it
     for name in (n for n in values if n in rules):
         said = rules[name](values[name], found)
         if isinstance(said, str):
             raise error(f"{name}: got {short(values[name], 200)}, expected {said}")
         for field, value in said.items():
-            if field != name and field in given and not _among(found[field], (value,)):
-                both = f"{short(values[name], 200)} beside {field}={short(found[field], 200)}"
+            other = source.setdefault(field, name)
+            if other != name and not isinstance(said, Instead) and not _among(found[field], (value,)):
+                both = f"{short(values[name], 200)} beside {other}={short(values[other], 200)}"
                 raise error(f"{name}: got {both}, expected one of the two")
             found[field] = value
     return found

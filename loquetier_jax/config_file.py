@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,13 +51,21 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def load_yaml(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
-    """Reads a YAML file into dataclass `cls`; overrides are "a.b=c" with c in YAML.
+def load_yaml(
+    cls: type[C], path: str | Path, overrides: Sequence[str] = (), parts: Mapping[str, str | Path] | None = None
+) -> C:
+    """Reads a YAML file into dataclass `cls`.
+
+    Args:
+        cls: A dataclass.
+        path: The file.
+        overrides: "a.b=c" with c in YAML; they come last.
+        parts: Files of nested dataclasses by their field; each takes the place of what the first file says there.
 
     Raises:
         ConfigError: see `from_dict` and `read_yaml`; also an override that is not of that form.
     """
-    data = read_yaml(path)
+    data = read_yaml(path) | {key: read_yaml(part) for key, part in (parts or {}).items()}
     for override in overrides:
         key, equals, text = override.partition("=")
         require(bool(equals and key), "override", override, "the form a.b=c")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import loquetier_jax
-from loquetier_jax.config import EngineConfig, SLOConfig
+from loquetier_jax.config import EngineConfig
 from loquetier_jax.config_file import load_yaml
 from loquetier_jax.errors import ConfigError
 
@@ -35,11 +35,16 @@ def preset_path(kind: str, name: str) -> Path:
     return folder / f"{name}.yaml"
 
 
-def engine_config(name: str, overrides: Sequence[str] = ()) -> EngineConfig:
-    """An EngineConfig of configs/engine/ or of a file; overrides are "a.b=c"."""
-    return load_yaml(EngineConfig, preset_path("engine", name), overrides)
+def engine_config(name: str, overrides: Sequence[str] = (), slo: str | None = None) -> EngineConfig:
+    """An EngineConfig of configs/engine/ or of a file.
 
+    Args:
+        name: Of the preset, or a path.
+        overrides: "a.b=c"; they come last.
+        slo: Of configs/slo/, or a path: takes the place of the preset's own slo.
 
-def slo_config(name: str) -> SLOConfig:
-    """An SLOConfig of configs/slo/ or of a file."""
-    return load_yaml(SLOConfig, preset_path("slo", name))
+    Raises:
+        ConfigError: an unknown preset or key, or a value that the config refuses.
+    """
+    parts = {} if slo is None else {"slo": preset_path("slo", slo)}
+    return load_yaml(EngineConfig, preset_path("engine", name), overrides, parts)

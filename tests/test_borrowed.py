@@ -57,6 +57,9 @@ TAKEN = [
     (LoraConfig, {"layers_pattern": "layers", "rank_pattern": None, "r": np.int64(4)}, {"r": 4}),
     (TrainConfig, {"warmup_ratio": 0.1}, {"warmup_steps": 0.1}),
     (TrainConfig, {"warmup_ratio": 0.0, "warmup_steps": 5}, {"warmup_steps": 5}),
+    (TrainConfig, {"warmup_ratio": 0.1, "warmup_steps": 0}, {"warmup_steps": 0.1}),
+    (SamplingParams, {"do_sample": False, "temperature": 0}, {"temperature": 0}),
+    (SamplingParams, {"max_new_tokens": 5, "max_completion_tokens": 5}, {"max_tokens": 5}),
     (TrainConfig, {"optim": "adamw_torch"}, {}),
     (TrainConfig, {"optim": "paged_adamw_32bit", "bf16": False, "fp16": False}, {}),
     (TrainConfig, {"optim": "lion_32bit"}, {"optim": "lion"}),
@@ -103,6 +106,13 @@ REFUSED = [
     (SamplingParams, {"structured_outputs": {"json": {}}}, "structured_outputs: got .* expected none: constrained"),
     (SamplingParams, {"do_sample": False}, "do_sample: got False, expected True: use temperature=0"),
     (SamplingParams, {"max_tokens": 5, "max_new_tokens": 6}, "max_new_tokens: got 6 beside max_tokens=5, expected"),
+    (
+        SamplingParams,
+        {"max_new_tokens": 5, "max_completion_tokens": 7},
+        "max_completion_tokens: got 7 beside max_new_tokens=5, expected one of the two",
+    ),
+    (TrainConfig, {"warmup_ratio": 0.1, "warmup_steps": False}, "warmup_ratio: got 0.1 beside warmup_steps=False"),
+    (SamplingParams, {"do_sample": False, "temperature": 0.5}, "do_sample: got False, expected True: use temp"),
     (SamplingParams, {"best_of": 4}, "best_of: got 4, expected None or 1: use n"),
 ]
 

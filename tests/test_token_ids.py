@@ -45,10 +45,10 @@ def test_a_matrix_is_a_list_of_prompts():
         ([1, 2, 3], r"prompts: got \[1, 2, 3\], expected a list of token id lists: \[ids\]"),
         (np.array([1, 2, 3]), r"prompts: got \[1, 2, 3\], expected a list of token id lists"),
         ([{"role": "user", "content": "a"}], r"prompts: got .*, expected a list of chats: \[messages\]"),
-        ({"role": "user", "content": "a"}, "prompts: got .*, expected one text, or a list"),
-        ({"input_ids": [1], "attention_mask": [1]}, "prompts: got .*, expected one text, or a list"),
-        (b"ab", "prompts: got b'ab', expected one text, or a list"),
-        (5, "prompts: got 5, expected one text, or a list"),
+        ({"role": "user", "content": "a"}, "prompts: got .*, expected a string or a list of strings"),
+        ({"input_ids": [1], "attention_mask": [1]}, "prompts: got .*, expected a string or a list of strings"),
+        (b"ab", "prompts: got b'ab', expected a string or a list of strings"),
+        (5, "prompts: got 5, expected a string or a list of strings"),
     ],
 )
 def test_what_is_no_list_of_prompts_is_named(value, message):

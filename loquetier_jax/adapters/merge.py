@@ -40,16 +40,23 @@ def write_merged(
 
     Raises:
         AdapterError: the weights do not belong to `shape` or to the base, a merged weight is not finite in the base's
-            dtype, or `folder` holds something.
+            dtype, or `folder` holds something or cannot be made.
         ModelError: the base cannot be read.
     """
     folder, base = Path(folder), Path(base)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    try:
+        taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    if taken:
         raise AdapterError(f"folder: got {folder}, which exists, expected a new one")
     spec, checkpoint = open_hf(base)
     check_weights(weights, shape, spec)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise _unusable(folder, error) from error
     try:
         for file in _beside(base):
             shutil.copyfile(file, temporary / file.name)
@@ -58,6 +65,10 @@ def write_merged(
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unusable(folder: Path, error: OSError) -> AdapterError:
+    return AdapterError(f"folder: got {folder}, expected one that can be made: {error.strerror or error}")
 
 
 def _beside(base: Path) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from loquetier_jax.errors import AdapterError, IntegrityError, short
 def check_name(name: object) -> None:
     """Raises AdapterError unless an adapter could be called so."""
     if not isinstance(name, str) or not name:
-        raise AdapterError(f"name: got {short(name, 200)}, expected some text")
+        raise AdapterError(f"name: got {short(name, 200)}, expected a non-empty string")
 
 
 class Registry:

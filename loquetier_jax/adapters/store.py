@@ -222,7 +222,7 @@ class AdapterStore(Registry):
             config: Kept with the version.
 
         Raises:
-            AdapterError: a name that is none.
+            AdapterError: not a name.
             IntegrityError: `pages` are not a job's pages of that number; nothing is changed.
         """
         self.check_new(name, shape, replace=True)

@@ -4,7 +4,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from rich.console import Console
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.config_file import from_dict, parse_value
 from loquetier_jax.errors import AdapterError, ConfigError
-from loquetier_jax.presets import engine_config, slo_config
+from loquetier_jax.presets import engine_config
 from loquetier_jax.tiny import BASE_NAME, base_path
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def model_path(model: str) -> Path:
 
 
 def resolve_config(args: argparse.Namespace) -> EngineConfig:
-    """The EngineConfig of --config, -o and --slo.
+    """The EngineConfig of --config and --slo, with what -o changes of them.
 
     Raises:
         ConfigError: an unknown preset or key, or a value that the config refuses.
@@ -112,8 +111,7 @@ def resolve_config(args: argparse.Namespace) -> EngineConfig:
     import jax
 
     preset = args.config or ("cpu" if jax.default_backend() == "cpu" else "gpu")
-    cfg = engine_config(preset, args.override)
-    return replace(cfg, slo=slo_config(args.slo)) if args.slo else cfg
+    return engine_config(preset, args.override, args.slo)
 
 
 def check_adapters(adapters: Sequence[tuple[str, Path | None]]) -> None:

@@ -15,7 +15,7 @@ def prompt_of(data: dict[str, Any], where: str, error: type[LoquetierError]) -> 
         error: What to raise.
 
     Raises:
-        LoquetierError: of type `error`: both keys, a prompt that is none, or messages that are no chat (a list of ids
+        LoquetierError: of type `error`: both keys, not a prompt, or messages that are not a chat (a list of ids
             under "messages" would otherwise be taken for a prompt).
     """
     if "prompt" in data and "messages" in data:

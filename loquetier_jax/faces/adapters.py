@@ -35,7 +35,7 @@ class AdapterCalls:
         """Adds an adapter from a PEFT folder; it serves the next request, nothing recompiles.
 
         Raises:
-            AdapterError: see `adapters.peft.read_peft`; also a path that is none, or a name in use, unless `replace`
+            AdapterError: see `adapters.peft.read_peft`; also not a path, or a name in use, unless `replace`
                 makes a new version.
         """
         path = path_of(path, "path", "a PEFT folder", AdapterError)
@@ -50,7 +50,7 @@ class AdapterCalls:
         """Adds an adapter from weights in memory (copied to the host).
 
         Raises:
-            AdapterError: weights that are none or do not fit the shape or the base, or a name in use.
+            AdapterError: not weights, or ones that do not fit the shape or the base, or a name in use.
         """
         for argument, value, kind in (("weights", weights, Mapping), ("shape", shape, LoraShape)):
             if not isinstance(value, kind):

@@ -22,7 +22,7 @@ def path_of(value: Any, name: str, expected: str, error: type[LoquetierError]) -
 
 
 def prompts_of(value: Any, name: str) -> list[Prompt]:
-    """Prompts given as one text, or one by one, each in the form that `encode_prompt` knows.
+    """Prompts given as one string, or one by one, each in the form that `encode_prompt` knows.
 
     Raises:
         RequestError: neither, or one chat or one list of token ids instead of a list of them; what the prompts
@@ -32,7 +32,7 @@ def prompts_of(value: Any, name: str) -> list[Prompt]:
     if isinstance(value, str):
         return [value]
     several = isinstance(value, Iterable) and not isinstance(value, (Mapping, bytes, bytearray))
-    refuse(several, name, value, "one text, or a list of texts, token id lists or chats")
+    refuse(several, name, value, "a string or a list of strings, token id lists or chats")
     prompts = [plain_prompt(one) for one in value]
     chat = bool(prompts) and all(isinstance(one, Mapping) and "role" in one for one in prompts)
     refuse(not chat, name, prompts, "a list of chats: [messages]")

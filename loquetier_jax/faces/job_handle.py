@@ -147,7 +147,7 @@ class JobHandle:
 
         Raises:
             JobError: the job has failed or was cancelled.
-            CheckpointError: a path that is none.
+            CheckpointError: not a path.
         """
         path = path_of(path, "path", "the folder to write", CheckpointError)
         store = CheckpointStore(path, keep=self._trainee.job.cfg.save_total_limit)

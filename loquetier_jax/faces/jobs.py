@@ -85,7 +85,7 @@ class JobCalls:
         Raises:
             DataError: a malformed line, with its number; a token id outside the model's vocabulary; extras that no loss
                 reads; a group beyond a pack.
-            AdapterError: a name that is none or is taken, nothing to adapt, or a rank too large.
+            AdapterError: not a name, or one that is taken, nothing to adapt, or a rank too large.
             ConfigError: settings of another type, `lora` beside `init_from`, eval_steps or load_best_model_at_end
                 without eval_data.
             JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the

@@ -19,6 +19,7 @@ OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 TRUNCATIONS = ("right", "left", "drop", "error")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 LOSS_PER = ("target", "sample", "group")
+_CHOICES = {"optim": OPTIMIZERS, "lr_scheduler_type": SCHEDULES, "truncation": TRUNCATIONS, "loss_per": LOSS_PER}
 DEFAULT_PACK_TOKENS = 512
 CALLABLE_LOSS = "callable"  # stands for a loss function in a saved config; restoring is given it again
 
@@ -70,10 +71,10 @@ class TrainConfig:
         adam_epsilon: Added to the root of adamw's second moment.
         momentum: Of sgd.
         seed: Of shuffling, dropout and adapter initialization.
-        max_length: Most tokens of a sample. None: as many as one pack holds.
+        max_length: Maximum tokens per sample. None: as many as one pack holds.
         truncation: What becomes of a longer sample. "right" keeps its first max_length tokens. Its end is gone then,
-            and its end token with it: none is put in its place, because an answer cut short is no place to learn to
-            stop at. "left" keeps its last tokens, the end token among them, behind its begin token where it has one.
+            and its end token with it: none is put in its place, so that the model does not learn to stop
+            mid-answer. "left" keeps its last tokens, the end token among them, behind its begin token where it has one.
             "drop" leaves the sample out, "error" refuses the data, naming the line. What is cut or left out is counted,
             logged, and in the first line of the metrics.
         pack_tokens: Rows of one pack, a multiple of PACK_ALIGN. Packs of a length that a train bucket of the
@@ -149,17 +150,16 @@ class TrainConfig:
     def _check_choices(self) -> None:
         for name in ("completion_only_loss", "shuffle", "bf16", "fp16"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a boolean")
-        require(self.optim in OPTIMIZERS, "optim", self.optim, f"one of {OPTIMIZERS}")
-        schedule, cut, loss = self.lr_scheduler_type, self.truncation, self.loss
-        require(schedule in SCHEDULES, "lr_scheduler_type", schedule, f"one of {SCHEDULES}")
-        require(cut in TRUNCATIONS, "truncation", cut, f"one of {TRUNCATIONS}")
-        require(loss == "cross_entropy" or callable(loss), "loss", loss, "'cross_entropy' or a function")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            require(isinstance(value, str) and value in choices, name, value, f"one of {choices}")
+        known = callable(self.loss) or (isinstance(self.loss, str) and self.loss == "cross_entropy")
+        require(known, "loss", self.loss, "'cross_entropy' or a function")
         require(not (self.bf16 and self.fp16), "bf16", True, "false beside fp16")
         if callable(self.loss):
             takes_batch(self.loss)
         best = self.load_best_model_at_end
-        require(best in (None, False, True), "load_best_model_at_end", best, "a boolean or null")
-        require(self.loss_per in LOSS_PER, "loss_per", self.loss_per, f"one of {LOSS_PER}")
+        require(best is None or isinstance(best, bool), "load_best_model_at_end", best, "a boolean or null")
 
     def _check_steps(self) -> None:
         steps = self.max_steps
@@ -172,7 +172,7 @@ class TrainConfig:
             "a number > 0 when max_steps is -1",
         )
         require(
-            self.output_dir is None or isinstance(self.output_dir, (str, Path)),
+            self.output_dir is None or (isinstance(self.output_dir, (str, Path)) and str(self.output_dir) != ""),
             "output_dir",
             self.output_dir,
             "a path or null",
@@ -230,7 +230,7 @@ class TrainConfig:
         """Raises ConfigError where bf16 or fp16 ask for another dtype than `dtype`, the engine's."""
         for name, wanted in (("bf16", "bfloat16"), ("fp16", "float16")):
             fits = not getattr(self, name) or dtype == wanted
-            require(fits, name, True, f"false: this engine computes in {dtype}, which EngineConfig.dtype says")
+            require(fits, name, True, f"false: this engine computes in {dtype}, as set by EngineConfig.dtype")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; a loss function becomes the word "callable" and is passed again to `from_dict`."""

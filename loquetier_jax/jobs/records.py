@@ -25,6 +25,8 @@ def records_of(data: Any, name: str) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: none of these, or a line that is no JSON.
     """
+    if isinstance(data, str) and not data:
+        raise DataError(f"{name or 'data'}: got '', expected a file of JSON lines, or an iterable of records")
     if isinstance(data, (str, os.PathLike)):
         records = read_records(os.fspath(data), DataError)
     else:
@@ -80,7 +82,7 @@ def tokenized(record: Mapping[str, Any], where: str, *, completion_only: bool) -
         completion_only: False: the masks do not count, the labels do.
 
     Raises:
-        DataError: ids that are none, columns of other lengths, labels that are other ids, several samples in one.
+        DataError: not token ids, columns of other lengths, labels that are other ids, several samples in one.
     """
     refuse_columns(record, where)
     refuse_chat_columns(record, where, "input_ids")

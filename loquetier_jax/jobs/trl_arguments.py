@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from loquetier_jax.borrowed import Rule, absent, anything, only, spelled
+from loquetier_jax.borrowed import Instead, Rule, absent, anything, only, spelled
 from loquetier_jax.config import is_number
 
 _HUB = "JobHandle.save writes the adapter as a folder"
@@ -38,7 +38,10 @@ _WITHOUT_EFFECT = (
 def _warmup_ratio(value: Any, given: Mapping[str, Any]) -> dict[str, Any] | str:
     if not (is_number(value) and 0 <= value < 1):
         return "a share of all steps in [0, 1); warmup_steps takes a number of steps"
-    return {"warmup_steps": value} if value else {}
+    if not value:
+        return {}
+    steps = given.get("warmup_steps")  # 0 is transformers' default: the ratio counts then
+    return (Instead if is_number(steps) and steps == 0 else dict)(warmup_steps=value)
 
 
 def _strategy(field: str) -> Rule:
@@ -98,7 +101,7 @@ TRL_ARGUMENTS: dict[str, Rule] = {
     "dataset_kwargs": absent("pass records, or a Dataset of your own"),
     "shuffle_dataset": only(False, why="shuffle gives each pass its own order"),
     "dataloader_drop_last": only(False, why="the last step of a pass takes the samples that are left"),
-    "chat_template_path": only(None, why="the template belongs into the model's folder"),
+    "chat_template_path": only(None, why="the template belongs in the model's folder"),
     "eos_token": only(None, why="the end token is the tokenizer's"),
     "loss_type": only("nll", None, why="loss takes a function"),
     "label_smoothing_factor": only(0, 0.0, why="loss takes a function"),

@@ -66,7 +66,7 @@ def decide(snapshot: Snapshot, latency: LatencyModel, config: PolicyConfig) -> D
         config: Settings.
 
     Returns:
-        A decision whose bucket and shapes are among those of the snapshot. Its `fairness` belongs into the
+        A decision whose bucket and shapes are among those of the snapshot. Its `fairness` belongs in the
         next snapshot. Equal arguments give equal decisions.
 
     Raises:

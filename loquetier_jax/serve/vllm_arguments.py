@@ -13,6 +13,11 @@ def _ids(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"stop_token_ids": listed(value)}
 
 
+def _do_sample(value: Any, given: Mapping[str, Any]) -> dict[str, Any] | str:
+    greedy = value is False and given.get("temperature") in (0, 0.0)
+    return {} if value is True or greedy else "True: use temperature=0 for greedy decoding"
+
+
 VLLM_ARGUMENTS: dict[str, Rule] = {
     "stop_token_ids": _ids,
     # Other names.
@@ -22,7 +27,7 @@ VLLM_ARGUMENTS: dict[str, Rule] = {
     "num_return_sequences": spelled("n"),
     "stop_strings": spelled("stop"),
     "eos_token_id": absent("use stop_token_ids; the model's own end tokens always count unless ignore_eos"),
-    "do_sample": only(True, why="use temperature=0 for greedy decoding"),
+    "do_sample": _do_sample,
     # What is done anyway.
     "detokenize": only(True, why="an output has both text and token_ids"),
     "spaces_between_special_tokens": only(True, why="the tokenizer's decoder sets the spaces"),

@@ -57,6 +57,9 @@ def test_yaml_files(tmp_path):
             engine_config(str(path), ["seed=1"])
     path.write_text("slo: {tpot_ms: 5e1}\nbuckets: [{prefill: 16, chunks: 1, decode: 16}]\n")
     assert engine_config(str(path), ["slo.ttft_ms=1e3"]).slo == SLOConfig(tpot_ms=50, ttft_ms=1000)
+    (tmp_path / "slo.yaml").write_text("itl_p99_ms: 200\n")
+    promised = engine_config(str(path), ["slo.ttft_ms=1e3"], str(tmp_path / "slo.yaml")).slo  # was all of --slo, no -o
+    assert promised == SLOConfig(itl_p99_ms=200, ttft_ms=1000)
 
 
 def test_text_that_no_tokenizer_takes_is_refused(tiny_engine):

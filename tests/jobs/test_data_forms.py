@@ -102,6 +102,7 @@ def test_what_is_no_file_or_no_data(tokenizer, tmp_path):
         (tmp_path / "latin.json", r"latin\.json: not UTF-8"),
         (tmp_path / "half.json", r"half\.json: not UTF-16"),
         ({"train": ROWS}, r"data: got dict with keys \['train'\], expected .* as one split of a DatasetDict is"),
+        ("", "data: got '', expected a file of JSON lines"),
         (5, "data: got int, expected a file of JSON lines, or a list or other iterable of records"),
         (b"ab", "data: got bytes"),
         (["a"], r"data\[0\]: got str, expected a JSON object"),
