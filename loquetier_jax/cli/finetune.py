@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from loquetier_jax.cli.options import (
 from loquetier_jax.config import RANK_PAGE, EngineConfig, require
 from loquetier_jax.config_file import from_dict, read_yaml
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
-from loquetier_jax.jobs.changes import changed_config
+from loquetier_jax.jobs.changes import CHANGEABLE, changed_config
 from loquetier_jax.jobs.config import TRUNCATIONS, TrainConfig
 from loquetier_jax.jobs.metrics import read_metrics
 from loquetier_jax.jobs.records import check_records
@@ -113,16 +113,20 @@ def check_job(cfg: EngineConfig, lora: LoraConfig, train: TrainConfig, data: str
 
     Raises:
         DataError: see `records.check_records`.
-        ConfigError: a rank or a pack that is larger than the engine's, or another dtype than its.
+        ConfigError: a rank, a pack or a sample that is larger than the engine's, another dtype than its, or
+            evaluations without eval_data.
     """
     for path, name in ((data, "data"), (eval_data, "eval_data")):
         if path is not None:
             check_records(path, name)
+    evaluates = eval_data is not None
     train.check_dtype(cfg.dtype)
+    train.check_evaluation(evaluates=evaluates)
+    train = replace(train, pack_tokens=train.pack_tokens or cfg.longest_pack(scored=evaluates) or train.pack_rows)
     rank, most = max(lora.r, *lora.rank_pattern.values(), 0), min(cfg.max_lora_rank, RANK_PAGE * cfg.train_pages)
     require(rank <= most, "lora r", rank, f"<= {most}, by max_lora_rank and train_pages of the engine")
     held = max((b.score_tokens for b in cfg.buckets), default=0)
-    fits = eval_data is None or (train.pack_tokens or 0) <= held
+    fits = not evaluates or train.pack_rows <= held
     require(fits, "train pack_tokens", train.pack_tokens, f"<= {held} beside eval_data: the longest score bucket")
 
 
@@ -133,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     recipe, cfg, args.model = _resumed(args, folder) if args.resume else _fresh(args, folder)
     engine = build_engine(args, console, cfg)
     if args.resume:
-        changes = settings(args.train, "--train")
+        changes = _changes(folder, recipe.train) | settings(args.train, "--train")
         job = engine.resume_job(folder, recipe.data, eval_data=recipe.eval_data, train=changes)
     else:
         job = engine.finetune(
@@ -196,9 +200,19 @@ def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConf
         raise CheckpointError(f"--resume: got {folder}, expected a folder that finetune wrote: {error}") from error
     known = args.model in (TINY, saved["model"])
     require(known, "--model", args.model, f"{saved['model']}, as in {folder / CONFIG}")
+    recipe["train"].check_evaluation(evaluates=recipe["eval_data"] is not None)
     for path in filter(None, (saved["data"], saved["eval_data"])):
         check_records(path)
     return Recipe(**recipe), cfg, saved["model"]
+
+
+def _changes(folder: Path, train: TrainConfig) -> dict[str, Any]:
+    """What the newest checkpoint does not know: --train of a call that was killed before it wrote another."""
+    from loquetier_jax.jobs.checkpoint import find_checkpoint, read_state
+
+    state = read_state(find_checkpoint(folder / "checkpoints"))
+    saved, now = TrainConfig.from_dict(state["job"]["config"]).to_dict(), train.to_dict()
+    return {key: now[key] for key in CHANGEABLE if now[key] != saved[key]}
 
 
 def _write_config(folder: Path, recipe: Recipe, cfg: EngineConfig, model: str) -> None:
@@ -263,11 +277,15 @@ def _report(args: argparse.Namespace, job: "JobHandle", folder: Path) -> None:
     last = {key: value for line in lines for key, value in line.items()}  # the newest of every kind
     result = {"name": job.name, "adapter": str(folder / ADAPTER), "steps": job.step}
     result |= {key: last[key] for key in TOLD if key in last}
+    evals = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    if job.best_step is not None:
+        result |= {"best_step": job.best_step, "best_eval_loss": evals.get(job.best_step)}
     if args.json:
         print(json.dumps(result))
         return
     losses = [line["loss"] for line in lines if "loss" in line]
     trend = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
-    held_out = f"eval loss {last['eval_loss']:.3f}, " if "eval_loss" in last else ""
+    served = evals.get(job.best_step if job.serves_best else job.step)
+    held_out = "" if served is None else f"eval loss {served:.3f}, "
     best = f"of step {job.best_step}, the best, " if job.serves_best else ""
     sys.stdout.write(f"{job.step} steps, {trend}{held_out}adapter {best}in {folder / ADAPTER}\n")

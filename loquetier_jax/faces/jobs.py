@@ -96,7 +96,7 @@ class JobCalls:
         for argument, value, kind in (("train", cfg, TrainConfig), ("lora", lora, LoraConfig)):
             require(isinstance(value, kind), argument, value, f"a loquetier_jax.{kind.__name__}")
         cfg.check_dtype(self.cfg.dtype)
-        _check_evaluation(cfg, eval_data)
+        cfg.check_evaluation(evaluates=eval_data is not None)
         if cfg.pack_tokens is None:
             longest = self.cfg.longest_pack(scored=eval_data is not None) or cfg.pack_rows
             cfg = dataclasses.replace(cfg, pack_tokens=longest)
@@ -155,7 +155,7 @@ class JobCalls:
         saved["config"] = changed_config(saved["config"], train or {})
         cfg = TrainConfig.from_dict(saved["config"], loss=loss)
         if train:
-            _check_evaluation(cfg, eval_data)
+            cfg.check_evaluation(evaluates=eval_data is not None)
         data_sets = self._read(data, eval_data, cfg, datetime.fromisoformat(saved["tokenized_at"]))
         return self._adopt(state, *data_sets, loss, go_on=bool(train))
 
@@ -253,13 +253,6 @@ class JobCalls:
         why = job.error or "it has published nothing"
         ended = "failed" if job.status == "failed" else "was cancelled"
         self.adapters.fail(job.name, f"adapter {job.name!r}: its job {ended}: {why}")
-
-
-def _check_evaluation(cfg: TrainConfig, eval_data: Data | None) -> None:
-    if eval_data is None:
-        best = cfg.load_best_model_at_end
-        require(not cfg.eval_steps, "eval_steps", cfg.eval_steps, "0 without eval_data")
-        require(not best, "load_best_model_at_end", best, "False without eval_data")
 
 
 def _metrics(cfg: TrainConfig) -> MetricsWriter | None:

@@ -232,6 +232,12 @@ class TrainConfig:
             fits = not getattr(self, name) or dtype == wanted
             require(fits, name, True, f"false: this engine computes in {dtype}, as set by EngineConfig.dtype")
 
+    def check_evaluation(self, *, evaluates: bool) -> None:
+        """Raises ConfigError where evaluations are asked for and there is no eval_data: not `evaluates`."""
+        best = self.load_best_model_at_end
+        require(evaluates or not self.eval_steps, "eval_steps", self.eval_steps, "0 without eval_data")
+        require(evaluates or not best, "load_best_model_at_end", best, "False without eval_data")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; a loss function becomes the word "callable" and is passed again to `from_dict`."""
         data = dataclasses.asdict(self)

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from loquetier_jax.adapters.peft import read_peft
 from loquetier_jax.cli import main
+from loquetier_jax.cli.finetune import _report
 from loquetier_jax.jobs.metrics import read_metrics
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.tiny.skills import dataset
@@ -79,6 +82,46 @@ def test_a_finished_run_goes_on(run_folder: Path, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["steps"] == 5
     assert [line["step"] for line in read_metrics(run_folder / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5]
     assert json.loads((run_folder / "config.json").read_text())["train"]["max_steps"] == 5
+    shutil.rmtree(max((run_folder / "checkpoints").iterdir()))  # as if killed before: the newest one says max_steps=4
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    lines = read_metrics(run_folder / "metrics.jsonl")
+    evals = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert (result["steps"], sorted(evals)) == (5, [4, 5]), "it had been forgotten"
+    assert (result["best_step"], result["best_eval_loss"]) == min(evals.items(), key=lambda item: item[1])
+
+
+def test_the_last_words_pair_the_best_adapter_with_its_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"step": n, "eval_loss": loss} for n, loss in ((1, 3.0), (2, 2.5), (3, 8.5))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cases = {True: "eval loss 2.500, adapter of step 2, the best, in", False: "eval loss 8.500, adapter in"}
+    for best, said in cases.items():
+        _report(Namespace(json=False), SimpleNamespace(name="a", step=3, best_step=2, serves_best=best), tmp_path)
+        assert said in capsys.readouterr().out
+
+
+def test_a_config_that_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    assert main(["finetune", "--output-dir", str(tmp_path), "--resume"]) == 2
+    assert "expected a folder that finetune wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("load_best_model_at_end=true", "load_best_model_at_end: got True, expected False without eval_data"),
+        ("eval_steps=2", "eval_steps: got 2, expected 0 without eval_data"),
+        ("max_length=100000", "max_length: got 100000, expected null or an integer in"),
+    ],
+)
+def test_settings_are_refused_before_a_model_is_loaded(
+    data: Path, engine_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, said: str
+) -> None:
+    rest = ["--train", setting, "--model", str(tmp_path / "none"), "--config", str(engine_yaml)]
+    finetune = ["finetune", str(data), "--output-dir", str(tmp_path / "out")]
+    for command in (finetune, ["serve-loop", "--job", f"j={data}"]):
+        assert main([*command, *rest]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_recipe_and_command_line(
