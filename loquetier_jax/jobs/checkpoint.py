@@ -155,7 +155,8 @@ def verify(path: str | Path) -> None:
         try:
             got = _digest(path / name)
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-            raise CheckpointError(f"{path / name}: cannot be read ({error}): the checkpoint is damaged") from error
+            where, why = f"{path / name!s:.500}", f"{error!s:.500}"
+            raise CheckpointError(f"{where}: cannot be read ({why}): the checkpoint is damaged") from error
         if got != expected:
             raise CheckpointError(f"{path / name}: is not what was written: the checkpoint is damaged")
 
