@@ -71,6 +71,7 @@ def test_a_checkpoint_during_the_best_evaluation_keeps_its_weights(tiny_engine, 
     assert mean_loss(tiny_engine, held_out, "job") == pytest.approx(min(evals), rel=1e-5)
 
 
+@pytest.mark.slow  # each half of it: tests/jobs/test_job.py
 def test_a_run_that_was_stopped_early_goes_on(tiny_engine, tmp_path):
     """Its newest checkpoint was of before the last evaluation, which stopped it again at once."""
     data, held_out = random_data(4, count=6), random_data(5, count=4)
