@@ -227,8 +227,10 @@ def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.restore(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # its readers of files raise what they trip over
         raise CheckpointError(f"{folder}: cannot be read: {error!s:.500}") from error
+    if not isinstance(saved, dict) or not all(hasattr(array, "shape") for array in saved.values()):
+        raise CheckpointError(f"{folder}: got {short(saved, 200)}, expected arrays by name")
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
     expected = {_name(key): leaf for key, leaf in leaves}
     for name in sorted(expected.keys() | saved.keys()):
