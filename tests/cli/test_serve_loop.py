@@ -48,11 +48,8 @@ def test_the_promise_and_what_missed_it_are_shown_per_adapter(
         "promised: TPOT <= 0.001 ms, missed by 9 of 9",
         "promised: p99 of ITL <= 1e+06 ms, missed by 0 of 9",
     ]
-    rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in lines if line.count("│") > 6}
-    assert {name: [c.strip() for c in rows[name]] for name in ("a", "base")} == {
-        "a": ["4", "0", "0.0%"],
-        "base": ["5", "0", "0.0%"],
-    }
+    rows = {cells[0]: cells[1:] for cells in map(str.split, lines) if len(cells) == 9}
+    assert {name: rows[name][:3] for name in ("a", "base")} == {"a": ["4", "0", "0.0%"], "base": ["5", "0", "0.0%"]}
     assert "requests served 9/9" in shown.err
 
 

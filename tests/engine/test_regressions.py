@@ -214,6 +214,7 @@ def test_submit_gets_the_lock_beside_a_busy_thread(tiny_engine):
     assert np.median([steps for steps, _ in waits]) <= 2
 
 
+@pytest.mark.slow  # a world of its own
 def test_a_request_without_adapter_passes_one_that_waits_for_a_page(small):
     """Sixteen did; then all waited until the job that had the page was over."""
     add_random_adapter(small, "other", 1)
