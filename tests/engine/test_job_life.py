@@ -33,7 +33,7 @@ def mean_loss(engine: Any, data: Any, adapter: str) -> float:
 WORSE = {"max_steps": 40, "learning_rate": 0.05, "lr_scheduler_type": "constant", "eval_steps": 1}
 
 
-@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("moved", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_early_stopping_serves_and_saves_the_best(tiny_engine, tmp_path, moved):
     """The last, worst weights were served and saved; a checkpoint in between carries the best along."""
     data, held_out = random_data(4, count=6), random_data(5, count=4)
@@ -204,6 +204,7 @@ def broken_base(make_engine):
     return make_engine(params=params)
 
 
+@pytest.mark.slow
 def test_nan_of_the_base_is_not_blamed_on_an_adapter(broken_base, tiny_engine):
     """Every request was told that its adapter's weights were not finite, those without one, too."""
     engine = broken_base
