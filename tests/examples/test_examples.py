@@ -34,7 +34,7 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
 def test_finetune_while_serving(capsys: pytest.CaptureFixture[str]) -> None:
     load("02").main(steps=2)
     shown = capsys.readouterr().out
-    assert "step 0/2" in shown
+    assert "[answer 1, step " in shown  # of which step, depends on how long training compiles
     answers = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in shown.splitlines()[-3:]}
     assert answers["base"] == "The bear lives in the cave."
     assert answers["shout"] == answers["from-disk"]  # what was trained and what PEFT files hold
