@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from loquetier_jax.errors import ModelError, RequestError, short
 from loquetier_jax.serve.chat_template import ChatTemplate
 from loquetier_jax.serve.messages import ChatError, normalize_messages
+from loquetier_jax.token_ids import are_token_ids, listed
 
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
 """Text, token ids, or the messages of a chat."""
@@ -93,8 +94,7 @@ def encode_prompt(
         RequestError: an empty prompt, a wrong type, an id outside the vocabulary, text without a tokenizer, a chat
             that its template refuses, or arguments of a template beside a prompt that is no chat.
     """
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()
+    prompt = listed(prompt)
     is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes, bytearray))  # bytes are no ids
     is_chat = is_list and bool(prompt) and all(isinstance(m, Mapping) for m in prompt)
     for name, value in (("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
@@ -105,8 +105,8 @@ def encode_prompt(
         ids = _encode_text(tokenizer, prompt)
     elif is_chat:
         ids = encode_chat(tokenizer, prompt, tools=tools, chat_template_kwargs=chat_template_kwargs, now=now)
-    elif is_list and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in prompt):
-        ids = [int(i) for i in prompt]
+    elif are_token_ids(prompt):
+        ids = list(prompt)
     else:
         raise RequestError(f"prompt: got {short(prompt, 200)}, expected text, token ids or chat messages")
     if not ids:
