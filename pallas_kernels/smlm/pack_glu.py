@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.smlm.activation import check_activation
-from pallas_kernels.smlm.checks import check_rank, check_shapes
 from pallas_kernels.smlm.pack_kernels import Cut, Side, glu
 from pallas_kernels.smlm.pack_triton import Work, check_elements, launch, rows_of
 from pallas_kernels.smlm.pack_tuning import GluConfig, default_glu_config
@@ -23,7 +21,7 @@ F32 = jnp.float32
 
 # Jitted so that the layers of a model trace and lower the kernels once a shape.
 @functools.partial(jax.jit, static_argnames=("activation", "config", "interpret"))
-def pack_glu_backward(
+def backward_glu(
     gate_up: Float[Array, "G L FF"],
     A: Float[Array, "G MP R F"],
     dS: Float[Array, "G L MP R"],
@@ -38,9 +36,9 @@ def pack_glu_backward(
     Args:
         gate_up: gate and up side by side.
         A: Pages of the projection's adapter, float32 for gradients that are never rounded; absent ones are zero.
-        dS: Of `pack_backward_dy`, in gate_up's dtype.
+        dS: Of `backward_dy`, in gate_up's dtype.
         dact: Gradient of act through the base projection, gate_up's dtype.
-        activation: A key of `activation.ACTIVATIONS`.
+        activation: A key of `common.activation.KERNEL_ACTIVATIONS`.
         config: How the launch is cut; by default chosen from the shapes.
         interpret: Run as plain XLA operations; by default on the CPU only.
 
@@ -48,17 +46,9 @@ def pack_glu_backward(
         Gradients of gate_up and A in their own dtypes; sums in float32.
 
     Raises:
-        ValueError: shapes disagree, no kernel has the activation, or an operand has 2^31 elements or more.
+        ValueError: an operand has 2^31 elements or more.
     """
-    check_rank("dact", dact, 3)
-    check_rank("A", A, 4)
     packs, rows, size = dact.shape
-    check_shapes(
-        gate_up=(gate_up, (packs, rows, 2 * size)),
-        A=(A, (packs, A.shape[1], RANK_PAGE, size)),
-        dS=(dS, (packs, rows, A.shape[1], RANK_PAGE)),
-    )
-    check_activation(activation)
     dtype, side = gate_up.dtype, Side(packs, rows, (size,), A.shape[1] * RANK_PAGE)
     check_elements(gate_up=gate_up)
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret

@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
-from pallas_kernels.smlm.activation import value_and_slope
+from pallas_kernels.common.activation import value_and_slope
+from pallas_kernels.common.blocks import block_of
+from pallas_kernels.common.products import F32, product
 from pallas_kernels.smlm.pack_tuning import MAX_RANKS, Block
-from pallas_kernels.smlm.triton_kernels import F32, product
-from pallas_kernels.smlm.triton_tiles import block_of
 
 Chunks = tuple[tuple[int, int], ...]  # (first rank, ranks)
 

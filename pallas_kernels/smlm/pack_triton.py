@@ -17,31 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
+from pallas_kernels.common.blocks import whole
 from pallas_kernels.smlm.pack_kernels import Cut, Side, expand, gradient, shrink
 from pallas_kernels.smlm.pack_tuning import DyConfig, XConfig, default_dy_config, default_x_config
 from pallas_kernels.smlm.plan import RANK_PAGE
-from pallas_kernels.smlm.triton_tiles import whole
 
 F32 = jnp.float32
 MAX_ELEMENTS = 2**31  # the kernels address with 32 bits
-
-
-def pack_backward_triton(
-    x: Float[Array, "G L in"],
-    A: Float[Array, "G MP nR in"],
-    B: Float[Array, "G MP R out"],
-    S: Float[Array, "G L n MP R"],
-    dy: Float[Array, "G L out"],
-    out_features: tuple[int, ...],
-    dx: Float[Array, "G L in"] | None = None,
-    *,
-    dy_config: DyConfig | None = None,
-    x_config: XConfig | None = None,
-) -> tuple[Array, Array, Array]:
-    """dX, dA and dB by kernels: `backward_dy`, then `backward_x`."""
-    dS, dB = backward_dy(B, S, dy, out_features, config=dy_config)
-    dX, dA = backward_x(x, A, dS, dx, config=x_config)
-    return dX, dA, dB
 
 
 # Jitted so that the layers of a model trace and lower the kernels once a shape.
@@ -55,7 +37,7 @@ def backward_dy(
     config: DyConfig | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "G L MP nR"], Float[Array, "G MP R out"]]:
-    """`pack.pack_backward_dy` by kernels: one launch, and the sum of its shares of dS.
+    """`backward_dy_xla` by kernels: one launch, and the sum of its shares of dS.
 
     Every sum has one order, which depends on the pack's own shape and not on how many there are; nothing crosses packs.
 
@@ -101,7 +83,7 @@ def backward_x(
     config: XConfig | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "G L in"], Float[Array, "G MP nR in"]]:
-    """`pack.pack_backward_x` by kernels: one launch; dX takes the place of dx, rounded once.
+    """`backward_x_xla` by kernels: one launch; dX takes the place of dx, rounded once.
 
     Args:
         x, A, dS, dx: As there.
