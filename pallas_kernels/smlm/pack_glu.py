@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.smlm.activation import check_activation
 from pallas_kernels.smlm.checks import check_rank, check_shapes
-from pallas_kernels.smlm.pack_kernels import Cut, Side, glu
+from pallas_kernels.smlm.pack_kernels import glu
+from pallas_kernels.smlm.pack_sides import Cut, Side
 from pallas_kernels.smlm.pack_triton import Work, check_elements, launch, rows_of
 from pallas_kernels.smlm.pack_tuning import GluConfig, default_glu_config
 from pallas_kernels.smlm.plan import RANK_PAGE

@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.smlm.pack_kernels import Cut, Side, expand, gradient, shrink
+from pallas_kernels.smlm.pack_kernels import expand, gradient, shrink
+from pallas_kernels.smlm.pack_sides import Cut, Side
 from pallas_kernels.smlm.pack_tuning import DyConfig, XConfig, default_dy_config, default_x_config
 from pallas_kernels.smlm.plan import RANK_PAGE
 from pallas_kernels.smlm.triton_tiles import whole
@@ -87,7 +88,7 @@ def backward_dy(
         works.append(Work(shrink, dS, dS.tiles, ("dY", "B", "shares")))
     params = plt.CompilerParams(num_warps=config.warps, num_stages=config.stages)
     found = launch("pack_backward_dy", works, flat, outs, params, interpret, turns=config.turns)
-    dS = _add_shares(found["shares"], side, config.dS.span).astype(S.dtype)
+    dS = add_shares(found["shares"], side, config.dS.span).astype(S.dtype)
     return dS.reshape(packs, rows, pages, targets * RANK_PAGE), found["dB"].reshape(B.shape).astype(B.dtype)
 
 
@@ -157,6 +158,12 @@ class Work:
     programs: int
     operands: tuple[str, ...]
 
+    def run(self, pack: Array, index: Array, refs: dict[str, Any]) -> None:
+        """One program's part of a pack, if the pack has work for it."""
+        place = self.cut.side.place(pack, refs)
+        operands = (refs[name] for name in self.operands)
+        place.when(self.cut.ranks, functools.partial(self.body, self.cut, place, index, *operands))
+
 
 def launch(
     name: str,
@@ -168,7 +175,7 @@ def launch(
     in_place: dict[str, str] | None = None,
     turns: int = 1,
 ) -> dict[str, Array]:
-    """Runs all works in one grid: pack after pack, and in a pack one kind after the other, or by turns.
+    """Runs all works in one grid: pack after pack (or run after run), and in it one kind after the other, or by turns.
 
     Args:
         name: What a profile shows.
@@ -181,9 +188,9 @@ def launch(
         turns: Pieces that each kind of a pack is cut into: kinds take turns, so that they meet in an operand's parts
             before the cache has lost them.
     """
-    used = {operand for work in works for operand in work.operands}
+    used = {operand for work in works for operand in (*work.operands, *work.cut.side.lists())}
     arrays = {key: a for key, a in arrays.items() if key in used}
-    packs, shares = works[0].cut.side.packs, [pl.cdiv(work.programs, turns) for work in works]
+    packs, shares = max(work.cut.side.packs for work in works), [pl.cdiv(work.programs, turns) for work in works]
     alias = {list(arrays).index(given): list(outs).index(out) for out, given in (in_place or {}).items()}
 
     def kernel(*refs: Any) -> None:
@@ -192,8 +199,10 @@ def launch(
         pack, turn = (f(turn, jnp.int32(turns)) for f in (lax.div, lax.rem))
         for work, share in zip(works, shares, strict=True):
             index = turn * share + first
-            run = functools.partial(work.body, work.cut, pack, index, *(named[key] for key in work.operands))
-            pl.when((first >= 0) & (first < share) & (index < work.programs))(run)
+            wanted = (first >= 0) & (first < share) & (index < work.programs)
+            if work.cut.side.packs < packs:
+                wanted &= pack < work.cut.side.packs
+            pl.when(wanted)(functools.partial(work.run, pack, index, named))
             first -= share
 
     kernel.__name__ = name
@@ -211,7 +220,7 @@ def launch(
     return dict(zip(outs, found, strict=True))
 
 
-def _add_shares(h: Float[Array, "parts T RT"], side: Side, span: int) -> Float[Array, "T nRT"]:
+def add_shares(h: Float[Array, "parts T RT"], side: Side, span: int) -> Float[Array, "T nRT"]:
     """dS from the shares of its column blocks: a tree of sums per target, then the targets' ranks page by page."""
     totals, at = [], 0
     for size in side.sizes:
