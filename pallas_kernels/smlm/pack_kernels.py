@@ -36,7 +36,7 @@ def _load(ref: Any, rows: Array, columns: Array, mask: Array | None) -> Array:
 
 def shrink(cut: Cut, place: Pack, index: Array, y_ref: Any, w_ref: Any, h_ref: Any) -> None:
     """h[part, tile, ranks] = y w^T over a span of columns: a share of dS, of dY and B."""
-    side, block = cut.side, cut.block
+    block = cut.block
     _, part, start, end, rows, ok = cut.tile(place, index)
 
     def step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -96,7 +96,9 @@ class GluConfig:
     stages: int = 3
 
 
-def default_dy_config(packs: int, rows: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype) -> DyConfig:
+def default_dy_config(
+    packs: int, rows: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype
+) -> DyConfig:
     """The configuration of a shape class, tuned on an H200, of moderate shared memory anywhere.
 
     Args:

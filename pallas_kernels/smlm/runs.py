@@ -58,6 +58,8 @@ def backward_runs(
     """
     out_features = tuple(int(size) for size in out_features)
     _check(S, x, A, B, plan, dy, out_features)
+    if dx is not None and not callable(dx):
+        _check_dx(x, dx)
     dy_half, x_half = (
         (backward_dy_triton, backward_x_triton)
         if choose(implementation) == "triton"
@@ -69,9 +71,7 @@ def backward_runs(
         # The adapter first: the base's product would throw dy out of the cache.
         dS, dy = lax.optimization_barrier((dS, dy))
         dx = dx(dy)
-    if dx is not None:
-        check_shapes(dx=(dx, x.shape))
-        _check_dtypes(x, dx=dx)
+        _check_dx(x, dx)
     dX, dA = x_half(x, A, dS, dx, plan, runs)
     return dX, dA, dB, runs.pages
 
@@ -89,6 +89,11 @@ def _check(S: Array, x: Array, A: Array, B: Array, plan: SmlmPlan, dy: Array, ou
         **{"plan.row_slot": (plan.row_slot, (rows,))},
     )
     _check_dtypes(x, S=S, A=A, B=B)
+
+
+def _check_dx(x: Array, dx: Array) -> None:
+    check_shapes(dx=(dx, x.shape))
+    _check_dtypes(x, dx=dx)
 
 
 def _check_dtypes(x: Array, **arrays: Any) -> None:

@@ -115,8 +115,9 @@ def _lists(plan: SmlmPlan, runs: Runs) -> dict[str, Array]:
 def _sides(
     plan: SmlmPlan, runs: Runs, sizes: tuple[int, ...], page_ranks: int, bare: bool = False
 ) -> tuple[ListedSide, ListedSide]:
-    """The tall operand by runs and by wide tiles; `bare` tiles included or not."""
-    pages, tiles = runs.pages.shape[1], plan.wide_row.shape[0]
-    ranks = pages * page_ranks
-    by_runs = ListedSide(runs.row.shape[0], WIDE, sizes, ranks, page_ranks, pages, RUNS)
+    """The tall operand by runs and by wide tiles, those without adapter included or not."""
+    (entries, pages), ranks = runs.pages.shape, runs.pages.shape[1] * page_ranks
+    # Wide tiles of adapters come first, and each holds a tile: there are no more than the smaller list has room for.
+    tiles = plan.wide_row.shape[0] if bare else entries
+    by_runs = ListedSide(entries, WIDE, sizes, ranks, page_ranks, pages, RUNS)
     return by_runs, ListedSide(tiles, WIDE, sizes, ranks, page_ranks, pages, TILES, bare)

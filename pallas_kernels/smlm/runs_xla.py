@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
+from pallas_kernels.smlm.plan import TILE, SmlmPlan
 from pallas_kernels.smlm.run_list import Runs
 
 F32 = jnp.float32
@@ -69,7 +69,7 @@ def backward_x_xla(
     return dX, _sum_tiles(plan, runs, dA)
 
 
-def _tiles(plan: SmlmPlan, a: Float[Array, "T *rest"]) -> Float[Array, "NT M *rest"]:
+def _tiles(plan: SmlmPlan, a: Float[Array, "T ..."]) -> Float[Array, "NT M ..."]:
     """Rows by tiles. What is beyond a tile's end is 0, whatever lies there."""
     row, length = jnp.asarray(plan.tile_row), jnp.asarray(plan.tile_len)
     offset = jnp.arange(TILE, dtype=jnp.int32)[None, :]

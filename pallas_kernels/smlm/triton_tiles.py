@@ -59,7 +59,9 @@ class Cut:
     interpret: bool
 
     @classmethod
-    def of(cls, x: Any, tile_pages: Any, out_features: tuple[int, ...], config: SmlmConfig, interpret: bool) -> "Cut":
+    def of(
+        cls, x: Any, tile_pages: Any, out_features: tuple[int, ...], config: SmlmConfig, interpret: bool
+    ) -> "Cut":
         size, (tiles, pages) = x.shape[1], tile_pages.shape
         spans = num_spans(size)
         span = 16 * math.ceil(size / spans / 16)
