@@ -32,6 +32,7 @@ CONFIG = {
     "bwd_us": "dX, dA, dB, S kept; pages, S, dA and dB of every call its own and cold, x and dY the same arrays",
     "bwd_cold_us": "the same with x and dY rotated too",
     "bwd_xla_us, bwd_torch_us": "plain XLA in the same chain; matmuls, bf16 gradients, CUDA graph",
+    "bwd_runs_us, bwd_packs_us, bwd_pack_us": "random runs, each an adapter; as many equal packs; one pack",
     "bound": "bytes of x, y in and out, A and B over 3.2 TB/s: cold memory",
 }
 
@@ -93,8 +94,9 @@ def main() -> None:
     records = forward_records(options.cases or [*PEERS, *GROUP_CASES, *RANK_MIXES])
     if not options.forward:
         from benchmarks.kernels.smlm_backward import backward_records
+        from benchmarks.kernels.smlm_runs import runs_records
 
-        records += backward_records()
+        records += backward_records() + runs_records()
     print(write("smlm", CONFIG, records, options.results))
 
 

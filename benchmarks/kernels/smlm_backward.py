@@ -56,6 +56,11 @@ class Case:
     rank: int
 
     @property
+    def rows(self) -> int:
+        """Rows of a pack."""
+        return ROWS
+
+    @property
     def pages(self) -> int:
         return math.ceil(self.rank / RANK_PAGE)
 
@@ -72,12 +77,12 @@ class Case:
     @property
     def row_bytes(self) -> int:
         """x and dY, bf16."""
-        return 2 * self.packs * ROWS * (self.size + sum(self.outs))
+        return 2 * self.packs * self.rows * (self.size + sum(self.outs))
 
     @property
     def calls(self) -> int:
         """Calls that have touched POOL_BYTES of pages, float32 gradients and S, or MAX_CALLS."""
-        own = 6 * self.weights + 2 * self.packs * ROWS * self.ranks
+        own = 6 * self.weights + 2 * self.packs * self.rows * self.ranks
         return max(2 * self.copies, min(MAX_CALLS, -(-POOL_BYTES // own)))
 
     @property
@@ -88,7 +93,7 @@ class Case:
     @property
     def floor_us(self) -> float:
         """Bytes of x, dY, dX, the pages and their float32 gradients over the measured bandwidth."""
-        return (self.row_bytes + 2 * self.packs * ROWS * self.size + 6 * self.weights) / READ_WRITE * 1e6
+        return (self.row_bytes + 2 * self.packs * self.rows * self.size + 6 * self.weights) / READ_WRITE * 1e6
 
 
 def make_cases() -> list[Case]:
@@ -110,10 +115,10 @@ class Bench(Chain):
         copies, packs, out = case.copies if cold else 1, case.packs, sum(case.outs)
         A = noise(2, self.calls, packs, case.pages, len(case.outs) * RANK_PAGE, case.size, scale=case.size**-0.5)
         B = noise(3, self.calls, packs, case.pages, RANK_PAGE, out, scale=out**-0.5)
-        S = noise(4, self.calls, packs, ROWS, len(case.outs), case.pages, RANK_PAGE)
+        S = noise(4, self.calls, packs, case.rows, len(case.outs), case.pages, RANK_PAGE)
         grads = [(jnp.zeros(a.shape, F32), jnp.zeros(b.shape, F32)) for a, b in zip(A, B, strict=True)]
-        self.state = (noise(0, copies, packs, ROWS, case.size), grads)
-        self.args = (noise(1, copies, packs, ROWS, out), A, B, S)
+        self.state = (noise(0, copies, packs, case.rows, case.size), grads)
+        self.args = (noise(1, copies, packs, case.rows, out), A, B, S)
 
     def turn(self, function: Callable[..., Any], state: Any, *args: Any) -> Any:
         """Each call waits for the call before; the state is x and the gradients."""
@@ -160,10 +165,10 @@ def time_torch(case: Case, *, cold: bool) -> float | None:
     def some(count: int, *shape: int) -> list[Any]:
         return [torch.randn(packs, *shape, **options).squeeze(0) for _ in range(count)]
 
-    xs, dys = some(copies, ROWS, case.size), some(copies, ROWS, case.outs[0])
+    xs, dys = some(copies, case.rows, case.size), some(copies, case.rows, case.outs[0])
     dxs = [torch.empty_like(x) for x in xs]
     As, Bs = some(case.calls, case.ranks, case.size), some(case.calls, case.ranks, case.outs[0])
-    Ss = some(case.calls, ROWS, case.ranks)
+    Ss = some(case.calls, case.rows, case.ranks)
 
     def chain() -> None:
         for i, (A, B, S) in enumerate(zip(As, Bs, Ss, strict=True)):

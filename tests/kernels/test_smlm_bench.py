@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.kernels import smlm_backward
+from benchmarks.kernels import smlm_backward, smlm_runs
 from benchmarks.kernels.plot_smlm import save_plot
 from benchmarks.kernels.smlm_chain import PEERS, make_case
 from benchmarks.results import record, write
@@ -96,3 +96,21 @@ def test_the_backward_is_checked_timed_and_recorded(monkeypatch: pytest.MonkeyPa
     assert set(found) == {"bwd_us", "bwd_xla_us", "bwd_cold_us", "bwd_xla_cold_us"}  # torch's need a GPU
     assert found["bwd_us"]["peer_value"] == 41.0 and "peer_value" not in found["bwd_cold_us"]
     assert found["bwd_us"]["bound"] == found["bwd_cold_us"]["bound"] and "bound" not in found["bwd_xla_us"]
+
+
+def test_random_runs_have_the_rows_and_pages_of_their_packs() -> None:
+    for case in smlm_runs.make_cases():
+        plan = case.plan()
+        wide = plan.wide_pages[: plan.used[1]]
+        assert plan.tile_len.sum() == case.packs * case.rows == 1024 and plan.used[1] == plan.used[2]
+        assert sorted(set(wide.flatten().tolist())) == [*range(1, 1 + case.packs * case.pages)]
+
+
+@pytest.mark.slow
+def test_runs_are_checked_timed_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smlm_backward, "ROWS", 40)
+    monkeypatch.setattr(smlm_backward, "POOL_BYTES", 4_000)
+    monkeypatch.setattr("benchmarks.kernels.smlm_chain.CHAIN_MS", 0.02)
+    records = smlm_runs.runs_records([smlm_runs.RunsCase("tiny", 4, 32, (48,), 16)])
+    kinds = ("runs", "packs", "pack")
+    assert [r["metric"] for r in records] == [f"bwd_{kind}_{us}" for us in ("us", "cold_us") for kind in kinds]

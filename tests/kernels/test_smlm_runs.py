@@ -47,7 +47,7 @@ SEGMENTS: dict[str, Segments] = {
 
 def case_of(segments: Segments, dtype: Any = np.float32) -> Case:
     """The shapes of all cases: one compilation."""
-    sizes = {"max_pages": 4, "num_tiles": 24, "num_wide": 20, "num_pages": 12}
+    sizes = {"max_pages": 4, "num_tiles": 24, "num_wide": 30, "num_pages": 12}
     case = make_case(segments, ROWS, SIZE, OUTS, dtype=dtype, **sizes)
     case.A.reshape(-1, len(OUTS), 16, SIZE)[1, :, 1:], case.B[1, 1:] = 0, 0
     return case
@@ -144,14 +144,14 @@ listed = quick_jit(runs_of)
 @settings(deadline=None)
 @given(segments=plans())
 def test_runs_are_the_longest_stretches_of_rows_of_one_adapter(segments: Segments) -> None:
-    plan = build_plan(segments, ROWS, 24, 4, 20)
+    plan = build_plan(segments, ROWS, 24, 4, 30)
     owners: list[tuple[int, ...]] = [()] * ROWS
     for first, rows, pages in segments:
         owners[first : first + rows] = [pages] * rows
     starts = [t for t in range(ROWS) if owners[t] and (t == 0 or owners[t - 1] != owners[t])]
     ends = [t for t in range(1, ROWS + 1) if owners[t - 1] and (t == ROWS or owners[t] != owners[t - 1])]
     runs, count = jax.tree.map(np.asarray, listed(plan)), len(starts)
-    assert runs.pages.shape == (20, 4)
+    assert runs.pages.shape == (24, 4)
     assert runs.row.tolist()[:count] == starts and (runs.row + runs.length).tolist()[:count] == ends
     assert [tuple(p[p > 0].tolist()) for p in runs.pages[:count]] == [owners[t] for t in starts]
     assert not any(a[count:].any() for a in (runs.row, runs.length, runs.pages))
@@ -271,9 +271,7 @@ def test_xla_gathers_no_page_per_row() -> None:
 
 
 @pytest.mark.parametrize("pages", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_lowers_for_cuda(
-    pages: int, lower_for_cuda: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lowers_for_cuda(pages: int, lower_for_cuda: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Random segments of 1,024 rows, qkv of an 8B model: two launches, dX in place of dx."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     rows, size, outs, dtype = 1024, 4096, (4096, 1024, 1024), jnp.bfloat16
