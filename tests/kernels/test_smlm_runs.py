@@ -1,7 +1,6 @@
 """The backward of SMLM for any plan against the reference's autodiff: every implementation; bits, NaN, refusals."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,15 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.smlm import SmlmPlan, build_plan, num_tiles_bound, num_wide_bound, plan_shapes, smlm_ref
-from pallas_kernels.smlm.pack_tuning import (
-    MAX_SHARED_BYTES,
-    Block,
-    DyConfig,
-    XConfig,
-    default_runs_dy_config,
-    default_x_config,
-)
+from pallas_kernels.smlm import SmlmPlan, build_plan, smlm_ref
+from pallas_kernels.smlm.pack_tuning import Block, DyConfig, XConfig
 from pallas_kernels.smlm.run_list import runs_of
 from pallas_kernels.smlm.runs import backward_runs
 from pallas_kernels.smlm.runs_triton import backward_dy_triton, backward_x_triton
@@ -268,35 +260,6 @@ def test_xla_gathers_no_page_per_row() -> None:
     assert not re.search(rf"tensor<{ROWS}x(\d+x)+({SIZE}|{sum(OUTS)})xf32>", text)
     ref = jax.jit(lambda *a: smlm_ref(*a, OUTS)).lower(case.x, case.A, case.B, case.plan).as_text()
     assert re.search(rf"tensor<{ROWS}x(\d+x)+({SIZE}|{sum(OUTS)})xf32>", ref)
-
-
-@pytest.mark.parametrize("pages", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_lowers_for_cuda(pages: int, lower_for_cuda: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random segments of 1,024 rows, qkv of an 8B model: two launches, dX in place of dx."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    rows, size, outs, dtype = 1024, 4096, (4096, 1024, 1024), jnp.bfloat16
-    plan = plan_shapes(rows, num_tiles_bound([rows], [32]), pages, num_wide_bound([rows], [32]))
-    shapes = [(rows, 3, pages, 16), (rows, size), (65, 48, size), (65, 16, sum(outs)), (rows, sum(outs)), (rows, size)]
-    S, x, A, B, dy, dx = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-
-    def f(S: Any, x: Any, A: Any, B: Any, plan: Any, dy: Any, dx: Any) -> Any:
-        return backward_runs(S, x, A, B, plan, dy, out_features=outs, dx=dx)
-
-    text = lower_for_cuda(f, S, x, A, B, plan, dy, dx, donate_argnums=6)
-    assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2
-    assert text.count("output_operand_aliases") == 1
-
-
-@pytest.mark.parametrize("pages", [1, 4, 8])
-@pytest.mark.parametrize("outs", [(4096,), (4096, 1024, 1024), (14336, 14336)])
-def test_default_blocks_fit_the_device(outs: tuple[int, ...], pages: int) -> None:
-    ranks = pages * 16
-    for dtype in (jnp.bfloat16, jnp.float32):
-        config = default_runs_dy_config(outs, pages, dtype)
-        assert config.shared_bytes(ranks, dtype) <= MAX_SHARED_BYTES
-        assert config.dS.rows <= 64
-        stacked = ranks * len(outs)
-        assert default_x_config(stacked, dtype).shared_bytes(stacked, dtype) <= MAX_SHARED_BYTES
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
