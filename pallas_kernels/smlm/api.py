@@ -14,7 +14,7 @@ from pallas_kernels.smlm.backward import smlm_bwd
 from pallas_kernels.smlm.checks import check_arrays, check_plan
 from pallas_kernels.smlm.forward import forward
 from pallas_kernels.smlm.plan import SmlmPlan
-from pallas_kernels.smlm.ref import smlm_ref
+from pallas_kernels.smlm.runs import backward_runs
 
 
 def smlm(
@@ -101,8 +101,7 @@ def _backward_rule(out_features: tuple[int, ...], implementation: str, kept: Any
     if plan.train_rows == x.shape[0]:
         (dx, *deltas), pages = smlm_bwd(S, x, A, B, plan, dout, **options), plan.pack_pages
     else:
-        _, transpose = jax.vjp(lambda x, A, B: smlm_ref(x, A, B, plan, out_features), x, A, B)
-        return *transpose(dout.astype(jnp.float32)), dy, None
+        dx, *deltas, pages = backward_runs(S, x, A, B, plan, dout, **options)
     pools = [jnp.zeros(a.shape, jnp.float32) for a in (A, B)]
     added = scatter_add_pages(pools, pages, deltas, implementation=implementation)
     dA, dB = (pool.at[0].set(0).astype(a.dtype) for pool, a in zip(added, (A, B), strict=True))

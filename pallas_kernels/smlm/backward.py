@@ -12,9 +12,9 @@ from pallas_kernels.common.activation import KERNEL_ACTIVATIONS, check_activatio
 from pallas_kernels.common.checks import check_dtype, check_shapes
 from pallas_kernels.common.implementation import choose
 from pallas_kernels.smlm.checks import check_backward
-from pallas_kernels.smlm.pack_glu import backward_glu
-from pallas_kernels.smlm.pack_triton import backward_dy, backward_x
-from pallas_kernels.smlm.pack_xla import backward_dy_xla, backward_x_xla, expand_packs
+from pallas_kernels.smlm.pack_glu import pack_glu_triton
+from pallas_kernels.smlm.pack_triton import pack_dy_triton, pack_x_triton
+from pallas_kernels.smlm.pack_xla import expand_packs, pack_dy_xla, pack_x_xla
 from pallas_kernels.smlm.plan import SmlmPlan
 
 Glu = tuple[str, Float[Array, "K FF"]]  # activation, gate and up side by side
@@ -64,7 +64,7 @@ def smlm_bwd(
     check_backward(S, like, A, B, plan, dy, out_features)
     a, b = (_pages_of_packs(pool, plan.pack_pages) for pool in (A, B))
     by_pack = partial(_by_pack, plan)
-    dy_half = backward_dy if choice == "triton" else backward_dy_xla
+    dy_half = pack_dy_triton if choice == "triton" else pack_dy_xla
     dS, dB = dy_half(b, by_pack(S)[:, :, :, : b.shape[1]], by_pack(dy), out_features)
     if callable(dx):
         # The adapter first: the base's product would throw dy out of the cache.
@@ -76,7 +76,7 @@ def smlm_bwd(
     if glu is not None:
         d, dA = _x_half_of_glu(glu, a, dS, dx, plan, choice)
         return d, dA, dB
-    x_half = backward_x if choice == "triton" else backward_x_xla
+    x_half = pack_x_triton if choice == "triton" else pack_x_xla
     dX, dA = x_half(by_pack(x), a, dS, None if dx is None else by_pack(dx))
     return dX.reshape(x.shape), dA, dB
 
@@ -125,9 +125,9 @@ def _x_half_of_glu(
     by_pack = partial(_by_pack, plan)
     if implementation == "triton" and activation in KERNEL_ACTIVATIONS:
         dx = jnp.zeros((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype) if dx is None else dx
-        d, dA = backward_glu(by_pack(gate_up), A, dS, by_pack(dx), activation)
+        d, dA = pack_glu_triton(by_pack(gate_up), A, dS, by_pack(dx), activation)
         return d.reshape(gate_up.shape), dA
-    x_half = backward_x if implementation == "triton" else backward_x_xla
+    x_half = pack_x_triton if implementation == "triton" else pack_x_xla
     x, transpose = jax.vjp(partial(gated, activation), gate_up)
     dX, dA = x_half(by_pack(x), A, dS, None if dx is None else by_pack(dx))
     return transpose(dX.reshape(x.shape))[0], dA

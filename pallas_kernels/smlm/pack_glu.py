@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.smlm.pack_kernels import Cut, Side, glu
+from pallas_kernels.common.implementation import interpreted
+from pallas_kernels.smlm.pack_kernels import through_glu
+from pallas_kernels.smlm.pack_sides import Cut, Side
 from pallas_kernels.smlm.pack_triton import Work, check_elements, launch, rows_of
 from pallas_kernels.smlm.pack_tuning import GluConfig, default_glu_config
 from pallas_kernels.smlm.plan import RANK_PAGE
@@ -21,7 +23,7 @@ F32 = jnp.float32
 
 # Jitted so that the layers of a model trace and lower the kernels once a shape.
 @functools.partial(jax.jit, static_argnames=("activation", "config", "interpret"))
-def backward_glu(
+def pack_glu_triton(
     gate_up: Float[Array, "G L FF"],
     A: Float[Array, "G MP R F"],
     dS: Float[Array, "G L MP R"],
@@ -36,7 +38,7 @@ def backward_glu(
     Args:
         gate_up: gate and up side by side.
         A: Pages of the projection's adapter, float32 for gradients that are never rounded; absent ones are zero.
-        dS: Of `backward_dy`, in gate_up's dtype.
+        dS: Of `pack_dy_triton`, in gate_up's dtype.
         dact: Gradient of act through the base projection, gate_up's dtype.
         activation: A key of `common.activation.KERNEL_ACTIVATIONS`.
         config: How the launch is cut; by default chosen from the shapes.
@@ -51,7 +53,7 @@ def backward_glu(
     packs, rows, size = dact.shape
     dtype, side = gate_up.dtype, Side(packs, rows, (size,), A.shape[1] * RANK_PAGE)
     check_elements(gate_up=gate_up)
-    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    interpret = interpreted(interpret)
     config = config or default_glu_config(rows, side.ranks, dtype)
     flat = rows_of(dtype, gate_up=gate_up, A=A, dS=dS.reshape(packs, rows, -1), dact=dact)
     cut = Cut(side, config.block, side.chunks)
@@ -59,7 +61,7 @@ def backward_glu(
         "dA": jax.ShapeDtypeStruct((config.parts, *flat["A"].shape), F32),
         "d": jax.ShapeDtypeStruct(flat["gate_up"].shape, dtype),
     }
-    body, operands = functools.partial(glu, activation, config.parts), ("gate_up", "dact", "dS", "A", "dA", "d")
+    body, operands = functools.partial(through_glu, activation, config.parts), ("gate_up", "dact", "dS", "A", "dA", "d")
     params = plt.CompilerParams(num_warps=config.warps, num_stages=config.stages)
     work = Work(body, cut, cut.strips * config.parts, operands)
     found = launch("pack_backward_glu", [work], flat, outs, params, interpret)

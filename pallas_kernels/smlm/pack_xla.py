@@ -1,6 +1,6 @@
 """LoRA of packs in plain XLA: every pack is of one adapter, so the products are batched.
 
-The delta of a kept S, `expand_packs`, and the backward in two halves: `backward_dy_xla` reads dY, `backward_x_xla` x.
+The delta of a kept S, `expand_packs`, and the backward in two halves: `pack_dy_xla` reads dY, `pack_x_xla` x.
 """
 
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def _by_page(S: Float[Array, "G L n MP R"]) -> Float[Array, "G L MP nR"]:
     return S.swapaxes(2, 3).reshape(*S.shape[:2], S.shape[3], -1)
 
 
-def backward_dy_xla(
+def pack_dy_xla(
     B: Float[Array, "G MP R out"],
     S: Float[Array, "G L n MP R"],
     dy: Float[Array, "G L out"],
@@ -61,7 +61,7 @@ def backward_dy_xla(
     return dS, jnp.where(_blocks(out_features), dB, jnp.zeros((), F32)).sum(axis=2).astype(B.dtype)
 
 
-def backward_x_xla(
+def pack_x_xla(
     x: Float[Array, "G L in"],
     A: Float[Array, "G MP nR in"],
     dS: Float[Array, "G L MP nR"],
@@ -72,7 +72,7 @@ def backward_x_xla(
     Args:
         x: Inputs of the forward; dropout, where there is any, already applied.
         A: Pages of the n stacked targets, float32 likewise; absent pages are zero.
-        dS: Of `backward_dy_xla`.
+        dS: Of `pack_dy_xla`.
         dx: What dX, rounded to x's dtype, is added to.
 
     Returns:

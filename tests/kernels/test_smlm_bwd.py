@@ -29,7 +29,7 @@ Gradients = tuple[jax.Array, jax.Array, jax.Array]
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
     """What was traced is forgotten: a patched constant is no argument of a trace."""
-    kernels = (launches.backward_dy, launches.backward_x, glu_launch.backward_glu)
+    kernels = (launches.pack_dy_triton, launches.pack_x_triton, glu_launch.pack_glu_triton)
     with pytest.MonkeyPatch.context() as patch:
         if jax.default_backend() == "cpu":
             dy = DyConfig(Block(16, 32), Block(32, 32, 64), turns=2)

@@ -9,8 +9,8 @@ import pytest
 
 from pallas_kernels import smlm_bwd
 from pallas_kernels.smlm import pack_plan
-from pallas_kernels.smlm.pack_glu import backward_glu
-from pallas_kernels.smlm.pack_triton import backward_dy, backward_x
+from pallas_kernels.smlm.pack_glu import pack_glu_triton
+from pallas_kernels.smlm.pack_triton import pack_dy_triton, pack_x_triton
 from pallas_kernels.smlm.pack_tuning import MAX_SHARED_BYTES, Block, GluConfig, default_dy_config, default_x_config
 from tests.kernels.pack_cases import Case, ids_of, pool_of, reference, shrink
 from tests.kernels.quick import quick_jit
@@ -45,8 +45,8 @@ def test_lowers_for_cuda(name: str, dtype: jnp.dtype, lower_for_cuda: Callable[.
     ]
 
     def f(x: jax.Array, A: jax.Array, B: jax.Array, S: jax.Array, dy: jax.Array, dx: jax.Array) -> object:
-        dS, dB = backward_dy(B, S, dy, case.outs, interpret=False)
-        return backward_x(x, A, dS, dx, interpret=False), dB
+        dS, dB = pack_dy_triton(B, S, dy, case.outs, interpret=False)
+        return pack_x_triton(x, A, dS, dx, interpret=False), dB
 
     text = lower_for_cuda(f, *shapes, shapes[0], donate_argnums=5)
     assert text.count(KERNEL) == 2
@@ -95,7 +95,7 @@ def test_the_gated_activation_lowers_for_cuda(
         jax.ShapeDtypeStruct((c.packs, c.rows, c.pages, 16), dtype),
         jax.ShapeDtypeStruct((c.packs, c.rows, c.size), dtype),
     ]
-    assert lower_for_cuda(lambda *a: backward_glu(*a, activation, interpret=False), *shapes).count(KERNEL) == 1
+    assert lower_for_cuda(lambda *a: pack_glu_triton(*a, activation, interpret=False), *shapes).count(KERNEL) == 1
 
 
 @pytest.mark.parametrize(("name", "parts"), [("pages", 2), ("all odd", 3)])
@@ -105,7 +105,8 @@ def test_programs_that_share_a_block_of_columns(name: str, parts: int) -> None:
     gate_up, A, _, W, dy = glu_arrays(case)
     dS = jnp.sin(jnp.arange(case.packs * case.rows * case.pages * 16, dtype=jnp.float32))
     dS, dact = dS.reshape(case.packs, case.rows, case.pages, 16), dy @ W.T
-    runs = (quick_jit(lambda *a, n=n: backward_glu(*a, "silu", config=GluConfig(Block(16, 32), n))) for n in (1, parts))
+    configs = [GluConfig(Block(16, 32), n) for n in (1, parts)]
+    runs = (quick_jit(lambda *a, config=config: pack_glu_triton(*a, "silu", config=config)) for config in configs)
     for one, other in zip(*(f(gate_up, A, dS, dact) for f in runs), strict=True):
         assert_close(one, other, "f32")
 
@@ -120,7 +121,7 @@ def test_a_pack_keeps_its_bits_with_the_default_blocks() -> None:
 
     gated = (draw(3, rows, 128), draw(3, 1, 16, 64, dtype=jnp.float32), draw(3, rows, 1, 16), draw(3, rows, 64))
     dy = (draw(3, 1, 16, 8208, dtype=jnp.float32), draw(3, rows, 1, 1, 16), draw(3, rows, 8208))
-    for f, arrays in ((lambda *a: backward_glu(*a, "silu"), gated), (lambda *a: backward_dy(*a, outs), dy)):
+    for f, arrays in ((lambda *a: pack_glu_triton(*a, "silu"), gated), (lambda *a: pack_dy_triton(*a, outs), dy)):
         f = quick_jit(f)
         for alone, beside in zip(f(*(a[:1] for a in arrays)), f(*arrays), strict=True):
             np.testing.assert_array_equal(alone[0], beside[0])
