@@ -74,7 +74,7 @@ def without_lora() -> Iterator[None]:
     with (
         mock.patch.object(forward, "ForwardOps", PlainForwardOps),
         mock.patch.object(backward, "ReplayOps", PlainReplayOps),
-        mock.patch.object(backward, "add_gradients", lambda pools, *_, **__: pools),
+        mock.patch.object(backward, "scatter_add_pages", lambda pools, *_, **__: pools),
     ):
         yield
 
@@ -150,7 +150,7 @@ class Bench:
             def turn(_: Any, carried: Any) -> Any:
                 dx, grads = carried
                 now_pages, now_kept, now_hidden, now_flat = fresh((pages, kept, hidden, flat), dx)
-                dx = start(head, now_hidden, logp, now_flat)
+                dx, _ = start(head, now_hidden, logp, now_flat, {})
                 return slices(layers, now_pages, now_kept, dx, grads, zero, now_flat)
 
             return jax.lax.fori_loop(0, steps, turn, (dx, grads))
