@@ -8,7 +8,6 @@ from loquetier_jax.errors import ConfigError, short
 
 RANK_PAGE = 16  # ranks in one adapter page
 BLOCK = 16  # rows of one prefill block and of one LoRA tile
-FEW_ROWS = 64  # up to which the LoRA kernels of a decode step pay beside the base GEMMs (measured: 32 yes, 128 no)
 PACK_ALIGN = 64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
 
 DEFAULT_GAPS = 4.0  # times tpot_ms: the longest planned gap where itl_p99_ms is not given
@@ -37,8 +36,8 @@ _INTEGERS = {  # field of EngineConfig: (smallest value, what it is a multiple o
 _NULLABLE = ("num_kv_pages", "max_host_adapters")
 _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
-    "smlm": ("xla", "triton", "mosaic", None),
-    "attention": ("xla", "triton", "mosaic", None),
+    "smlm": ("xla", "triton", None),
+    "attention": ("xla", "triton", None),
     "train_attention": ("xla", "cudnn", None),
 }
 
@@ -132,11 +131,6 @@ class Bucket:
     def samples(self) -> int:
         """Rows that a token is sampled for: one per decode row and one per chunk."""
         return self.decode + self.chunks
-
-    @property
-    def few_rows(self) -> bool:
-        """Only decode rows, and few: a step that is bound by the bytes of the weights and by launches."""
-        return self.rows == self.decode <= FEW_ROWS
 
     @property
     def name(self) -> str:
@@ -240,8 +234,8 @@ class EngineConfig:
     slice_layers: int = 0
     buckets: tuple[Bucket, ...] = ()
     slo: SLOConfig = field(default_factory=SLOConfig)
-    smlm: Literal["xla", "triton", "mosaic"] | None = None
-    attention: Literal["xla", "triton", "mosaic"] | None = None
+    smlm: Literal["xla", "triton"] | None = None
+    attention: Literal["xla", "triton"] | None = None
     train_attention: Literal["xla", "cudnn"] | None = None
     compilation_cache_dir: str | None = None
     seed: int = 0

@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.results import record, write
-from loquetier_jax.step.pack_attention import pack_attention
-from pallas_kernels import AttentionPlan
+from pallas_kernels import AttentionPlan, pack_attention
 from pallas_kernels.paged_attention import paged_attention_ref
-from pallas_kernels.paged_attention.triton import AttentionConfig, default_config, paged_attention_triton
+from pallas_kernels.paged_attention.triton import AttentionConfig, attention_config, paged_attention_triton
 from pallas_kernels.paged_attention.xla import paged_attention_xla
 
 BANDWIDTH = 4.33e12  # bytes/s a sum-reduce reads on an H200, as measured
@@ -209,7 +208,7 @@ def tune() -> None:
                 continue  # more shared memory than there is
             found.append((us, config))
         found.sort(key=lambda f: f[0])
-        default = default_config(case.block_rows, case.heads // case.kv_heads, case.head_dim, case.context)
+        default = attention_config(case.block_rows, case.heads // case.kv_heads, case.head_dim, case.context)
         print(name, "default", default)
         for us, config in found[:5]:
             print(f"  {us:.1f} us {config}", flush=True)

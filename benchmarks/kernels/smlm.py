@@ -32,17 +32,29 @@ CONFIG = {
     "bwd_us": "dX, dA, dB, S kept; pages, S, dA and dB of every call its own and cold, x and dY the same arrays",
     "bwd_cold_us": "the same with x and dY rotated too",
     "bwd_xla_us, bwd_torch_us": "plain XLA in the same chain; matmuls, bf16 gradients, CUDA graph",
+    "bwd_runs_us, bwd_packs_us, bwd_pack_us": "random runs, each an adapter; as many equal packs; one pack",
     "bound": "bytes of x, y in and out, A and B over 3.2 TB/s: cold memory",
 }
 
 
-def triton_call(config: SmlmConfig | None = None) -> Callable[..., Any]:
-    return lambda x, A, B, plan, out, y: smlm_triton(x, A, B, plan, out, y, config=config)
+def triton_call(config: SmlmConfig | None = None) -> Callable[..., tuple[Any, Any]]:
+    """(x, A, B, plan, out_features, y) -> y plus the delta, and the plan's counters for the next call."""
+
+    def call(*args: Any) -> tuple[Any, Any]:
+        y, _, counters = smlm_triton(*args, config=config)
+        return y, counters
+
+    return call
+
+
+def xla_call(x: Any, A: Any, B: Any, plan: Any, out_features: tuple[int, ...], y: Any) -> tuple[Any, Any]:
+    """The same in plain XLA, which counts nothing."""
+    return smlm_xla(x, A, B, plan, out_features, y)[0], plan.counters
 
 
 def check(bench: Bench) -> None:
     """Ends the program where the kernels and plain XLA disagree."""
-    error = float(worst_error(*(bench.result(f) for f in (triton_call(), smlm_xla))))
+    error = float(worst_error(*(bench.result(f) for f in (triton_call(), xla_call))))
     if not error < 2**-7:
         raise SystemExit(f"{bench.case.name}: error {error}, expected less than {2**-7}")
 
@@ -59,7 +71,7 @@ def timings(case: Case, bench: Bench, *, ours: bool) -> list[Timing]:
         return found
     found.append(Timing(case.name, "fwd_cold_us", Bench(case, cold=True), call, guess, floor))
     if not ours:
-        found.append(Timing(case.name, "xla_us", Bench(case, max_calls=32), smlm_xla, 2 * guess, repeats=3))
+        found.append(Timing(case.name, "xla_us", Bench(case, max_calls=32), xla_call, 2 * guess, repeats=3))
     return found
 
 
@@ -101,8 +113,9 @@ def main() -> None:
     records = forward_records(options.cases or [*PEERS, *GROUP_CASES, *RANK_MIXES], ours=options.ours)
     if not options.forward:
         from benchmarks.kernels.smlm_backward import backward_records
+        from benchmarks.kernels.smlm_runs import runs_records
 
-        records += backward_records(ours=options.ours)
+        records += backward_records(ours=options.ours) + runs_records()
     print(write("smlm", CONFIG, records, options.results))
 
 

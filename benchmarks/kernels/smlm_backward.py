@@ -22,8 +22,8 @@ from benchmarks.kernels.smlm_chain import GROUPS, POOL_BYTES, READ_WRITE, Chain,
 from benchmarks.kernels.smlm_torch import graph_us
 from benchmarks.results import record
 from pallas_kernels.smlm import RANK_PAGE
-from pallas_kernels.smlm.pack import pack_backward_xla
-from pallas_kernels.smlm.pack_triton import pack_backward_triton
+from pallas_kernels.smlm.pack_triton import pack_dy_triton, pack_x_triton
+from pallas_kernels.smlm.pack_xla import pack_dy_xla, pack_x_xla
 
 F32 = jnp.float32
 ROWS = 1024  # of a pack: the training rows of the peers' `mixed` case
@@ -35,6 +35,22 @@ PEERS = {
     "4096x14336/r16/mixed/n11": 53.0,
     "4096x14336/r64/mixed/n11": 55.0,
 }
+
+
+def packs_triton(
+    x: jax.Array, A: jax.Array, B: jax.Array, S: jax.Array, dy: jax.Array, out_features: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
+    """dX, dA and dB of packs, of their own pages: the two halves of `smlm_bwd`, by kernels."""
+    dS, dB = pack_dy_triton(B, S, dy, out_features)
+    return *pack_x_triton(x, A, dS), dB
+
+
+def packs_xla(
+    x: jax.Array, A: jax.Array, B: jax.Array, S: jax.Array, dy: jax.Array, out_features: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
+    """The same in plain XLA."""
+    dS, dB = pack_dy_xla(B, S, dy, out_features)
+    return *pack_x_xla(x, A, dS), dB
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,11 @@ class Case:
     rank: int
 
     @property
+    def rows(self) -> int:
+        """Rows of a pack."""
+        return ROWS
+
+    @property
     def pages(self) -> int:
         return math.ceil(self.rank / RANK_PAGE)
 
@@ -72,12 +93,12 @@ class Case:
     @property
     def row_bytes(self) -> int:
         """x and dY, bf16."""
-        return 2 * self.packs * ROWS * (self.size + sum(self.outs))
+        return 2 * self.packs * self.rows * (self.size + sum(self.outs))
 
     @property
     def calls(self) -> int:
         """Calls that have touched POOL_BYTES of pages, float32 gradients and S, or MAX_CALLS."""
-        own = 6 * self.weights + 2 * self.packs * ROWS * self.ranks
+        own = 6 * self.weights + 2 * self.packs * self.rows * self.ranks
         return max(2 * self.copies, min(MAX_CALLS, -(-POOL_BYTES // own)))
 
     @property
@@ -88,7 +109,7 @@ class Case:
     @property
     def floor_us(self) -> float:
         """Bytes of x, dY, dX, the pages and their float32 gradients over the measured bandwidth."""
-        return (self.row_bytes + 2 * self.packs * ROWS * self.size + 6 * self.weights) / READ_WRITE * 1e6
+        return (self.row_bytes + 2 * self.packs * self.rows * self.size + 6 * self.weights) / READ_WRITE * 1e6
 
 
 def make_cases() -> list[Case]:
@@ -110,10 +131,10 @@ class Bench(Chain):
         copies, packs, out = case.copies if cold else 1, case.packs, sum(case.outs)
         A = noise(2, self.calls, packs, case.pages, len(case.outs) * RANK_PAGE, case.size, scale=case.size**-0.5)
         B = noise(3, self.calls, packs, case.pages, RANK_PAGE, out, scale=out**-0.5)
-        S = noise(4, self.calls, packs, ROWS, len(case.outs), case.pages, RANK_PAGE)
+        S = noise(4, self.calls, packs, case.rows, len(case.outs), case.pages, RANK_PAGE)
         grads = [(jnp.zeros(a.shape, F32), jnp.zeros(b.shape, F32)) for a, b in zip(A, B, strict=True)]
-        self.state = (noise(0, copies, packs, ROWS, case.size), grads)
-        self.args = (noise(1, copies, packs, ROWS, out), A, B, S)
+        self.state = (noise(0, copies, packs, case.rows, case.size), grads)
+        self.args = (noise(1, copies, packs, case.rows, out), A, B, S)
 
     def turn(self, function: Callable[..., Any], state: Any, *args: Any) -> Any:
         """Each call waits for the call before; the state is x and the gradients."""
@@ -134,7 +155,7 @@ class Bench(Chain):
     def check(self) -> None:
         """Ends the program where the kernels and plain XLA disagree."""
         first = (self.state[0][0], *(arrays[0] for arrays in self.args))
-        functions = (pack_backward_triton, pack_backward_xla)
+        functions = (packs_triton, packs_xla)
         found = [jax.jit(partial(self.call, function))(*first) for function in functions]
         for name, got, want in zip(("dX", "dA", "dB"), *found, strict=True):
             error = float(worst_error(got, want))
@@ -160,10 +181,10 @@ def time_torch(case: Case, *, cold: bool) -> float | None:
     def some(count: int, *shape: int) -> list[Any]:
         return [torch.randn(packs, *shape, **options).squeeze(0) for _ in range(count)]
 
-    xs, dys = some(copies, ROWS, case.size), some(copies, ROWS, case.outs[0])
+    xs, dys = some(copies, case.rows, case.size), some(copies, case.rows, case.outs[0])
     dxs = [torch.empty_like(x) for x in xs]
     As, Bs = some(case.calls, case.ranks, case.size), some(case.calls, case.ranks, case.outs[0])
-    Ss = some(case.calls, ROWS, case.ranks)
+    Ss = some(case.calls, case.rows, case.ranks)
 
     def chain() -> None:
         for i, (A, B, S) in enumerate(zip(As, Bs, Ss, strict=True)):
@@ -183,11 +204,11 @@ def timings(case: Case, *, ours: bool) -> list[Timing]:
     found: list[Timing] = []
     for cold, us in ((False, "us"), (True, "cold_us")):
         guess, more = 1.5 * case.floor_us + 5, extra if cold else extra | peer
-        found.append(Timing(case.name, f"bwd_{us}", Bench(case, cold=cold), pack_backward_triton, guess, more))
+        found.append(Timing(case.name, f"bwd_{us}", Bench(case, cold=cold), packs_triton, guess, more))
         if ours:
             continue
         few = Bench(case, cold=cold, max_calls=32)  # XLA's compile slowly
-        found.append(Timing(case.name, f"bwd_xla_{us}", few, pack_backward_xla, 2 * guess, repeats=3))
+        found.append(Timing(case.name, f"bwd_xla_{us}", few, packs_xla, 2 * guess, repeats=3))
     found[0].bench.check()
     for timing in found:
         timing.compile()

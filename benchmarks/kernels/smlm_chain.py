@@ -8,7 +8,7 @@ some milliseconds. What starting one and waiting for it costs is no part of a fi
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -228,8 +228,9 @@ class Bench(Chain):
         x = noise(0, copies, case.rows, case.size)
         A = noise(2, self.calls, pages, targets * RANK_PAGE, case.size)
         B = noise(3, self.calls, pages, RANK_PAGE, out, scale=case.size**-0.5)
-        self.state = noise(1, copies, case.rows, out)
-        self.args = (x, A, B, jax.tree.map(jnp.asarray, self._build_plan()))
+        plan = jax.tree.map(jnp.asarray, self._build_plan())
+        self.state = (noise(1, copies, case.rows, out), plan.counters)
+        self.args = (x, A, B, plan)
 
     def _build_plan(self) -> SmlmPlan:
         """With no tile to spare."""
@@ -241,18 +242,19 @@ class Bench(Chain):
         tiles, num_wide = (sum(-(-rows // height) for rows in case.runs) for height in (TILE, WIDE))
         return build_plan(segments, case.rows, tiles, max(case.pages), num_wide)
 
-    def turn(self, function: Callable[..., Any], state: Any, *args: Any) -> list[Any]:
-        """Each call adds into the y of the call before; the state is y."""
-        (x, A, B, plan), y = args, list(state)
+    def turn(self, function: Callable[..., Any], state: Any, *args: Any) -> Any:
+        """Each call adds into the y of the call before; the state is y, and the plan's counters."""
+        (x, A, B, plan), (y, counters) = args, state
+        y = list(y)
         for i, (a, b) in enumerate(zip(A, B, strict=True)):
-            copy = i % len(y)
+            copy, plan = i % len(y), replace(plan, counters=counters)
             # Without the barrier XLA hoists what needs no y: it would run all shrinks first.
             one, y = lax.optimization_barrier((x[copy], y))
-            y[copy] = function(one, a, b, plan, self.case.out_features, y[copy])
-        return y
+            y[copy], counters = function(one, a, b, plan, self.case.out_features, y[copy])
+        return y, counters
 
     def result(self, function: Callable[..., Any]) -> jax.Array:
         """y of the first call, to compare implementations."""
         x, A, B, plan = self.args
-        call = jax.jit(lambda *args: function(*args[:4], self.case.out_features, args[4]))
-        return call(x[0], A[0], B[0], plan, self.state[0])
+        call = jax.jit(lambda *args: function(*args[:4], self.case.out_features, args[4])[0])
+        return call(x[0], A[0], B[0], plan, self.state[0][0])

@@ -77,7 +77,7 @@ class Tuner:
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             print("    fail", name, str(error)[:120], flush=True)
             return
-        y = bench.dispatch(executable)[0]
+        y = bench.dispatch(executable)[0][0]
         self.first = y if self.first is None else self.first
         us, same = bench.time_us(executable, self.loops), bool(same_bits(y, self.first))
         print(f"    {us:8.2f} us  same bits {same}  {name}", flush=True)

@@ -74,7 +74,7 @@ def without_lora() -> Iterator[None]:
     with (
         mock.patch.object(forward, "ForwardOps", PlainForwardOps),
         mock.patch.object(backward, "ReplayOps", PlainReplayOps),
-        mock.patch.object(backward, "add_gradients", lambda pools, *_, **__: pools),
+        mock.patch.object(backward, "scatter_add_pages", lambda pools, *_, **__: pools),
     ):
         yield
 

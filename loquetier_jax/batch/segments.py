@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
-from pallas_kernels import AttentionPlan, SmlmPlan, num_wide_bound, plan_shapes
+from pallas_kernels import AttentionPlan, SmlmPlan, plan_shapes
+from pallas_kernels.smlm import num_wide_bound
 
 
 @flax.struct.dataclass

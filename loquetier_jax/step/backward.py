@@ -1,5 +1,7 @@
 """The backward, by replay: train rows only, in slices of layers, gradients of adapters in training only."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,8 @@ from loquetier_jax.step.forward import Kept, Pages, Params
 from loquetier_jax.step.loss import Loss, backward_head, loss_cotangent
 from loquetier_jax.step.loss_batch import LossBatch
 from loquetier_jax.step.replay import ReplayOps
-from pallas_kernels import add_gradients
+from pallas_kernels import scatter_add_pages
+from pallas_kernels.smlm import pack_plan
 
 
 def backward_start(
@@ -78,24 +81,18 @@ def backward_slice(
     """
     train = unravel(template, flat)
     rope = rope_tables(spec, train.rows.positions)
-    ids, pool_ids = train.pages[:, :pack_pages], train.grad_pages[:, :pack_pages]
+    plan, pool_ids = pack_plan(train.pages[:, :pack_pages], tokens), train.grad_pages[:, :pack_pages]
     out = []
     for i in reversed(range(len(layers))):
-        lora = jax.tree.map(lambda a: a[ids].astype(jnp.float32), pages[i])  # so that their gradients are f32
-        ops = (window_layer + i, first + i, layers[i])
+        # Dead code: only their cotangents are read.
+        taps = jax.tree.map(lambda a: jnp.zeros((*pool_ids.shape, *a.shape[1:]), jnp.float32), pages[i])
+        ops = (window_layer + i, first + i, layers[i], pages[i], plan)
 
-        def replay(
-            x: jax.Array, lora: dict[str, tuple[jax.Array, jax.Array]], ops=ops, kept=kept[i]
-        ) -> jax.Array:
-            window, index, w = ops
-            return layer(
-                spec,
-                w,
-                x,
-                rope,
-                ReplayOps(spec, cfg, tokens, window, index, w, lora, kept, train, use_dropout),
-            )
+        def replay(x: jax.Array, taps: Any, ops=ops, kept=kept[i]) -> jax.Array:
+            window, index, w, *lora = ops
+            replaying = ReplayOps(spec, cfg, tokens, window, index, w, *lora, taps, kept, train, use_dropout)
+            return layer(spec, w, x, rope, replaying)
 
-        dx, delta = jax.vjp(replay, kept[i]["x"], lora)[1](dx)
-        out.append(add_gradients(grads[i], pool_ids, delta, implementation=cfg.smlm))
+        dx, delta = jax.vjp(replay, kept[i]["x"], taps)[1](dx)
+        out.append(scatter_add_pages(grads[i], pool_ids, delta, implementation=cfg.smlm))
     return dx, out[::-1]

@@ -11,7 +11,7 @@ from loquetier_jax.config import PACK_ALIGN, Bucket, EngineConfig
 from loquetier_jax.models.decoder import embed, final_norm, layer, logits, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.loss import score_rows
-from loquetier_jax.step.ops import ForwardOps
+from loquetier_jax.step.ops import ForwardOps, lora_plan
 from loquetier_jax.step.sample import SlotState, sample
 
 Params = dict[str, Any]
@@ -64,10 +64,10 @@ def run_layers(
     first: int = 0,
 ) -> tuple[jax.Array, Cache, Kept]:
     """Layers first, first + 1, ... over the rows x [T, D]; `params["layers"]`, `pages` and `kv` hold just those."""
-    kept, written = [], []
+    kept, written, plan = [], [], lora_plan(batch, bucket)
     for i, (w, pg) in enumerate(zip(params["layers"], pages, strict=True)):
-        ops = ForwardOps(spec, cfg, bucket, first + i, w, pg, kv[i] if kv else None, batch, use_dropout)
-        y = layer(spec, w, x, rope, ops)
+        ops = ForwardOps(spec, cfg, bucket, first + i, w, pg, kv[i] if kv else None, batch, plan, use_dropout)
+        y, plan = layer(spec, w, x, rope, ops), ops.plan
         if bucket.packs:
             kept.append(dict(ops.kept, x=x[: bucket.train_rows]))
         written.append(ops.kv)

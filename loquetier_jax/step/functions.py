@@ -21,6 +21,7 @@ from loquetier_jax.step.ops import shrunk
 from loquetier_jax.step.sample import admit_slot
 from loquetier_jax.step.state import DeviceState, head_params
 from pallas_kernels.common import cpu_bits
+from pallas_kernels.smlm import FEW_ROWS
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,11 @@ log = logging.getLogger(__name__)
 def compiler_options(bucket: Bucket) -> dict[str, str]:
     """XLA options of a bucket's forward: on a CPU those that keep a row's bits (see `cpu_bits`).
 
-    On a GPU, with few decode rows, independent kernels run at one time: the LoRA kernels (`smlm_delta`) hide behind
+    On a GPU, with few decode rows, independent kernels run at one time: those of the LoRA delta hide behind
     the base GEMMs, the writes of the cache behind each other. Temporaries then share no memory: nothing at decode, but
     twice as much (0.5 GB more) in a mixed step or a backward.
     """
-    if bucket.few_rows and jax.default_backend() == "gpu":
+    if bucket.rows == bucket.decode <= FEW_ROWS and jax.default_backend() == "gpu":
         return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
     return cpu_bits.compiler_options()
 

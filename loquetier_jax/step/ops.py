@@ -4,18 +4,17 @@
 `ops` object: `ForwardOps` here, or `replay.ReplayOps` in the backward.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 
 from loquetier_jax.batch.segments import PackRows, SegmentBatch
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
-from loquetier_jax.models.decoder import base_linear, gated
+from loquetier_jax.models.decoder import base_linear
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
-from loquetier_jax.step.pack_attention import pack_attention
-from pallas_kernels import add_delta, delta_beside, gate_fused, paged_attention, smlm, smlm_delta, smlm_gated
+from pallas_kernels import SmlmPlan, pack_attention, paged_attention, smlm_fwd, smlm_glu
 
 
 def attend_packs(
@@ -51,6 +50,13 @@ def shrunk(group: str) -> str:
     return f"{group}.S"
 
 
+def lora_plan(batch: SegmentBatch, bucket: Bucket) -> SmlmPlan:
+    """The plan of a step's LoRA, with the packs whose S is kept."""
+    if batch.train is None:
+        return batch.lora
+    return replace(batch.lora, pack_pages=batch.train.pages, pack_rows=bucket.pack_tokens)
+
+
 @dataclass
 class ForwardOps:
     """Computes one layer's operations for all rows of a batch.
@@ -58,6 +64,7 @@ class ForwardOps:
     Attributes:
         weights, pages: The layer's base weights and adapter pages.
         kv: The layer's (k_pages, v_pages); replaced by the written cache.
+        plan: `lora_plan` of the batch; replaced by the one for the next layer.
         kept: Filled with the train rows of every named result in `cfg.keep`, and with every group's S.
         use_dropout: Whether train rows have LoRA dropout in this compile.
     """
@@ -70,6 +77,7 @@ class ForwardOps:
     pages: dict[str, tuple[jax.Array, jax.Array]]
     kv: tuple[jax.Array, jax.Array] | None
     batch: SegmentBatch
+    plan: SmlmPlan
     use_dropout: bool = False
     kept: dict[str, jax.Array] = field(default_factory=dict)
 
@@ -77,6 +85,10 @@ class ForwardOps:
         if name in self.cfg.keep and self.bucket.packs:
             self.kept[name] = y[: self.bucket.train_rows]
         return y
+
+    def keep_S(self, group: str, S: jax.Array | None) -> None:
+        if S is not None:
+            self.kept[shrunk(group)] = S
 
     def lora_input(self, group: str, h: jax.Array) -> jax.Array:
         """h, in its train rows with their adapters' dropout."""
@@ -90,35 +102,30 @@ class ForwardOps:
     def linear(self, group: str, h: jax.Array) -> jax.Array:
         """Base projection of all rows plus every row's adapter. [T, in] -> [T, out]."""
         y, x = base_linear(self.weights, group, h), self.lora_input(group, h)
-        (lora_A, lora_B), plan, rows = self.pages[group], self.batch.lora, self.bucket.train_rows
-        options = {"out_features": self.spec.group_shapes[group][1], "implementation": self.cfg.smlm}
-        if self.bucket.few_rows and delta_beside(self.cfg.smlm):
-            y = add_delta(y, smlm_delta(x, lora_A, lora_B, plan, **options), plan)
-        elif rows:
-            y, self.kept[shrunk(group)] = smlm(x, lora_A, lora_B, plan, y=y, S_rows=rows, **options)
-        else:
-            y = smlm(x, lora_A, lora_B, plan, y=y, **options)
+        outs = self.spec.group_shapes[group][1]
+        y, S, self.plan = smlm_fwd(
+            x, *self.pages[group], self.plan, out_features=outs, y=y, implementation=self.cfg.smlm
+        )
+        self.keep_S(group, S)
         return self.keep(group, y)
 
     def mlp(self, h: jax.Array) -> jax.Array:
         """The gated MLP of all rows, each with its adapter. [T, D] -> [T, D]."""
-        if self.bucket.few_rows or not gate_fused(self.spec.hidden_act, self.cfg.smlm):
-            return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))
-        group, rows = "gate_up_proj", self.bucket.train_rows
-        found = smlm_gated(
-            self.lora_input(group, h),
+        group = "gate_up_proj"
+        y, x = base_linear(self.weights, group, h), self.lora_input(group, h)
+        out, gate_up, S, self.plan = smlm_glu(
+            x,
             *self.pages[group],
-            self.batch.lora,
-            y=base_linear(self.weights, group, h),
+            self.plan,
+            y=y,
             activation=self.spec.hidden_act,
-            keep_rows=rows,
-            keep_y=group in self.cfg.keep,
+            keep=group in self.cfg.keep,
+            implementation=self.cfg.smlm,
         )
-        if rows:
-            self.kept[shrunk(group)] = found.S
-        if found.kept is not None:
-            self.kept[group] = found.kept
-        return self.linear("down_proj", found.out)
+        self.keep_S(group, S)
+        if gate_up is not None:
+            self.kept[group] = gate_up
+        return self.linear("down_proj", out)
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Packs attend among themselves; prefill and decode rows write the cache, then read it. -> [T, N * H]."""

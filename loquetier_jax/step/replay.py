@@ -7,6 +7,7 @@ kept and sees no inference row.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from loquetier_jax.models.decoder import base_linear, gated
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from loquetier_jax.step.ops import attend_packs, shrunk
-from pallas_kernels import gate_fused, pack_backward_dy, pack_backward_x, pack_expand, pack_glu_backward
+from pallas_kernels import SmlmPlan, smlm_bwd
+from pallas_kernels.smlm import smlm_expand
 
+Pair = tuple[jax.Array, jax.Array]  # of A and of B
 Gradients = tuple[jax.Array, jax.Array, jax.Array]  # of a projection's input, of A and of B
 
 
@@ -41,7 +44,10 @@ class ReplayOps:
     """The same operations for train rows only, under `jax.vjp`.
 
     Attributes:
-        lora: {group: (A [G, MP, n*16, in], B [G, MP, 16, out])} of the packs: what is differentiated beside x.
+        pages: {group: (A, B)}: the layer's adapter pages, which the packs' are read from.
+        plan: `pack_plan` of the packs.
+        taps: {group: (A [G, MP, n*16, in], B [G, MP, 16, out])}, float32: what is differentiated beside x, in the place
+            of the packs' own pages. No value depends on them; their cotangents are the gradients of every pack.
         kept: What the forward kept; a name that is missing is recomputed, but for every group's S.
         window_layer: Index whose attention window this layer has (static).
         layer: Index of the layer, traced: only dropout needs it.
@@ -53,20 +59,22 @@ class ReplayOps:
     window_layer: int
     layer: jax.Array
     weights: dict[str, jax.Array]
-    lora: dict[str, tuple[jax.Array, jax.Array]]
+    pages: dict[str, Pair]
+    plan: SmlmPlan
+    taps: dict[str, Pair]
     kept: dict[str, jax.Array]
     train: TrainRows
     use_dropout: bool = False
 
     def linear(self, group: str, h: jax.Array) -> jax.Array:
         value, transpose = (functools.partial(f, group) for f in (self._project, self._project_transpose))
-        return with_transpose(value, transpose, h, *self.lora[group])
+        return with_transpose(value, transpose, h, *self.taps[group])
 
     def mlp(self, h: jax.Array) -> jax.Array:
         gate_up = self.linear("gate_up_proj", h)
-        if self.use_dropout or not gate_fused(self.spec.hidden_act, self.cfg.smlm):
+        if self.use_dropout:  # it lies between the activation and the adapter
             return self.linear("down_proj", gated(self.spec, gate_up))
-        return with_transpose(self._down, self._down_transpose, gate_up, *self.lora["down_proj"])
+        return with_transpose(self._down, self._down_transpose, gate_up, *self.taps["down_proj"])
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         attend = functools.partial(attend_packs, self.spec, self.cfg, self.window_layer, self.train.rows, self.tokens)
@@ -77,12 +85,6 @@ class ReplayOps:
             lambda *_: self.kept["attention"], lambda dy, *args: jax.vjp(attend, *args)[1](dy), q, k, v
         )
 
-    def _packs(self, rows: jax.Array) -> jax.Array:
-        return rows.reshape(-1, self.tokens, *rows.shape[1:])
-
-    def _outs(self, group: str) -> tuple[int, ...]:
-        return self.spec.group_shapes[group][1]
-
     def _drop(self, group: str, h: jax.Array) -> jax.Array:
         """The adapter's input."""
         if not self.use_dropout:
@@ -90,46 +92,43 @@ class ReplayOps:
         rates = jnp.repeat(self.train.drop_rates, self.tokens)
         return dropout(h, self.train.drop_keys, rates, self.layer, group)
 
-    def _shrunk(self, group: str, pages: int) -> jax.Array:
-        """The forward's S of as many pages, [G, L, n, MP, 16]."""
-        return self._packs(self.kept[shrunk(group)])[:, :, :, :pages]
-
-    def _project(self, group: str, h: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> jax.Array:
+    def _project(self, group: str, h: jax.Array, *taps: jax.Array) -> jax.Array:
         if group in self.kept:
             return self.kept[group]
-        y, S = base_linear(self.weights, group, h), self._shrunk(group, lora_B.shape[1])
-        return y + pack_expand(S, lora_B, self._outs(group)).reshape(y.shape).astype(y.dtype)
+        y, outs = base_linear(self.weights, group, h), self.spec.group_shapes[group][1]
+        return y + smlm_expand(self.kept[shrunk(group)], self.pages[group][1], self.plan, out_features=outs)
 
     def _base_transpose(self, group: str, dy: jax.Array) -> jax.Array:
         h = jnp.zeros((dy.shape[0], self.spec.group_shapes[group][0]), dy.dtype)  # dead code: the product is linear
         return jax.vjp(functools.partial(base_linear, self.weights, group), h)[1](dy)[0]
 
-    def _both_transposes(
-        self, group: str, dy: jax.Array, lora_B: jax.Array
+    def _adapter_transpose(
+        self, group: str, dy: jax.Array, x: jax.Array | None, **options: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The adapter's dS [G, L, MP, n*16] and dB, and the base's gradient of its input."""
-        S = self._shrunk(group, lora_B.shape[1])
-        dS, dB = pack_backward_dy(lora_B, S, self._packs(dy), self._outs(group), implementation=self.cfg.smlm)
-        # The adapter first: the base's product would throw dy out of the cache.
-        dS, dy = jax.lax.optimization_barrier((dS, dy))
-        return dS, dB, self._base_transpose(group, dy)
+        return smlm_bwd(
+            self.kept[shrunk(group)],
+            x,
+            *self.pages[group],
+            self.plan,
+            dy,
+            out_features=self.spec.group_shapes[group][1],
+            implementation=self.cfg.smlm,
+            **options,
+        )
 
-    def _project_transpose(
-        self, group: str, dy: jax.Array, h: jax.Array, lora_A: jax.Array, lora_B: jax.Array
-    ) -> Gradients:
-        dS, dB, dh = self._both_transposes(group, dy, lora_B)
+    def _project_transpose(self, group: str, dy: jax.Array, h: jax.Array, *taps: jax.Array) -> Gradients:
+        base = functools.partial(self._base_transpose, group)
+        if not self.use_dropout:
+            return self._adapter_transpose(group, dy, h, dx=base)
         x, undrop = jax.vjp(functools.partial(self._drop, group), h)
-        given = None if self.use_dropout else self._packs(dh)
-        dx, dA = pack_backward_x(self._packs(x), lora_A, dS, given, implementation=self.cfg.smlm)
-        dx = dx.reshape(h.shape)
-        return dh + undrop(dx)[0] if self.use_dropout else dx, dA, dB
+        dx, dA, dB = self._adapter_transpose(group, dy, x)
+        dx, dy = jax.lax.optimization_barrier((dx, dy))  # the adapter first, while dy is in the cache
+        return base(dy) + undrop(dx)[0], dA, dB
 
-    def _down(self, gate_up: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> jax.Array:
-        return self._project("down_proj", gated(self.spec, gate_up), lora_A, lora_B)
+    def _down(self, gate_up: jax.Array, *taps: jax.Array) -> jax.Array:
+        return self._project("down_proj", gated(self.spec, gate_up), *taps)
 
-    def _down_transpose(
-        self, dy: jax.Array, gate_up: jax.Array, lora_A: jax.Array, lora_B: jax.Array
-    ) -> Gradients:
-        dS, dB, dact = self._both_transposes("down_proj", dy, lora_B)
-        d, dA = pack_glu_backward(self._packs(gate_up), lora_A, dS, self._packs(dact), self.spec.hidden_act)
-        return d.reshape(gate_up.shape), dA, dB
+    def _down_transpose(self, dy: jax.Array, gate_up: jax.Array, *taps: jax.Array) -> Gradients:
+        base = functools.partial(self._base_transpose, "down_proj")
+        glu = (self.spec.hidden_act, gate_up)
+        return self._adapter_transpose("down_proj", dy, None, dx=base, glu=glu)

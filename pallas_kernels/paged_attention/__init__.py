@@ -3,6 +3,5 @@
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.plan import AttentionPlan
 from pallas_kernels.paged_attention.ref import paged_attention_ref
-from pallas_kernels.paged_attention.rows import KEY_ALIGN, attend_rows
 
-__all__ = ["KEY_ALIGN", "AttentionPlan", "attend_rows", "paged_attention", "paged_attention_ref"]
+__all__ = ["AttentionPlan", "paged_attention", "paged_attention_ref"]

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.common.checks import check_dtype, check_rank
+from pallas_kernels.common.implementation import choose
 from pallas_kernels.paged_attention.plan import AttentionPlan
 from pallas_kernels.paged_attention.triton import MAX_HEAD_DIM, paged_attention_triton, supports_triton
 from pallas_kernels.paged_attention.xla import paged_attention_xla
-
-IMPLEMENTATIONS = ("xla", "triton")
 
 
 def paged_attention(
@@ -61,26 +61,18 @@ def paged_attention(
 
 
 def _choose(implementation: str | None, head_dim: int) -> str:
-    if implementation is None:
-        fits = jax.default_backend() == "gpu" and supports_triton(head_dim)
-        return "triton" if fits else "xla"
-    if implementation == "mosaic":
-        raise NotImplementedError(f"implementation: got 'mosaic', expected one of {IMPLEMENTATIONS} or None")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: got {implementation!r}, expected one of {IMPLEMENTATIONS} or None")
-    if implementation == "triton" and not supports_triton(head_dim):
+    choice, able = choose(implementation), supports_triton(head_dim)
+    if choice == "triton" and not able and implementation is not None:
         raise NotImplementedError(
             f"implementation: got 'triton' with head_dim {head_dim}, expected a multiple of 8 from 16 to {MAX_HEAD_DIM}"
         )
-    return implementation
+    return choice if able else "xla"
 
 
 def _check_arrays(q: Any, k_pages: Any, v_pages: Any) -> None:
     for name, array, rank in (("q", q, 3), ("k_pages", k_pages, 4), ("v_pages", v_pages, 4)):
-        if array.ndim != rank:
-            raise ValueError(f"{name}: got shape {array.shape}, expected {rank} dimensions")
-        if array.dtype != q.dtype:
-            raise TypeError(f"{name}: got dtype {array.dtype}, expected q's {q.dtype}")
+        check_rank(name, array, rank)
+        check_dtype(name, array, "q", q.dtype)
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise TypeError(f"q: got dtype {q.dtype}, expected a floating one")
     if k_pages.shape != v_pages.shape:

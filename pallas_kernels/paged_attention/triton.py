@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
+from pallas_kernels.common.blocks import whole
+from pallas_kernels.common.implementation import interpreted
 from pallas_kernels.paged_attention.plan import AttentionPlan
 from pallas_kernels.paged_attention.triton_kernels import Shape, attend_part, merge_parts
 
@@ -38,7 +40,7 @@ class AttentionConfig:
     parts: int = 1
 
 
-def default_config(block_rows: int, group: int, head_dim: int, width: int) -> AttentionConfig:
+def attention_config(block_rows: int, group: int, head_dim: int, width: int) -> AttentionConfig:
     """Cut for a table of `width` keys, from static shapes only (figures: benchmarks/kernels/paged_attention.py)."""
     if block_rows > 1:
         wide = padded_rows(block_rows, group) >= 128 or head_dim > 128
@@ -76,12 +78,12 @@ def paged_attention_triton(
         config: How to cut the work; by default from the shapes.
         interpret: Run as plain XLA operations; by default on the CPU only.
     """
-    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    interpret = interpreted(interpret)
     rows, heads, dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     width = plan.tables.shape[1] * page_size
     group = heads // kv_heads
-    config = config or default_config(block_rows, group, dim, width)
+    config = config or attention_config(block_rows, group, dim, width)
     shape = Shape(
         block_rows=block_rows, group=group, rows=padded_rows(block_rows, group), dim=dim,
         lanes=pl.next_power_of_2(dim), page_size=page_size, keys=config.keys, parts=config.parts,
@@ -104,10 +106,6 @@ def _call(
     config: AttentionConfig, interpret: bool,
 ) -> list[Array]:
     """Launches `body(shape, *refs)`; the kernels address whole arrays."""
-
-    def whole(a: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(a.shape, lambda *_: (0,) * len(a.shape))
-
     return pl.pallas_call(
         functools.partial(body, shape),
         grid=grid,

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.common.attend_rows import KEY_ALIGN, attend_rows
 from pallas_kernels.paged_attention.plan import AttentionPlan
-from pallas_kernels.paged_attention.rows import KEY_ALIGN, attend_rows
 
 GATHER_BYTES = 2 << 20  # keys, values and scores of one chunk: what fits the caches was fastest, and bounds memory
 
@@ -22,7 +22,7 @@ def paged_attention_xla(
     scale: float,
     window: int | None = None,
 ) -> Float[Array, "T N H"]:
-    """Same contract as `paged_attention`. On CPU in float32 a row's bits depend on the row alone (see rows.py)."""
+    """Same contract as `paged_attention`. On CPU in float32 a row keeps its bits (see common/attend_rows.py)."""
     page_size, kv_heads, dim = k_pages.shape[1:]
     tables = _widen(plan.tables, page_size)
     keys = tables.shape[1] * page_size

@@ -1,11 +1,8 @@
 """Segmented multi-LoRA multiplication (SMLM): one op for train, score, prefill and decode rows."""
 
 from pallas_kernels.smlm.api import smlm
-from pallas_kernels.smlm.delta import add_delta, delta_beside, smlm_delta
-from pallas_kernels.smlm.gated import Gated, gate_fused, smlm_gated
-from pallas_kernels.smlm.pack import pack_backward_dy, pack_backward_x, pack_expand
-from pallas_kernels.smlm.pack_glu import pack_glu_backward
-from pallas_kernels.smlm.pack_pool import add_gradients
+from pallas_kernels.smlm.backward import smlm_bwd, smlm_expand
+from pallas_kernels.smlm.forward import smlm_fwd
 from pallas_kernels.smlm.plan import (
     RANK_PAGE,
     TILE,
@@ -14,30 +11,26 @@ from pallas_kernels.smlm.plan import (
     build_plan,
     num_tiles_bound,
     num_wide_bound,
+    pack_plan,
     plan_shapes,
 )
 from pallas_kernels.smlm.ref import smlm_ref
+from pallas_kernels.smlm.tuning import FEW_ROWS
 
 __all__ = [
+    "FEW_ROWS",
     "RANK_PAGE",
     "TILE",
     "WIDE",
-    "Gated",
     "SmlmPlan",
-    "add_delta",
-    "add_gradients",
     "build_plan",
-    "delta_beside",
-    "gate_fused",
     "num_tiles_bound",
     "num_wide_bound",
-    "pack_backward_dy",
-    "pack_backward_x",
-    "pack_expand",
-    "pack_glu_backward",
+    "pack_plan",
     "plan_shapes",
     "smlm",
-    "smlm_delta",
-    "smlm_gated",
+    "smlm_bwd",
+    "smlm_expand",
+    "smlm_fwd",
     "smlm_ref",
 ]

@@ -1,18 +1,20 @@
-"""The public op: validation, choice of implementation, gradients."""
+"""The public op: the delta of every row, differentiable in x, A, B and y."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.smlm.checks import IMPLEMENTATIONS, check_count, check_rank, choose
-from pallas_kernels.smlm.plan import RANK_PAGE, SmlmPlan, plan_shapes
-from pallas_kernels.smlm.ref import smlm_ref
-from pallas_kernels.smlm.triton import smlm_triton
-from pallas_kernels.smlm.xla import smlm_xla
+from pallas_kernels.common.implementation import choose
+from pallas_kernels.page_scatter import scatter_add_pages
+from pallas_kernels.smlm.backward import smlm_bwd
+from pallas_kernels.smlm.checks import check_arrays, check_plan
+from pallas_kernels.smlm.forward import forward
+from pallas_kernels.smlm.plan import SmlmPlan
+from pallas_kernels.smlm.runs import backward_runs
 
 
 def smlm(
@@ -24,16 +26,16 @@ def smlm(
     out_features: tuple[int, ...],
     y: Float[Array, "T out"] | None = None,
     implementation: str | None = None,
-    S_rows: int = 0,
-) -> Float[Array, "T out"] | tuple[Float[Array, "T out"], Float[Array, "K n MP R"]]:
+) -> Float[Array, "T out"]:
     """Segmented multi-LoRA multiplication: the delta of every row under its own adapter, added to y.
 
     delta[t, cols_i] = sum over the row's pages p of (x[t] @ A[p, i*R:(i+1)*R].T) @ B[p, :, cols_i], R = 16,
     with scaling folded into B. Products take operands in the arrays' dtype (S = x A^T is rounded to it) and
     sum in float32, in an order that depends on the input size alone; nothing crosses from tile to tile.
 
-    Differentiable in x, A, B and y, through the reference `smlm_ref`: for research; training has `pack_backward_dy` and
-    `pack_backward_x`.
+    A `jax.custom_vjp` whose rules are `smlm_fwd` and the backward by groups: packs (`smlm_bwd`) where the plan is one
+    of packs, else runs of rows of one adapter. Gradients of A and B are float32 per group, added in the order of the
+    groups (`scatter_add_pages`) and cast to A's dtype. y is not kept for the backward.
 
     Args:
         x: Inputs, bfloat16, float16 or float32.
@@ -44,76 +46,18 @@ def smlm(
         y: What the delta is added to, x's dtype. Under jit the kernels write it in place where XLA may reuse
             it (donate it, or let it be a temporary). None: the delta alone, zero for rows without adapter.
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
-        S_rows: K; if any, S of the first K rows is returned too, which `pack_backward_dy` takes. The call is then not
-            differentiable.
 
     Returns:
-        y plus the delta; rows without adapter are y's, bit for bit. S = x A^T in x's dtype, by target and page, is
-        0 where a row has no such page.
+        y plus the delta; rows without adapter are y's, bit for bit.
 
     Raises:
-        ValueError: shapes disagree or are no multiples of 16, the implementation is unknown, or S_rows is no number
-            of rows that x has.
+        ValueError: shapes disagree or are no multiples of 16, or the implementation is unknown.
         TypeError: dtypes disagree.
-        NotImplementedError: implementation="mosaic".
     """
     out_features = tuple(int(size) for size in out_features)
-    _check_arrays(x, A, B, y, out_features)
-    _check_plan(plan, x.shape[0])
-    check_count("S_rows", S_rows, x.shape[0])
-    implementation = _choose(implementation)
-    if S_rows:
-        function = smlm_triton if implementation == "triton" else smlm_xla
-        return function(x, A, B, SmlmPlan(*map(jnp.asarray, plan)), out_features, y, S_rows=S_rows)
-    return _smlm(x, A, B, y, plan, out_features, implementation)
-
-
-def _choose(implementation: str | None) -> str:
-    if implementation == "mosaic":
-        raise NotImplementedError(f"implementation: got 'mosaic', expected one of {IMPLEMENTATIONS} or None")
-    return choose(implementation)
-
-
-def _check_arrays(x: Any, A: Any, B: Any, y: Any, out_features: tuple[int, ...]) -> None:
-    """Every array has the shape that x and out_features imply, and x's dtype."""
-    for name, array, rank in (("x", x, 2), ("A", A, 3), ("B", B, 3)):
-        check_rank(name, array, rank)
-    if not out_features or any(size < 16 or size % 16 for size in out_features):
-        raise ValueError(f"out_features: got {out_features}, expected positive multiples of 16")
-    if x.shape[1] == 0 or x.shape[1] % 16:
-        raise ValueError(f"x: got {x.shape[1]} input features, expected a positive multiple of 16")
-    out = sum(out_features)
-    expected = {
-        "A": (A, (B.shape[0], len(out_features) * RANK_PAGE, x.shape[1])),
-        "B": (B, (B.shape[0], RANK_PAGE, out)),
-    }
-    if y is not None:
-        expected["y"] = (y, (x.shape[0], out))
-    for name, (array, shape) in expected.items():
-        if array.shape != shape:
-            raise ValueError(
-                f"{name}: got shape {array.shape}, expected {shape} "
-                f"(x is {x.shape}, B {B.shape}, out_features {out_features})"
-            )
-        if array.dtype != x.dtype:
-            raise TypeError(f"{name}: got dtype {array.dtype}, expected x's {x.dtype}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x: got dtype {x.dtype}, expected a floating one")
-
-
-def _check_plan(plan: SmlmPlan, rows: int) -> None:
-    """The plan is for this many rows, and of one piece."""
-    if plan.row_slot.shape != (rows,):
-        raise ValueError(f"plan: got a plan of {plan.row_slot.shape[0]} rows, expected x's {rows}")
-    if plan.tile_pages.ndim != 2:
-        raise ValueError(f"plan.tile_pages: got shape {plan.tile_pages.shape}, expected 2 dimensions")
-    tiles, pages = plan.tile_pages.shape
-    expected = [a.shape for a in plan_shapes(rows, tiles, pages, plan.wide_len.shape[0])]
-    for name, array, shape in zip(SmlmPlan._fields, plan, expected, strict=True):
-        if array.shape != shape:
-            raise ValueError(f"plan.{name}: got shape {array.shape}, expected {shape}")
-        if array.dtype != np.int32:
-            raise TypeError(f"plan.{name}: got dtype {array.dtype}, expected int32")
+    check_arrays(x, A, B, y, out_features)
+    check_plan(plan, x.shape[0])
+    return _smlm(x, A, B, y, plan, out_features, choose(implementation))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -126,11 +70,15 @@ def _smlm(
     out_features: tuple[int, ...],
     implementation: str,
 ) -> Array:
-    function = smlm_triton if implementation == "triton" else smlm_xla
-    return function(x, A, B, SmlmPlan(*map(jnp.asarray, plan)), out_features, y)
+    return forward(x, A, B, _without_packs(plan), out_features, y, implementation, 0)[0]
 
 
-def _forward(
+def _without_packs(plan: SmlmPlan) -> SmlmPlan:
+    """The same rows, none of which train."""
+    return replace(plan, pack_pages=plan.pack_pages[:0], pack_rows=0)
+
+
+def _forward_rule(
     x: Array,
     A: Array,
     B: Array,
@@ -139,16 +87,25 @@ def _forward(
     out_features: tuple[int, ...],
     implementation: str,
 ) -> tuple[Array, Any]:
-    return _smlm(x, A, B, y, plan, out_features, implementation), (x, A, B, y is None, plan)
+    out, S, _ = forward(x, A, B, plan, out_features, y, implementation, x.shape[0])
+    return out, (S, x, A, B, plan, None if y is None else ())
 
 
-def _backward(out_features: tuple[int, ...], implementation: str, kept: Any, dout: Array) -> tuple[Any, ...]:
-    """Gradients of the reference, in float32, cast to the dtypes of x, A and B; y's passes through."""
-    x, A, B, no_y, plan = kept
-    _, transpose = jax.vjp(lambda x, A, B: smlm_ref(x, A, B, plan, out_features), x, A, B)
-    dx, dA, dB = transpose(dout.astype(jnp.float32))
-    dplan = SmlmPlan(*(np.zeros(a.shape, jax.dtypes.float0) for a in plan))
-    return dx, dA, dB, None if no_y else dout, dplan
+def _backward_rule(out_features: tuple[int, ...], implementation: str, kept: Any, dout: Array) -> tuple[Any, ...]:
+    """dX in x's dtype, dA and dB in A's; y's gradient is dout itself."""
+    S, x, A, B, plan, has_y = kept
+    dy = None if has_y is None else dout
+    if S is None:  # no rows
+        return jnp.zeros_like(x), jnp.zeros_like(A), jnp.zeros_like(B), dy, None
+    options = {"out_features": out_features, "implementation": implementation}
+    if plan.train_rows == x.shape[0]:
+        (dx, *deltas), pages = smlm_bwd(S, x, A, B, plan, dout, **options), plan.pack_pages
+    else:
+        dx, *deltas, pages = backward_runs(S, x, A, B, plan, dout, **options)
+    pools = [jnp.zeros(a.shape, jnp.float32) for a in (A, B)]
+    added = scatter_add_pages(pools, pages, deltas, implementation=implementation)
+    dA, dB = (pool.at[0].set(0).astype(a.dtype) for pool, a in zip(added, (A, B), strict=True))
+    return dx, dA, dB, dy, None
 
 
-_smlm.defvjp(_forward, _backward)
+_smlm.defvjp(_forward_rule, _backward_rule)

@@ -17,12 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
+from pallas_kernels.common.blocks import column_block, masked_load, whole
+from pallas_kernels.common.implementation import interpreted
+from pallas_kernels.common.products import F32, product, tree_sum
 from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
-from pallas_kernels.smlm.triton_kernels import product, tree_sum
-from pallas_kernels.smlm.triton_tiles import column_block, whole
 from pallas_kernels.smlm.tuning import num_spans
-
-F32 = jnp.float32
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class DeltaConfig:
     expand_stages: int = 2
 
 
-def default_config(dtype: jnp.dtype) -> DeltaConfig:
+def delta_config(dtype: jnp.dtype) -> DeltaConfig:
     """Tuned on an H200 in a decode step, where the launches share the SMs with the base GEMM."""
     if jnp.dtype(dtype).itemsize > 2:  # float32: no tensor cores, twice the bytes
         return DeltaConfig(block_k=32, block_n=64, shrink_stages=2, expand_stages=1)
@@ -53,7 +52,7 @@ def default_config(dtype: jnp.dtype) -> DeltaConfig:
 
 
 @dataclass(frozen=True)
-class Cut:
+class DeltaSizes:
     """Static sizes of one call: `parts` programs a tile share the `spans` stretches of `span` inputs."""
 
     tiles: int
@@ -67,7 +66,7 @@ class Cut:
     out_features: tuple[int, ...]
 
     @classmethod
-    def of(cls, size: int, tile_pages: Any, out_features: tuple[int, ...], config: DeltaConfig) -> "Cut":
+    def of(cls, size: int, tile_pages: Any, out_features: tuple[int, ...], config: DeltaConfig) -> "DeltaSizes":
         spans = num_spans(size)
         span = 16 * math.ceil(size / spans / 16)
         block_k = min(config.block_k, pl.next_power_of_2(span))
@@ -103,72 +102,62 @@ class Cut:
         return first + jnp.arange(RANK_PAGE, dtype=jnp.int32)[None, :]
 
 
-class Tile:
+class PageTile:
     """Rows [TILE, 1] of a tile, which of them it holds, and its pages."""
 
-    def __init__(self, cut: Cut, number: Array, row_ref: Any, len_ref: Any, pages_ref: Any) -> None:
+    def __init__(self, sizes: DeltaSizes, number: Array, row_ref: Any, len_ref: Any, pages_ref: Any) -> None:
         offset = jnp.arange(TILE, dtype=jnp.int32)[:, None]
         self.rows, self.ok = row_ref[number] + offset, offset < len_ref[number]
-        self._cut, self._number, self._pages = cut, number, pages_ref
+        self._sizes, self._number, self._pages = sizes, number, pages_ref
 
     def fold(self, do: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
         """Folds do(index, page, carry) over the tile's own pages."""
         page = lambda m: self._pages[self._number, m]  # noqa: E731
-        if self._cut.pages == 1:
+        if self._sizes.pages == 1:
             return do(jnp.int32(0), page(0), carry)
-        count = sum((page(m) > 0).astype(jnp.int32) for m in range(self._cut.pages))
+        count = sum((page(m) > 0).astype(jnp.int32) for m in range(self._sizes.pages))
         return lax.fori_loop(0, count, lambda m, carry: do(m, page(m), carry), carry)
 
 
-def _load(ref: Any, index: tuple[Array | int, ...], *masks: Array | None) -> Array:
-    """The elements at `index`; where a mask (None: no mask) is false, zero, and no memory is touched."""
-    masks = [mask for mask in masks if mask is not None]
-    if not masks:
-        return plt.load(ref.at[index])
-    shape = jnp.broadcast_shapes(*(jnp.shape(i) for i in index))
-    mask = functools.reduce(lambda a, b: a & b, [jnp.broadcast_to(mask, shape) for mask in masks])
-    return plt.load(ref.at[index], mask=mask, other=0.0)
-
-
-def shrink(cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, s_ref: Any) -> None:
+def delta_shrink(sizes: DeltaSizes, tile: PageTile, part: Array, x_ref: Any, A_ref: Any, s_ref: Any) -> None:
     """s[part, rows, (target, page, rank)] = sums of x A^T over the part's spans; targets share the loads of x."""
-    spans, rank = cut.spans // cut.parts, jnp.arange(RANK_PAGE, dtype=jnp.int32)[:, None]
+    spans, rank = sizes.spans // sizes.parts, jnp.arange(RANK_PAGE, dtype=jnp.int32)[:, None]
 
     def do(m: Array, page: Array, carry: None) -> None:
         def step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             new = []
             for s in range(spans):
-                start = (part * spans + s) * cut.span
-                k = start + number * cut.block_k + jnp.arange(cut.block_k, dtype=jnp.int32)[None, :]
-                inside = None if cut.whole_spans else k < jnp.minimum(start + cut.span, cut.size)
-                x = _load(x_ref, (tile.rows, k), tile.ok, inside)
-                for i in range(cut.targets):
+                start = (part * spans + s) * sizes.span
+                k = start + number * sizes.block_k + jnp.arange(sizes.block_k, dtype=jnp.int32)[None, :]
+                inside = None if sizes.whole_spans else k < jnp.minimum(start + sizes.span, sizes.size)
+                x = masked_load(x_ref, (tile.rows, k), tile.ok, inside)
+                for i in range(sizes.targets):
                     ranks = i * RANK_PAGE + rank
-                    a = _load(A_ref, (jnp.zeros_like(ranks) + page, ranks, k), inside)
-                    new.append(sums[s * cut.targets + i] + product(x, a, 1))
+                    a = masked_load(A_ref, (jnp.zeros_like(ranks) + page, ranks, k), inside)
+                    new.append(sums[s * sizes.targets + i] + product(x, a, 1))
             return tuple(new)
 
-        zeros = (jnp.zeros((TILE, RANK_PAGE), F32),) * (spans * cut.targets)
-        sums = lax.fori_loop(0, pl.cdiv(cut.span, cut.block_k), step, zeros)
-        for i in range(cut.targets):
-            total, ranks = tree_sum(list(sums[i :: cut.targets])), cut.ranks(i, m)
+        zeros = (jnp.zeros((TILE, RANK_PAGE), F32),) * (spans * sizes.targets)
+        sums = lax.fori_loop(0, pl.cdiv(sizes.span, sizes.block_k), step, zeros)
+        for i in range(sizes.targets):
+            total, ranks = tree_sum(list(sums[i :: sizes.targets])), sizes.ranks(i, m)
             mask = jnp.broadcast_to(tile.ok, (TILE, RANK_PAGE))
             plt.store(s_ref.at[part, tile.rows, ranks], total, mask=mask)
 
     tile.fold(do, None)
 
 
-def expand(cut: Cut, tile: Tile, part: Array, s_ref: Any, B_ref: Any, o_ref: Any) -> None:
+def delta_expand(sizes: DeltaSizes, tile: PageTile, part: Array, s_ref: Any, B_ref: Any, o_ref: Any) -> None:
     """o[rows, block] = S B, with S the ordered sum of the partial sums."""
-    target, columns, inside = cut.block(part)
+    target, columns, inside = sizes.block(part)
     rank = jnp.arange(RANK_PAGE, dtype=jnp.int32)[:, None]
 
     def do(m: Array, page: Array, delta: Array) -> Array:
-        b = _load(B_ref, (jnp.zeros_like(rank) + page, rank, columns), None if cut.whole_blocks else inside)
-        S = tree_sum([_load(s_ref, (p, tile.rows, cut.ranks(target, m)), tile.ok) for p in range(cut.parts)])
+        b = masked_load(B_ref, (jnp.zeros_like(rank) + page, rank, columns), None if sizes.whole_blocks else inside)
+        S = tree_sum([masked_load(s_ref, (p, tile.rows, sizes.ranks(target, m)), tile.ok) for p in range(sizes.parts)])
         return delta + product(S.astype(b.dtype), b, 0)
 
-    delta = tile.fold(do, jnp.zeros((TILE, cut.block_n), F32))
+    delta = tile.fold(do, jnp.zeros((TILE, sizes.block_n), F32))
     plt.store(o_ref.at[tile.rows, columns], delta.astype(o_ref.dtype), mask=tile.ok & inside)
 
 
@@ -192,24 +181,24 @@ def smlm_delta_triton(
         B: Pages, columns of the targets side by side.
         plan: Work list; its tiles of TILE rows are used.
         out_features: Columns of each target.
-        config: Block sizes; by default those of `default_config`.
+        config: Block sizes; by default those of `delta_config`.
         interpret: Run as plain XLA operations; by default on the CPU only.
     """
-    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
-    config = config or default_config(x.dtype)
-    cut = Cut.of(x.shape[1], plan.tile_pages, out_features, config)
+    interpret = interpreted(interpret)
+    config = config or delta_config(x.dtype)
+    sizes = DeltaSizes.of(x.shape[1], plan.tile_pages, out_features, config)
     work = (plan.used, plan.tile_row, plan.tile_len, plan.tile_pages)
-    s = jax.ShapeDtypeStruct((cut.parts, x.shape[0], cut.targets * cut.pages * RANK_PAGE), F32)
+    s = jax.ShapeDtypeStruct((sizes.parts, x.shape[0], sizes.targets * sizes.pages * RANK_PAGE), F32)
     params = plt.CompilerParams(num_warps=config.shrink_warps, num_stages=config.shrink_stages)
-    s = _launch(shrink, cut, cut.parts, (*work, x, A), s, params, interpret)
+    s = _launch(delta_shrink, sizes, sizes.parts, (*work, x, A), s, params, interpret)
     delta = jax.ShapeDtypeStruct((x.shape[0], sum(out_features)), x.dtype)
     params = plt.CompilerParams(num_warps=config.expand_warps, num_stages=config.expand_stages)
-    return _launch(expand, cut, cut.blocks, (*work, s, B), delta, params, interpret)
+    return _launch(delta_expand, sizes, sizes.blocks, (*work, s, B), delta, params, interpret)
 
 
 def _launch(
     body: Callable[..., None],
-    cut: Cut,
+    sizes: DeltaSizes,
     parts: int,
     args: tuple[Array, ...],
     out: jax.ShapeDtypeStruct,
@@ -223,12 +212,12 @@ def _launch(
 
         @pl.when(number < used_ref[0])
         def _() -> None:
-            body(cut, Tile(cut, number, row_ref, len_ref, pages_ref), part, *refs)
+            body(sizes, PageTile(sizes, number, row_ref, len_ref, pages_ref), part, *refs)
 
-    kernel.__name__ = f"smlm_delta_{body.__name__}"  # what a profile shows
+    kernel.__name__ = f"smlm_{body.__name__}"  # what a profile shows
     return pl.pallas_call(
         kernel,
-        grid=(cut.tiles * parts,),
+        grid=(sizes.tiles * parts,),
         in_specs=[whole(a) for a in args],
         out_specs=whole(out),
         out_shape=out,

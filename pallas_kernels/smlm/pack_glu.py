@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.smlm.activation import check_activation
-from pallas_kernels.smlm.checks import check_rank, check_shapes
-from pallas_kernels.smlm.pack_kernels import Cut, Side, glu
+from pallas_kernels.common.implementation import interpreted
+from pallas_kernels.smlm.pack_kernels import through_glu
+from pallas_kernels.smlm.pack_sides import Cut, Side
 from pallas_kernels.smlm.pack_triton import Work, check_elements, launch, rows_of
 from pallas_kernels.smlm.pack_tuning import GluConfig, default_glu_config
 from pallas_kernels.smlm.plan import RANK_PAGE
@@ -23,7 +23,7 @@ F32 = jnp.float32
 
 # Jitted so that the layers of a model trace and lower the kernels once a shape.
 @functools.partial(jax.jit, static_argnames=("activation", "config", "interpret"))
-def pack_glu_backward(
+def pack_glu_triton(
     gate_up: Float[Array, "G L FF"],
     A: Float[Array, "G MP R F"],
     dS: Float[Array, "G L MP R"],
@@ -38,9 +38,9 @@ def pack_glu_backward(
     Args:
         gate_up: gate and up side by side.
         A: Pages of the projection's adapter, float32 for gradients that are never rounded; absent ones are zero.
-        dS: Of `pack_backward_dy`, in gate_up's dtype.
+        dS: Of `pack_dy_triton`, in gate_up's dtype.
         dact: Gradient of act through the base projection, gate_up's dtype.
-        activation: A key of `activation.ACTIVATIONS`.
+        activation: A key of `common.activation.KERNEL_ACTIVATIONS`.
         config: How the launch is cut; by default chosen from the shapes.
         interpret: Run as plain XLA operations; by default on the CPU only.
 
@@ -48,20 +48,12 @@ def pack_glu_backward(
         Gradients of gate_up and A in their own dtypes; sums in float32.
 
     Raises:
-        ValueError: shapes disagree, no kernel has the activation, or an operand has 2^31 elements or more.
+        ValueError: an operand has 2^31 elements or more.
     """
-    check_rank("dact", dact, 3)
-    check_rank("A", A, 4)
     packs, rows, size = dact.shape
-    check_shapes(
-        gate_up=(gate_up, (packs, rows, 2 * size)),
-        A=(A, (packs, A.shape[1], RANK_PAGE, size)),
-        dS=(dS, (packs, rows, A.shape[1], RANK_PAGE)),
-    )
-    check_activation(activation)
     dtype, side = gate_up.dtype, Side(packs, rows, (size,), A.shape[1] * RANK_PAGE)
     check_elements(gate_up=gate_up)
-    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    interpret = interpreted(interpret)
     config = config or default_glu_config(rows, side.ranks, dtype)
     flat = rows_of(dtype, gate_up=gate_up, A=A, dS=dS.reshape(packs, rows, -1), dact=dact)
     cut = Cut(side, config.block, side.chunks)
@@ -69,7 +61,7 @@ def pack_glu_backward(
         "dA": jax.ShapeDtypeStruct((config.parts, *flat["A"].shape), F32),
         "d": jax.ShapeDtypeStruct(flat["gate_up"].shape, dtype),
     }
-    body, operands = functools.partial(glu, activation, config.parts), ("gate_up", "dact", "dS", "A", "dA", "d")
+    body, operands = functools.partial(through_glu, activation, config.parts), ("gate_up", "dact", "dS", "A", "dA", "d")
     params = plt.CompilerParams(num_warps=config.warps, num_stages=config.stages)
     work = Work(body, cut, cut.strips * config.parts, operands)
     found = launch("pack_backward_glu", [work], flat, outs, params, interpret)

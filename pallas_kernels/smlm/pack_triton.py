@@ -17,36 +17,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.smlm.pack_kernels import Cut, Side, expand, gradient, shrink
+from pallas_kernels.common.blocks import whole
+from pallas_kernels.common.implementation import interpreted
+from pallas_kernels.smlm.pack_kernels import dS_share, dX_tile, gradient
+from pallas_kernels.smlm.pack_sides import Cut, Side
 from pallas_kernels.smlm.pack_tuning import DyConfig, XConfig, default_dy_config, default_x_config
 from pallas_kernels.smlm.plan import RANK_PAGE
-from pallas_kernels.smlm.triton_tiles import whole
 
 F32 = jnp.float32
 MAX_ELEMENTS = 2**31  # the kernels address with 32 bits
 
 
-def pack_backward_triton(
-    x: Float[Array, "G L in"],
-    A: Float[Array, "G MP nR in"],
-    B: Float[Array, "G MP R out"],
-    S: Float[Array, "G L n MP R"],
-    dy: Float[Array, "G L out"],
-    out_features: tuple[int, ...],
-    dx: Float[Array, "G L in"] | None = None,
-    *,
-    dy_config: DyConfig | None = None,
-    x_config: XConfig | None = None,
-) -> tuple[Array, Array, Array]:
-    """dX, dA and dB by kernels: `backward_dy`, then `backward_x`."""
-    dS, dB = backward_dy(B, S, dy, out_features, config=dy_config)
-    dX, dA = backward_x(x, A, dS, dx, config=x_config)
-    return dX, dA, dB
-
-
 # Jitted so that the layers of a model trace and lower the kernels once a shape.
 @functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret"))
-def backward_dy(
+def pack_dy_triton(
     B: Float[Array, "G MP R out"],
     S: Float[Array, "G L n MP R"],
     dy: Float[Array, "G L out"],
@@ -55,7 +39,7 @@ def backward_dy(
     config: DyConfig | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "G L MP nR"], Float[Array, "G MP R out"]]:
-    """`pack.pack_backward_dy` by kernels: one launch, and the sum of its shares of dS.
+    """`pack_dy_xla` by kernels: one launch, and the sum of its shares of dS.
 
     Every sum has one order, which depends on the pack's own shape and not on how many there are; nothing crosses packs.
 
@@ -72,7 +56,7 @@ def backward_dy(
     """
     packs, rows, targets, pages, _ = S.shape
     check_elements(dy=dy)
-    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    interpret = interpreted(interpret)
     config = config or default_dy_config(packs, rows, out_features, pages, S.dtype)
     flat = rows_of(S.dtype, B=B, dY=dy, S=S.reshape(packs, rows, -1))
     side = Side(packs, rows, out_features, pages * RANK_PAGE)
@@ -84,15 +68,15 @@ def backward_dy(
     for ranks in side.windows:
         dB, dS = Cut(side, config.dB, ranks), Cut(side, config.dS, ranks)
         works.append(Work(gradient, dB, dB.strips, ("dY", "S", "dB")))
-        works.append(Work(shrink, dS, dS.tiles, ("dY", "B", "shares")))
+        works.append(Work(dS_share, dS, dS.tiles, ("dY", "B", "shares")))
     params = plt.CompilerParams(num_warps=config.warps, num_stages=config.stages)
     found = launch("pack_backward_dy", works, flat, outs, params, interpret, turns=config.turns)
-    dS = _add_shares(found["shares"], side, config.dS.span).astype(S.dtype)
+    dS = add_shares(found["shares"], side, config.dS.span).astype(S.dtype)
     return dS.reshape(packs, rows, pages, targets * RANK_PAGE), found["dB"].reshape(B.shape).astype(B.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def backward_x(
+def pack_x_triton(
     x: Float[Array, "G L in"],
     A: Float[Array, "G MP nR in"],
     dS: Float[Array, "G L MP nR"],
@@ -101,11 +85,11 @@ def backward_x(
     config: XConfig | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "G L in"], Float[Array, "G MP nR in"]]:
-    """`pack.pack_backward_x` by kernels: one launch; dX takes the place of dx, rounded once.
+    """`pack_x_xla` by kernels: one launch; dX takes the place of dx, rounded once.
 
     Args:
         x, A, dS, dx: As there.
-        config, interpret: As for `backward_dy`.
+        config, interpret: As for `pack_dy_triton`.
 
     Returns:
         dX in x's dtype, dA in A's.
@@ -115,7 +99,7 @@ def backward_x(
     """
     packs, rows, size = x.shape
     check_elements(x=x)
-    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    interpret = interpreted(interpret)
     side = Side(packs, rows, (size,), A.shape[1] * A.shape[2])
     config = config or default_x_config(side.ranks, x.dtype)
     given = {} if dx is None else {"dx": dx}
@@ -126,7 +110,7 @@ def backward_x(
         dA = Cut(side, config.dA, ranks)
         works.append(Work(gradient, dA, dA.strips, ("x", "dS", "dA")))
     dX = Cut(side, config.dX, side.chunks)
-    works.append(Work(expand, dX, dX.tiles, ("dS", "A", *given, "dX")))
+    works.append(Work(dX_tile, dX, dX.tiles, ("dS", "A", *given, "dX")))
     params = plt.CompilerParams(num_warps=config.warps, num_stages=config.stages)
     found = launch("pack_backward_x", works, flat, outs, params, interpret, {"dX": "dx"} if given else None)
     return found["dX"].reshape(x.shape), found["dA"].reshape(A.shape).astype(A.dtype)
@@ -157,6 +141,12 @@ class Work:
     programs: int
     operands: tuple[str, ...]
 
+    def run(self, pack: Array, index: Array, refs: dict[str, Any]) -> None:
+        """One program's part of a pack, if the pack has work for it."""
+        place = self.cut.side.place(pack, refs)
+        operands = (refs[name] for name in self.operands)
+        place.when(self.cut.ranks, functools.partial(self.body, self.cut, place, index, *operands))
+
 
 def launch(
     name: str,
@@ -168,7 +158,7 @@ def launch(
     in_place: dict[str, str] | None = None,
     turns: int = 1,
 ) -> dict[str, Array]:
-    """Runs all works in one grid: pack after pack, and in a pack one kind after the other, or by turns.
+    """Runs all works in one grid: pack after pack (or run after run), and in it one kind after the other, or by turns.
 
     Args:
         name: What a profile shows.
@@ -181,9 +171,9 @@ def launch(
         turns: Pieces that each kind of a pack is cut into: kinds take turns, so that they meet in an operand's parts
             before the cache has lost them.
     """
-    used = {operand for work in works for operand in work.operands}
+    used = {operand for work in works for operand in (*work.operands, *work.cut.side.lists())}
     arrays = {key: a for key, a in arrays.items() if key in used}
-    packs, shares = works[0].cut.side.packs, [pl.cdiv(work.programs, turns) for work in works]
+    packs, shares = max(work.cut.side.packs for work in works), [pl.cdiv(work.programs, turns) for work in works]
     alias = {list(arrays).index(given): list(outs).index(out) for out, given in (in_place or {}).items()}
 
     def kernel(*refs: Any) -> None:
@@ -192,8 +182,10 @@ def launch(
         pack, turn = (f(turn, jnp.int32(turns)) for f in (lax.div, lax.rem))
         for work, share in zip(works, shares, strict=True):
             index = turn * share + first
-            run = functools.partial(work.body, work.cut, pack, index, *(named[key] for key in work.operands))
-            pl.when((first >= 0) & (first < share) & (index < work.programs))(run)
+            wanted = (first >= 0) & (first < share) & (index < work.programs)
+            if work.cut.side.packs < packs:
+                wanted &= pack < work.cut.side.packs
+            pl.when(wanted)(functools.partial(work.run, pack, index, named))
             first -= share
 
     kernel.__name__ = name
@@ -211,7 +203,7 @@ def launch(
     return dict(zip(outs, found, strict=True))
 
 
-def _add_shares(h: Float[Array, "parts T RT"], side: Side, span: int) -> Float[Array, "T nRT"]:
+def add_shares(h: Float[Array, "parts T RT"], side: Side, span: int) -> Float[Array, "T nRT"]:
     """dS from the shares of its column blocks: a tree of sums per target, then the targets' ranks page by page."""
     totals, at = [], 0
     for size in side.sizes:

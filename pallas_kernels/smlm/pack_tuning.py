@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from pallas_kernels.smlm.plan import RANK_PAGE
+from pallas_kernels.smlm.plan import RANK_PAGE, WIDE
 
 MAX_SHARED_BYTES = 160 * 1024  # what a block may take on Ampere; Hopper has more
 MAX_RANKS = 128  # ranks that the sums of one program hold
@@ -119,6 +119,16 @@ def default_dy_config(
     while config.stages > 1 and config.shared_bytes(pages * RANK_PAGE, dtype) > MAX_SHARED_BYTES:
         config = replace(config, stages=config.stages - 1)
     return config
+
+
+def default_runs_dy_config(out_features: tuple[int, ...], pages: int, dtype: jnp.dtype) -> DyConfig:
+    """The configuration of a shape class of runs of any length: their dS goes by wide tiles, dB by runs.
+
+    Args:
+        out_features, pages, dtype: As for `default_dy_config`.
+    """
+    config = default_dy_config(1, WIDE, out_features, pages, dtype)
+    return replace(config, dS=replace(config.dS, rows=min(WIDE, config.dS.rows)), turns=1)
 
 
 def default_x_config(ranks: int, dtype: jnp.dtype) -> XConfig:

@@ -1,11 +1,13 @@
 """Which rows belong to which adapter: the work list of one step, built once on the host, for all layers."""
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Array, Int32
 
 TILE = 16  # rows of a tile: the smallest M of a tensor core instruction, and one prefill block
 WIDE = 64  # rows of a wide tile: A and B are read once for four tiles
@@ -15,13 +17,18 @@ Segment = tuple[int, int, tuple[int, ...]]  # first row, rows, adapter pages
 IntArray = np.ndarray | jax.Array
 
 
-class SmlmPlan(NamedTuple):
-    """A step's rows cut into tiles of one adapter each; a pytree of int32 arrays.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SmlmPlan:
+    """A step's rows cut into tiles of one adapter each; a pytree of int32 arrays, numpy or jax.
 
     The same rows are listed twice, in tiles of TILE rows (XLA, and the kernels at decode) and in wide tiles
     of WIDE rows (the kernels when there are many rows). After the wide tiles of adapters come those of the rows
     without one, so that every row of the step is in one wide tile. NT, NW and MP are static; entries beyond `used`
     are 0.
+
+    The leading `train_rows` rows are packs, equally long and back to back, each of one adapter: the rows that
+    `smlm_fwd` keeps S of, and `smlm_bwd` differentiates.
 
     Attributes:
         tile_row: First row of each tile.
@@ -32,7 +39,10 @@ class SmlmPlan(NamedTuple):
         wide_len: Rows of each wide tile, at most WIDE; 0 marks an unused one.
         wide_pages: Adapter pages of each wide tile; none of a tile of rows without adapter.
         used: Number of used tiles, of wide tiles of adapters, and of wide tiles in all.
-        counters: Scratch of the kernels: zero before and after every call, so no two calls may run at one time.
+        counters: Scratch of the kernels: zero before and after every call. A kernel that counts takes the array over
+            and returns it, in the plan for the next call; a caller that goes on with the old plan makes XLA copy it.
+        pack_pages: Adapter pages of each pack, leading entries used, 0 = none; G is 0 where no rows train.
+        pack_rows: L, rows of each pack; static.
     """
 
     tile_row: Int32[IntArray, " NT"]
@@ -44,6 +54,13 @@ class SmlmPlan(NamedTuple):
     wide_pages: Int32[IntArray, "NW MP"]
     used: Int32[IntArray, " 3"]
     counters: Int32[IntArray, " C"]
+    pack_pages: Int32[IntArray, "G GP"]
+    pack_rows: int = field(default=0, metadata={"static": True})
+
+    @property
+    def train_rows(self) -> int:
+        """Leading rows that are differentiated: G * L."""
+        return self.pack_pages.shape[0] * self.pack_rows
 
 
 def num_tiles_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int], height: int = TILE) -> int:
@@ -85,7 +102,7 @@ def num_wide_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int]) -
 
 
 def plan_shapes(num_rows: int, num_tiles: int, max_pages: int, num_wide: int | None = None) -> SmlmPlan:
-    """The plan as jax.ShapeDtypeStruct leaves, to compile ahead of time.
+    """The plan of `build_plan` as jax.ShapeDtypeStruct leaves, to compile ahead of time.
 
     Args:
         num_rows: T, rows of the step.
@@ -96,7 +113,7 @@ def plan_shapes(num_rows: int, num_tiles: int, max_pages: int, num_wide: int | N
     num_wide = num_wide_bound([num_rows], [num_tiles]) if num_wide is None else num_wide
     row, pages, wide, wide_pages = (num_tiles,), (num_tiles, max_pages), (num_wide,), (num_wide, max_pages)
     counters = (max(num_tiles, num_wide),)
-    shapes = SmlmPlan(row, row, pages, (num_rows,), wide, wide, wide_pages, (3,), counters)
+    shapes = (row, row, pages, (num_rows,), wide, wide, wide_pages, (3,), counters, (0, max_pages))
     return SmlmPlan(*(jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes))
 
 
@@ -119,7 +136,7 @@ def build_plan(
         num_wide: NW, capacity in wide tiles; by default one that always suffices. A smaller one saves idle programs.
 
     Returns:
-        The plan, in numpy.
+        The plan, in numpy; no rows train (`dataclasses.replace` it with `pack_pages` and `pack_rows` where some do).
 
     Raises:
         ValueError: a segment leaves [0, num_rows), overlaps another, repeats or misnames a page or has more
@@ -128,7 +145,8 @@ def build_plan(
     for name, value in (("num_rows", num_rows), ("num_tiles", num_tiles), ("max_pages", max_pages)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected >= 1")
-    plan = SmlmPlan(*(np.zeros(s.shape, np.int32) for s in plan_shapes(num_rows, num_tiles, max_pages, num_wide)))
+    shapes = plan_shapes(num_rows, num_tiles, max_pages, num_wide)
+    plan = jax.tree.map(lambda s: np.zeros(s.shape, np.int32), shapes)
     plan.row_slot[:] = -1
     runs = _runs(segments, num_rows, max_pages)
     bare = _gaps(runs, num_rows)
@@ -143,6 +161,48 @@ def build_plan(
     plan.used[1] = sum(-(-rows // WIDE) for _, rows, _ in runs)
     plan.used[2] = _fill(runs + bare, WIDE, plan.wide_row, plan.wide_len, plan.wide_pages, None)
     return plan
+
+
+def pack_plan(pages: Int32[Array, "G MP"], rows: int) -> SmlmPlan:
+    """The plan of packs and nothing else, G of `rows` rows each: for a backward, inside jit.
+
+    What is traced and not used is dead code: `smlm_bwd` reads `pack_pages` alone.
+
+    Args:
+        pages: Adapter pages of each pack, leading entries used, 0 = none.
+        rows: L, static.
+    """
+    pages, packs = jnp.asarray(pages, jnp.int32), pages.shape[0]
+    has = pages[:, :1] > 0
+    offset = jnp.arange(rows, dtype=jnp.int32)[None]
+    tiles = [_pack_tiles(pages, rows, height) for height in (TILE, WIDE)]
+    slot = jnp.arange(packs, dtype=jnp.int32)[:, None] * (TILE * math.ceil(rows / TILE)) + offset
+    (tile_row, tile_len, tile_pages), (wide_row, wide_len, wide_pages) = tiles
+    # A pack without adapter has no tiles of TILE rows, but wide ones.
+    tile_len = jnp.where(tile_pages[:, 0] > 0, tile_len, 0)
+    counts = (tile_row.size, wide_row.size, wide_row.size)
+    return SmlmPlan(
+        tile_row=tile_row,
+        tile_len=tile_len,
+        tile_pages=tile_pages,
+        row_slot=jnp.where(has, slot, -1).reshape(-1),
+        wide_row=wide_row,
+        wide_len=wide_len,
+        wide_pages=wide_pages,
+        used=jnp.asarray(counts, jnp.int32),
+        counters=jnp.zeros(max(counts), jnp.int32),
+        pack_pages=pages,
+        pack_rows=rows,
+    )
+
+
+def _pack_tiles(pages: Array, rows: int, height: int) -> tuple[Array, Array, Array]:
+    """First row, rows and pages of the tiles of packs, pack after pack."""
+    packs, count = pages.shape[0], math.ceil(rows / height)
+    start = height * jnp.arange(count, dtype=jnp.int32)[None]
+    row = jnp.arange(packs, dtype=jnp.int32)[:, None] * rows + start
+    length = jnp.broadcast_to(jnp.minimum(rows - start, height), row.shape)
+    return row.reshape(-1), length.reshape(-1), jnp.repeat(pages, count, axis=0)
 
 
 def _gaps(runs: list[Segment], num_rows: int) -> list[Segment]:

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.common.blocks import whole
+from pallas_kernels.common.implementation import interpreted
 from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
 from pallas_kernels.smlm.ref import row_pages
 from pallas_kernels.smlm.triton_kernels import expand, expand_reduced, shrink, shrink_and_reduce
-from pallas_kernels.smlm.triton_tiles import Cut, Tile, whole
-from pallas_kernels.smlm.tuning import SmlmConfig, default_config
+from pallas_kernels.smlm.triton_tiles import CallSizes, Tile
+from pallas_kernels.smlm.tuning import SmlmConfig, smlm_config
 
 MAX_PROGRAMS = 16384  # beyond it a program takes several pieces of work
 
@@ -38,7 +40,7 @@ def smlm_triton(
     config: SmlmConfig | None = None,
     interpret: bool | None = None,
     S_rows: int = 0,
-) -> Float[Array, "T out"] | tuple[Float[Array, "T out"], Float[Array, "K n MP R"]]:
+) -> tuple[Float[Array, "T out"], Float[Array, "K n MP R"] | None, Int32[Array, " C"]]:
     """y plus the delta, in place where y's buffer may be reused; zeros plus the delta without y.
 
     Args:
@@ -51,11 +53,14 @@ def smlm_triton(
         config: Block sizes; by default chosen from the shapes.
         interpret: Run as plain XLA operations; by default on the CPU only.
         S_rows: K; if any, S = x A^T of the first K rows is returned too, 0 where a row has no such page.
+
+    Returns:
+        The sum, S, and the plan's counters: zero again, for the next call.
     """
     if x.shape[0] == 0:
-        return jnp.zeros((0, sum(out_features)), x.dtype) if y is None else y
-    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
-    config = config or default_config(x.shape[0], x.shape[1], out_features, plan.tile_pages.shape[1], x.dtype)
+        return jnp.zeros((0, sum(out_features)), x.dtype) if y is None else y, None, plan.counters
+    interpret = interpreted(interpret)
+    config = config or smlm_config(x.shape[0], x.shape[1], out_features, plan.tile_pages.shape[1], x.dtype)
     if S_rows:
         config = replace(config, reduce=True)  # S as one array
     if y is None:
@@ -64,10 +69,10 @@ def smlm_triton(
         work = (plan.used, plan.tile_row, plan.tile_len, plan.tile_pages)
     else:
         work = (plan.used, plan.wide_row, plan.wide_len, plan.wide_pages)
-    launch = Launch(Cut.of(x, work[-1], out_features, config, interpret), config, work)
-    S = launch.shrink(x, A, plan.counters)
+    launch = Launch(CallSizes.of(x, work[-1], out_features, config, interpret), config, work)
+    S, counters = launch.shrink(x, A, plan.counters)
     out = launch.expand(S, B, y)
-    return (out, first_rows(S, S_rows, plan, len(out_features))) if S_rows else out
+    return out, first_rows(S, S_rows, plan, len(out_features)) if S_rows else None, counters
 
 
 def first_rows(S: Float[Array, "T nMPR"], rows: int, plan: SmlmPlan, targets: int) -> Float[Array, "K n MP R"]:
@@ -76,30 +81,36 @@ def first_rows(S: Float[Array, "T nMPR"], rows: int, plan: SmlmPlan, targets: in
     return jnp.where(used, S[:rows].reshape(rows, targets, -1, RANK_PAGE), jnp.zeros((), S.dtype))
 
 
+def of_shape(a: Array) -> jax.ShapeDtypeStruct:
+    """What a result that takes an operand over looks like."""
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+
 @dataclass(frozen=True)
 class Launch:
     """The launches of one call."""
 
-    cut: Cut
+    sizes: CallSizes
     config: SmlmConfig
     work: tuple[Array, ...]  # used, and row, length and pages of the tiles
 
-    def shrink(self, x: Array, A: Array, counters: Array) -> Array:
-        """S, or the partial sums h that it is the sum of."""
-        cut, config = self.cut, self.config
+    def shrink(self, x: Array, A: Array, counters: Array) -> tuple[Array, Array]:
+        """S, or the partial sums h that it is the sum of; and the counters, taken over where the kernel counts."""
+        sizes, config = self.sizes, self.config
         params = plt.CompilerParams(num_warps=config.shrink_warps, num_stages=config.shrink_stages)
-        h = jax.ShapeDtypeStruct((cut.parts, x.shape[0], cut.ranks), jnp.float32)
+        h = jax.ShapeDtypeStruct((sizes.parts, x.shape[0], sizes.ranks), jnp.float32)
         if not config.reduce:
-            return self.run("shrink", shrink, cut.parts, (x, A), (h,), {}, params)[0]
-        S = jax.ShapeDtypeStruct((x.shape[0], cut.ranks), x.dtype)
-        return self.run("shrink_and_reduce", shrink_and_reduce, cut.parts, (x, A, counters), (h, S), {}, params)[1]
+            return self.run("shrink", shrink, sizes.parts, (x, A), (h,), {}, params)[0], counters
+        outs = h, jax.ShapeDtypeStruct((x.shape[0], sizes.ranks), x.dtype), of_shape(counters)
+        alias = {len(self.work) + 2: 2}
+        return self.run("shrink_and_reduce", shrink_and_reduce, sizes.parts, (x, A, counters), outs, alias, params)[1:]
 
     def expand(self, S: Array, B: Array, y: Array) -> Array:
         """y + S B in place, S as `shrink` gives it."""
         config, body = self.config, expand_reduced if self.config.reduce else expand
         params = plt.CompilerParams(num_warps=config.expand_warps, num_stages=config.expand_stages)
-        out, alias = jax.ShapeDtypeStruct(y.shape, y.dtype), {len(self.work) + 2: 0}
-        return self.run(body.__name__, body, self.cut.blocks, (S, B, y), (out,), alias, params)[0]
+        alias = {len(self.work) + 2: 0}
+        return self.run(body.__name__, body, self.sizes.blocks, (S, B, y), (of_shape(y),), alias, params)[0]
 
     def run(
         self,
@@ -117,7 +128,7 @@ class Launch:
 
         `name` is what a profile shows; `alias` says which arguments are written in place.
         """
-        programs = min(self.cut.max_tiles * parts, MAX_PROGRAMS)
+        programs = min(self.sizes.max_tiles * parts, MAX_PROGRAMS)
         args = (*self.work, *args)
         return pl.pallas_call(
             self._kernel(body, parts, programs, bare),
@@ -127,23 +138,23 @@ class Launch:
             out_shape=outs,
             input_output_aliases=alias,
             compiler_params=params,
-            interpret=self.cut.interpret,
+            interpret=self.sizes.interpret,
             name=f"smlm_{name}",
         )(*args)
 
     def _kernel(self, body: Callable[..., None], parts: int, programs: int, bare: bool) -> Callable[..., None]:
-        cut, early = self.cut, self.config.early and not self.cut.interpret
-        wide = cut.rows != TILE  # only the wide tiles include bare ones
+        sizes, early = self.sizes, self.config.early and not self.sizes.interpret
+        wide = sizes.rows != TILE  # only the wide tiles include bare ones
 
         def kernel(used_ref: Any, row_ref: Any, len_ref: Any, pages_ref: Any, *refs: Any) -> None:
             def piece(work: Array) -> None:
                 number, part = lax.div(work, jnp.int32(parts)), lax.rem(work, jnp.int32(parts))
-                tile = Tile.load(cut, number, row_ref, len_ref, pages_ref)
+                tile = Tile.load(sizes, number, row_ref, len_ref, pages_ref)
                 wanted = (tile.length > 0) & (tile.pages[0] > 0) if wide and not bare else tile.length > 0
-                pl.when(wanted)(lambda: body(cut, tile, part, *refs))
+                pl.when(wanted)(lambda: body(sizes, tile, part, *refs))
 
             first = _release_next(pl.program_id(0)) if early else pl.program_id(0)
-            if programs == cut.max_tiles * parts:
+            if programs == sizes.max_tiles * parts:
                 # An unused tile has length 0; asking `used` first would put one more memory latency before the work.
                 piece(first)
                 return

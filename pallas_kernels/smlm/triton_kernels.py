@@ -13,35 +13,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
+from pallas_kernels.common.products import F32, add, product, tree_sum
 from pallas_kernels.smlm.plan import RANK_PAGE
-from pallas_kernels.smlm.triton_tiles import Cut, Group, Tile
-
-F32 = jnp.float32
-
-
-def add(a: Array, b: Array) -> Array:
-    """a + b, and not as the accumulator of the product that b may be: tensor cores would round that sum otherwise.
-
-    Written so that Triton sees no addition; LLVM makes it one.
-    """
-    return a - b * -1.0
-
-
-def tree_sum(parts: list[Array]) -> Array:
-    """Adds neighbours, then neighbours of sums: an aligned part of the list may be summed elsewhere first."""
-    while len(parts) > 1:
-        parts = [add(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
-def product(a: Array, b: Array, contract_b: int, contract_a: int = 1) -> Array:
-    """The matrix product over a's dimension `contract_a` and b's dimension `contract_b`, float32."""
-    precision = lax.Precision.HIGHEST if a.dtype == F32 else None  # else Triton takes TF32
-    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision, preferred_element_type=F32)
+from pallas_kernels.smlm.triton_tiles import CallSizes, Group, Tile
 
 
 def _partial_sums(
-    cut: Cut,
+    sizes: CallSizes,
     tile: Tile,
     group: Group,
     targets: list[Array | int],
@@ -54,14 +32,14 @@ def _partial_sums(
 
     The spans advance side by side: independent chains keep the tensor cores and the loads busy.
     """
-    masked = cut.span % cut.block_k != 0 or cut.span * cut.spans != cut.in_features
+    masked = sizes.span % sizes.block_k != 0 or sizes.span * sizes.spans != sizes.in_features
 
     def step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         new = []
         for s in range(spans):
-            start = (first_span + s) * cut.span
-            k = start + number * cut.block_k + jnp.arange(cut.block_k, dtype=jnp.int32)[None, :]
-            inside = k < jnp.minimum(start + cut.span, cut.in_features) if masked else None
+            start = (first_span + s) * sizes.span
+            k = start + number * sizes.block_k + jnp.arange(sizes.block_k, dtype=jnp.int32)[None, :]
+            inside = k < jnp.minimum(start + sizes.span, sizes.in_features) if masked else None
             x_mask = tile.ok & inside if masked else tile.ok
             x = plt.load(x_ref.at[tile.rows, k], mask=x_mask, other=0.0)
             A_mask = group.used[:, None] & inside if masked else group.used[:, None]
@@ -71,38 +49,38 @@ def _partial_sums(
                 new.append(sums[s * len(targets) + i] + product(x, a, 1))
         return tuple(new)
 
-    zero = jnp.zeros((cut.rows, group.ranks), F32)
-    sums = lax.fori_loop(0, pl.cdiv(cut.span, cut.block_k), step, (zero,) * (spans * len(targets)))
+    zero = jnp.zeros((sizes.rows, group.ranks), F32)
+    sums = lax.fori_loop(0, pl.cdiv(sizes.span, sizes.block_k), step, (zero,) * (spans * len(targets)))
     return [tree_sum(list(sums[i :: len(targets)])) for i in range(len(targets))]
 
 
-def shrink(cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, h_ref: Any) -> None:
+def shrink(sizes: CallSizes, tile: Tile, part: Array, x_ref: Any, A_ref: Any, h_ref: Any) -> None:
     """h[part, rows, (target, rank)] = sums of x A^T over the part's spans; targets share the loads of x."""
-    spans = cut.spans // cut.parts
+    spans = sizes.spans // sizes.parts
 
     def do(group: Group, carry: None) -> None:
-        sums = _partial_sums(cut, tile, group, list(range(cut.targets)), part * spans, spans, x_ref, A_ref)
+        sums = _partial_sums(sizes, tile, group, list(range(sizes.targets)), part * spans, spans, x_ref, A_ref)
         for i, total in enumerate(sums):
-            plt.store(h_ref.at[part, tile.rows, _ranks(cut, group, i)], total, mask=tile.ok & group.used[None, :])
+            plt.store(h_ref.at[part, tile.rows, _ranks(sizes, group, i)], total, mask=tile.ok & group.used[None, :])
 
     tile.for_page_groups(do, None)
 
 
-def _ranks(cut: Cut, group: Group, target: Array | int) -> Array:
+def _ranks(sizes: CallSizes, group: Group, target: Array | int) -> Array:
     """Columns of a target's ranks in h and S."""
-    return (target * (cut.max_pages * RANK_PAGE) + group.slot)[None, :]
+    return (target * (sizes.max_pages * RANK_PAGE) + group.slot)[None, :]
 
 
-def load_S(cut: Cut, tile: Tile, group: Group, target: Array | int, S_ref: Any) -> Array:
+def load_S(sizes: CallSizes, tile: Tile, group: Group, target: Array | int, S_ref: Any) -> Array:
     """S of a target, as `shrink_and_reduce` left it."""
-    at = S_ref.at[tile.rows, _ranks(cut, group, target)]
+    at = S_ref.at[tile.rows, _ranks(sizes, group, target)]
     return plt.load(at, mask=tile.ok & group.used[None, :], other=0.0)
 
 
-def _sum_partials(cut: Cut, tile: Tile, group: Group, target: Array | int, h_ref: Any) -> Array:
+def _sum_partials(sizes: CallSizes, tile: Tile, group: Group, target: Array | int, h_ref: Any) -> Array:
     """S of a target: the partial sums of all parts, in their one order."""
-    mask, ranks = tile.ok & group.used[None, :], _ranks(cut, group, target)
-    parts = [plt.load(h_ref.at[p, tile.rows, ranks], mask=mask, other=0.0) for p in range(cut.parts)]
+    mask, ranks = tile.ok & group.used[None, :], _ranks(sizes, group, target)
+    parts = [plt.load(h_ref.at[p, tile.rows, ranks], mask=mask, other=0.0) for p in range(sizes.parts)]
     if len(parts) == 1:
         return parts[0]
     # The last sum as a reduction of two: were all elementwise, the compiler would convert the layout of every part
@@ -112,42 +90,52 @@ def _sum_partials(cut: Cut, tile: Tile, group: Group, target: Array | int, h_ref
     return jnp.concatenate([left, right], axis=-1).sum(axis=-1)
 
 
-def _finish_shrink(cut: Cut, tile: Tile, h_ref: Any, S_ref: Any) -> None:
+def _finish_shrink(sizes: CallSizes, tile: Tile, h_ref: Any, S_ref: Any) -> None:
     """S of all targets from the partial sums, rounded to the operands' dtype."""
 
     def do(group: Group, carry: None) -> None:
-        for i in range(cut.targets):
-            S = _sum_partials(cut, tile, group, i, h_ref).astype(S_ref.dtype)
-            plt.store(S_ref.at[tile.rows, _ranks(cut, group, i)], S, mask=tile.ok & group.used[None, :])
+        for i in range(sizes.targets):
+            S = _sum_partials(sizes, tile, group, i, h_ref).astype(S_ref.dtype)
+            plt.store(S_ref.at[tile.rows, _ranks(sizes, group, i)], S, mask=tile.ok & group.used[None, :])
 
     tile.for_page_groups(do, None)
 
 
 def shrink_and_reduce(
-    cut: Cut, tile: Tile, part: Array, x_ref: Any, A_ref: Any, counters_ref: Any, h_ref: Any, S_ref: Any
+    sizes: CallSizes,
+    tile: Tile,
+    part: Array,
+    x_ref: Any,
+    A_ref: Any,
+    _: Any,
+    h_ref: Any,
+    S_ref: Any,
+    counters_ref: Any,
 ) -> None:
     """Shrink; the last program of a tile to finish its part adds the parts up and sets the counter back to 0.
+
+    The counters are an operand that the result of the same name takes over.
 
     Who is last varies, what it computes does not. All threads have stored (the barrier) before one of them counts;
     the atomics acquire and release at the scope of the GPU.
     """
-    shrink(cut, tile, part, x_ref, A_ref, h_ref)
-    if not cut.interpret:
+    shrink(sizes, tile, part, x_ref, A_ref, h_ref)
+    if not sizes.interpret:
         plt.debug_barrier()
     before = plt.atomic_add(counters_ref, (tile.number,), jnp.int32(1))
 
-    @pl.when(before == cut.parts - 1)
+    @pl.when(before == sizes.parts - 1)
     def _() -> None:
-        _finish_shrink(cut, tile, h_ref, S_ref)
-        plt.atomic_add(counters_ref, (tile.number,), jnp.int32(-cut.parts))
+        _finish_shrink(sizes, tile, h_ref, S_ref)
+        plt.atomic_add(counters_ref, (tile.number,), jnp.int32(-sizes.parts))
 
 
 class _Block:
     """A block of y under one tile. It is loaded at once, so that the loads are under way while S is computed."""
 
-    def __init__(self, cut: Cut, tile: Tile, part: Array, y_ref: Any) -> None:
-        self.target, self.columns, inside = cut.block(part)
-        self._inside = None if cut.whole_blocks else inside
+    def __init__(self, sizes: CallSizes, tile: Tile, part: Array, y_ref: Any) -> None:
+        self.target, self.columns, inside = sizes.block(part)
+        self._inside = None if sizes.whole_blocks else inside
         self._tile = tile
         self._mask = tile.ok if self._inside is None else tile.ok & self._inside
         self._y = plt.load(y_ref.at[tile.rows, self.columns], mask=self._mask, other=0.0)
@@ -161,24 +149,24 @@ class _Block:
         plt.store(o_ref.at[self._tile.rows, self.columns], y, mask=self._mask)
 
 
-def expand(cut: Cut, tile: Tile, part: Array, h_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any) -> None:
+def expand(sizes: CallSizes, tile: Tile, part: Array, h_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any) -> None:
     """y[rows, block] += S B, with S the ordered sum of the partial sums."""
-    block = _Block(cut, tile, part, y_ref)
+    block = _Block(sizes, tile, part, y_ref)
 
     def do(group: Group, delta: Array) -> Array:
         b = block.load_B(group, B_ref)
-        S = _sum_partials(cut, tile, group, block.target, h_ref)
+        S = _sum_partials(sizes, tile, group, block.target, h_ref)
         return delta + product(S.astype(b.dtype), b, 0)
 
-    block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)
+    block.store(tile.for_page_groups(do, jnp.zeros((sizes.rows, sizes.block_n), F32)), o_ref)
 
 
-def expand_reduced(cut: Cut, tile: Tile, part: Array, S_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any) -> None:
+def expand_reduced(sizes: CallSizes, tile: Tile, part: Array, S_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any) -> None:
     """y[rows, block] += S B."""
-    block = _Block(cut, tile, part, y_ref)
+    block = _Block(sizes, tile, part, y_ref)
 
     def do(group: Group, delta: Array) -> Array:
         b = block.load_B(group, B_ref)
-        return delta + product(load_S(cut, tile, group, block.target, S_ref), b, 0)
+        return delta + product(load_S(sizes, tile, group, block.target, S_ref), b, 0)
 
-    block.store(tile.for_page_groups(do, jnp.zeros((cut.rows, cut.block_n), F32)), o_ref)
+    block.store(tile.for_page_groups(do, jnp.zeros((sizes.rows, sizes.block_n), F32)), o_ref)

@@ -10,38 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from pallas_kernels.common.blocks import column_block
 from pallas_kernels.smlm.plan import RANK_PAGE
 from pallas_kernels.smlm.tuning import SmlmConfig, num_spans
 
 
-def whole(a: Any) -> pl.BlockSpec:
-    """The kernel addresses the array itself."""
-    rank = len(a.shape)
-    return pl.BlockSpec(a.shape, lambda *_: (0,) * rank)
-
-
-def block_of(index: Array, sizes: tuple[int, ...], width: int) -> tuple[Array, Array, Array]:
-    """(target, first column, end of the target's columns) of a block of `width` columns; none straddles two targets."""
-    target, column, end = jnp.int32(0), index * width, jnp.int32(sizes[0])
-    blocks, start = 0, 0
-    for i, size in enumerate(sizes[:-1], start=1):
-        blocks, start = blocks + pl.cdiv(size, width), start + size
-        here = index >= blocks
-        target = jnp.where(here, jnp.int32(i), target)
-        column = jnp.where(here, start + (index - blocks) * width, column)
-        end = jnp.where(here, jnp.int32(start + sizes[i]), end)
-    return target, column, end
-
-
-def column_block(index: Array, out_features: tuple[int, ...], block_n: int) -> tuple[Array, Array, Array]:
-    """(target, columns [1, block_n], which of them belong to the target) of a block of outputs."""
-    target, column, end = block_of(index, out_features, block_n)
-    columns = column + jnp.arange(block_n, dtype=jnp.int32)[None, :]
-    return target, columns, columns < end
-
-
 @dataclass(frozen=True)
-class Cut:
+class CallSizes:
     """Static sizes of one call."""
 
     rows: int  # of a tile
@@ -61,7 +36,7 @@ class Cut:
     @classmethod
     def of(
         cls, x: Any, tile_pages: Any, out_features: tuple[int, ...], config: SmlmConfig, interpret: bool
-    ) -> "Cut":
+    ) -> "CallSizes":
         size, (tiles, pages) = x.shape[1], tile_pages.shape
         spans = num_spans(size)
         span = 16 * math.ceil(size / spans / 16)
@@ -130,7 +105,7 @@ class Group:
 class Tile:
     """Rows and pages of a tile."""
 
-    cut: Cut
+    sizes: CallSizes
     number: Array  # scalar
     length: Array  # scalar
     rows: Array  # [rows, 1]
@@ -139,16 +114,17 @@ class Tile:
     page: Callable[[Array], Array]
 
     @classmethod
-    def load(cls, cut: Cut, tile: Array, row_ref: Any, len_ref: Any, pages_ref: Any) -> "Tile":
-        offset = jnp.arange(cut.rows, dtype=jnp.int32)[:, None]
+    def load(cls, sizes: CallSizes, tile: Array, row_ref: Any, len_ref: Any, pages_ref: Any) -> "Tile":
+        offset = jnp.arange(sizes.rows, dtype=jnp.int32)[:, None]
         length = len_ref[tile]
         # Rows beyond the tile keep their own index: a masked lane of a store must not collide with another.
         rows = row_ref[tile] + offset
 
         def page(m: Array) -> Array:
-            return jnp.where(m < cut.max_pages, pages_ref[tile, jnp.minimum(m, cut.max_pages - 1)], 0)
+            return jnp.where(m < sizes.max_pages, pages_ref[tile, jnp.minimum(m, sizes.max_pages - 1)], 0)
 
-        return cls(cut, tile, length, rows, offset < length, [pages_ref[tile, m] for m in range(cut.max_pages)], page)
+        pages = [pages_ref[tile, m] for m in range(sizes.max_pages)]
+        return cls(sizes, tile, length, rows, offset < length, pages, page)
 
     def for_page_groups(self, do: Callable[[Group, Any], Any], carry: Any) -> Any:
         """Folds `do` over groups of the tile's own pages.
@@ -156,22 +132,22 @@ class Tile:
         With `branch`, a tile of one page takes products of 16 ranks whatever max_pages is; others loop to their last
         used page.
         """
-        cut, pages = self.cut, self.pages
+        sizes, pages = self.sizes, self.pages
 
         def one(carry: Any) -> Any:
             return do(Group.of(0, pages[:1]), carry)
 
         def several(carry: Any) -> Any:
-            if cut.max_pages <= cut.group:
-                return do(Group.of(0, pages + [0] * (cut.group - cut.max_pages)), carry)
+            if sizes.max_pages <= sizes.group:
+                return do(Group.of(0, pages + [0] * (sizes.group - sizes.max_pages)), carry)
             count = sum((page > 0).astype(jnp.int32) for page in pages)
 
             def body(number: Array, carry: Any) -> Any:
-                group = [self.page(number * cut.group + q) for q in range(cut.group)]
-                return do(Group.of(number * cut.group, group), carry)
+                group = [self.page(number * sizes.group + q) for q in range(sizes.group)]
+                return do(Group.of(number * sizes.group, group), carry)
 
-            return lax.fori_loop(0, lax.div(count + (cut.group - 1), jnp.int32(cut.group)), body, carry)
+            return lax.fori_loop(0, lax.div(count + (sizes.group - 1), jnp.int32(sizes.group)), body, carry)
 
-        if cut.max_pages == 1:
+        if sizes.max_pages == 1:
             return one(carry)
-        return lax.cond(pages[1] > 0, several, one, carry) if cut.branch else several(carry)
+        return lax.cond(pages[1] > 0, several, one, carry) if sizes.branch else several(carry)

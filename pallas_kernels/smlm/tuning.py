@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.smlm.plan import TILE, WIDE
 
 MAX_SPANS = 16
+FEW_ROWS = 64  # up to which the kernels of a delta pay beside the base GEMM (measured: 32 yes, 128 no)
 MAX_DECODE_ROWS = 512
 MAX_NARROW = 8192  # outputs up to which adding the parts up in every block costs less than a round trip for it
 MAX_SHARED_BYTES = 200 * 1024  # of the 227 KB that a block may take on Hopper
@@ -84,7 +85,7 @@ def shape_class(rows: int, out_features: tuple[int, ...], max_pages: int) -> str
     return "many, narrow" if sum(out_features) <= MAX_NARROW else "many"
 
 
-def default_config(
+def smlm_config(
     rows: int,
     in_features: int,
     out_features: tuple[int, ...],

@@ -18,7 +18,7 @@ def smlm_xla(
     out_features: tuple[int, ...],
     y: Float[Array, "T out"] | None,
     S_rows: int = 0,
-) -> Float[Array, "T out"] | tuple[Float[Array, "T out"], Float[Array, "K n MP R"]]:
+) -> tuple[Float[Array, "T out"], Float[Array, "K n MP R"] | None]:
     """y plus the delta (or the delta), by tiles of TILE rows.
 
     Every product is a batched GEMM of TILE rows of one adapter, one page at a time, so on the XLA CPU path a
@@ -53,7 +53,7 @@ def smlm_xla(
         out = jnp.where(has, flat, 0.0).astype(x.dtype)
     else:
         out = jnp.where(has, (y.astype(jnp.float32) + flat).astype(y.dtype), y)
-    return (out, _first_rows(S, slot[:S_rows], len(out_features))) if S_rows else out
+    return out, _first_rows(S, slot[:S_rows], len(out_features)) if S_rows else None
 
 
 def _first_rows(S: list[Array], slot: Int32[Array, " K"], targets: int) -> Float[Array, "K n MP R"]:

@@ -22,7 +22,7 @@ class Case:
     pages: int
 
     def arrays(self, dtype: jnp.dtype = F32) -> list[jax.Array]:
-        """x, A, B, dy; A and B in float32 with values of `dtype`."""
+        """x, A, B, dy; A and B by pack and page."""
         rng, n = np.random.default_rng(0), len(self.outs)
         shapes = [
             (self.packs, self.rows, self.size),
@@ -31,8 +31,18 @@ class Case:
             (self.packs, self.rows, sum(self.outs)),
         ]
         x, A, B, dy = (rng.standard_normal(shape, np.float32) for shape in shapes)
-        x, A, B, dy = (jnp.asarray(a, dtype) for a in (x, A * self.size**-0.5, B * 0.25, dy))
-        return [x, A.astype(F32), B.astype(F32), dy]
+        return [jnp.asarray(a, dtype) for a in (x, A * self.size**-0.5, B * 0.25, dy)]
+
+
+def pool_of(pages: jax.Array) -> jax.Array:
+    """A pool that holds pages [G, MP, ...] in reverse order; page 0 means none: it is NaN, never to be read."""
+    flat = pages.reshape(-1, *pages.shape[2:])[::-1]
+    return jnp.concatenate([jnp.full_like(flat[:1], jnp.nan), flat])
+
+
+def ids_of(packs: int, pages: int) -> jax.Array:
+    """Where that pool has them."""
+    return 1 + jnp.arange(packs * pages, dtype=jnp.int32)[::-1].reshape(packs, pages)
 
 
 CASES = {

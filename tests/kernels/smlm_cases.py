@@ -1,6 +1,6 @@
 """Cases of the SMLM ops and brute-force answers: numpy in float64, one segment and one page at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax.numpy as jnp
@@ -54,6 +54,11 @@ def make_case(
         segments=segments,
         out_features=out_features,
     )
+
+
+def training(plan: SmlmPlan, rows: int) -> SmlmPlan:
+    """The plan with its leading rows as one pack, whose S is kept."""
+    return replace(plan, pack_pages=np.zeros((int(rows > 0), plan.tile_pages.shape[1]), np.int32), pack_rows=rows)
 
 
 def brute_force(case: Case) -> np.ndarray:

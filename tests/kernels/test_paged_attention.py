@@ -71,7 +71,7 @@ BLOCKS = np.zeros(5, np.int32)
         ({"q": jnp.zeros((5, 4))}, ValueError, "q: got shape .* 3 dimensions"),
         ({"window": 0}, ValueError, "window: got 0"),
         ({"implementation": "cuda"}, ValueError, "implementation: got 'cuda'"),
-        ({"implementation": "mosaic"}, NotImplementedError, "mosaic"),
+        ({"implementation": "mosaic"}, ValueError, "implementation: got 'mosaic'"),
         (
             {"plan": AttentionPlan(BLOCKS, BLOCKS, BLOCKS.astype(np.int64), BLOCKS[None])}, TypeError,
             "plan.block_len: got dtype int64, expected int32",

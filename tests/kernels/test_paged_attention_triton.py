@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import AttentionPlan
-from pallas_kernels.paged_attention.triton import AttentionConfig, default_config, paged_attention_triton
+from pallas_kernels.paged_attention.triton import AttentionConfig, attention_config, paged_attention_triton
 from tests.kernels.paged_attention_cases import Case, brute_force, build
 from tests.kernels.quick import quick_jit
 from tests.tolerances import assert_close
@@ -36,9 +36,9 @@ def test_split_keys_give_the_same_numbers(case: Case, parts: int) -> None:
 
 
 def test_the_cut_depends_on_static_shapes_only() -> None:
-    assert default_config(1, 4, 128, 1024).parts == 1
-    assert default_config(1, 4, 128, 16384).parts == 8
-    assert default_config(16, 4, 128, 16384).parts == 1
+    assert attention_config(1, 4, 128, 1024).parts == 1
+    assert attention_config(1, 4, 128, 16384).parts == 8
+    assert attention_config(16, 4, 128, 16384).parts == 1
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_lowers_for_cuda(
     tables = jax.ShapeDtypeStruct((4, columns), np.int32)
     text = lower_for_cuda(run, q, pages, pages, blocks, blocks, blocks, tables)
     launches = text.count("stablehlo.custom_call @__gpu$xla.gpu.triton")
-    parts = default_config(block_rows, heads // kv_heads, dim, columns * page_size).parts
+    parts = attention_config(block_rows, heads // kv_heads, dim, columns * page_size).parts
     assert launches == (2 if parts > 1 else 1)
     assert (parts > 1) == (block_rows == 1), "both forms are meant to be lowered"
 

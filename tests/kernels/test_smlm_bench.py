@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.kernels import smlm_backward
+from benchmarks.kernels import smlm_backward, smlm_runs
 from benchmarks.kernels.plot_smlm import save_plot
 from benchmarks.kernels.smlm_chain import PEERS, make_case
 from benchmarks.results import record, write
-from pallas_kernels.smlm.pack import pack_backward_xla
 
 
 def test_a_case_is_read_from_its_path() -> None:
@@ -74,13 +73,13 @@ def test_the_chain_of_backwards_is_that_many_backwards(cold: bool, monkeypatch: 
     case = smlm_backward.Case("tiny", 2, 32, (48, 16), 20)
     bench = smlm_backward.Bench(case, cold=cold)
     assert (len(bench.state[0]), bench.calls) == (2 if cold else 1, 4)
-    got_xs, got_grads = bench.dispatch(bench.compile(pack_backward_xla, loops=2))
+    got_xs, got_grads = bench.dispatch(bench.compile(smlm_backward.packs_xla, loops=2))
     xs, grads = list(bench.state[0]), list(bench.state[1])
     for i in [*range(bench.calls)] * 2:
         dys, *mine = bench.args
         at = i % len(xs)
         arrays = (xs[at], dys[at], *(arrays[i] for arrays in mine))
-        xs[at], *grads[i] = bench.call(pack_backward_xla, *arrays)
+        xs[at], *grads[i] = bench.call(smlm_backward.packs_xla, *arrays)
     for got, want in zip([*got_xs, *sum(got_grads, ())], [*xs, *sum(map(tuple, grads), ())], strict=True):
         np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=2**-7, atol=2**-5)
 
@@ -96,3 +95,21 @@ def test_the_backward_is_checked_timed_and_recorded(monkeypatch: pytest.MonkeyPa
     assert set(found) == {"bwd_us", "bwd_xla_us", "bwd_cold_us", "bwd_xla_cold_us"}  # torch's need a GPU
     assert found["bwd_us"]["peer_value"] == 41.0 and "peer_value" not in found["bwd_cold_us"]
     assert found["bwd_us"]["bound"] == found["bwd_cold_us"]["bound"] and "bound" not in found["bwd_xla_us"]
+
+
+def test_random_runs_have_the_rows_and_pages_of_their_packs() -> None:
+    for case in smlm_runs.make_cases():
+        plan = case.plan()
+        wide = plan.wide_pages[: plan.used[1]]
+        assert plan.tile_len.sum() == case.packs * case.rows == 1024 and plan.used[1] == plan.used[2]
+        assert sorted(set(wide.flatten().tolist())) == [*range(1, 1 + case.packs * case.pages)]
+
+
+@pytest.mark.slow
+def test_runs_are_checked_timed_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smlm_backward, "ROWS", 40)
+    monkeypatch.setattr(smlm_backward, "POOL_BYTES", 4_000)
+    monkeypatch.setattr("benchmarks.kernels.smlm_chain.CHAIN_MS", 0.02)
+    records = smlm_runs.runs_records([smlm_runs.RunsCase("tiny", 4, 32, (48,), 16)])
+    kinds = ("runs", "packs", "pack")
+    assert [r["metric"] for r in records] == [f"bwd_{kind}_{us}" for us in ("us", "cold_us") for kind in kinds]

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.smlm import SmlmPlan, add_delta, build_plan, num_tiles_bound, num_wide_bound, smlm_delta
-from pallas_kernels.smlm.gated import smlm_gated_triton
+from pallas_kernels import smlm_fwd
+from pallas_kernels.smlm import SmlmPlan, build_plan, num_tiles_bound, num_wide_bound
 from pallas_kernels.smlm.plan import WIDE
 from pallas_kernels.smlm.triton import smlm_triton
-from pallas_kernels.smlm.tuning import SmlmConfig, default_config
+from pallas_kernels.smlm.tuning import SmlmConfig, smlm_config
+from pallas_kernels.smlm_glu.triton import smlm_glu_triton
 from tests.kernels.smlm_cases import Case, Segments, brute_force, brute_S, make_case
 from tests.tolerances import assert_close
 
@@ -55,7 +56,7 @@ def run(case: Case, segments: Segments | None = None, config: SmlmConfig | None 
     """y of the case, of some of its segments if told so."""
     max_pages = case.plan.tile_pages.shape[1]
     plan = case.plan if segments is None else plan_of(segments, len(case.x), max_pages)
-    return np.asarray(smlm_triton(case.x, case.A, case.B, plan, case.out_features, case.y, config=config))
+    return np.asarray(smlm_triton(case.x, case.A, case.B, plan, case.out_features, case.y, config=config)[0])
 
 
 def on_host(case: Case) -> Case:
@@ -75,7 +76,7 @@ def assert_scaled(got: object, want: np.ndarray, dtype: jnp.dtype) -> None:
 def test_the_op_is_the_formula(shape: str, layout: str, dtype: jnp.dtype) -> None:
     case = device_case(layout, *SHAPES[shape], dtype)
     rows, known = min(S_ROWS, len(case.x)), on_host(case)
-    y, S = smlm_triton(case.x, case.A, case.B, case.plan, case.out_features, case.y, S_rows=rows)
+    y, S, _ = smlm_triton(case.x, case.A, case.B, case.plan, case.out_features, case.y, S_rows=rows)
     assert_scaled(y, known.y + brute_force(known), dtype)
     assert_scaled(S, brute_S(known, rows), dtype)
 
@@ -85,8 +86,8 @@ def test_the_op_is_the_formula(shape: str, layout: str, dtype: jnp.dtype) -> Non
 def test_the_delta_beside_the_gemm_is_the_formula(shape: str, dtype: jnp.dtype) -> None:
     case = device_case("decode", *SHAPES[shape], dtype)
     known = on_host(case)
-    delta = smlm_delta(case.x, case.A, case.B, case.plan, out_features=case.out_features, implementation="triton")
-    assert_scaled(add_delta(case.y, delta, case.plan), known.y + brute_force(known), dtype)
+    options = {"out_features": case.out_features, "y": case.y, "implementation": "triton"}
+    assert_scaled(smlm_fwd(case.x, case.A, case.B, case.plan, **options)[0], known.y + brute_force(known), dtype)
 
 
 @DTYPES
@@ -95,17 +96,17 @@ def test_gated_has_the_bits_of_smlm_and_one_result(half: int, layout: str, dtype
     """gate and up have the bits of `smlm`, every time; the product is the formula's, with the quick silu."""
     case = device_case(layout, 4096, (half, half), dtype)
 
-    def once() -> jax.Array:
-        return smlm_gated_triton(case.x, case.A, case.B, case.plan, case.y, "silu", len(case.x))
+    def once() -> tuple[jax.Array, ...]:
+        return smlm_glu_triton(case.x, case.A, case.B, case.plan, case.y, "silu", len(case.x))
 
     found, y = once(), run(case)
-    np.testing.assert_array_equal(np.asarray(found.kept), y)
+    np.testing.assert_array_equal(np.asarray(found[1]), y)
     gate, up = (part.astype(np.float64) for part in np.split(y, 2, axis=1))
     want = gate / (1 + np.exp(-gate)) * up
-    error = float(np.max(np.abs(np.asarray(found.out, np.float64) - want) / (np.abs(want) + 1e-3)))
+    error = float(np.max(np.abs(np.asarray(found[0], np.float64) - want) / (np.abs(want) + 1e-3)))
     assert error < (2**-7 if dtype == jnp.bfloat16 else 2**-18)
     for number in range(100):
-        assert bool(jnp.all(once().out == found.out)), f"run {number} differs from the first"
+        assert bool(jnp.all(once()[0] == found[0])), f"run {number} differs from the first"
 
 
 @pytest.mark.parametrize(("shape", "layout"), [("o", "decode"), ("qkv", "mixed")])
@@ -114,7 +115,7 @@ def test_repeats_give_one_bit_pattern(shape: str, layout: str) -> None:
     plan = jax.tree.map(jnp.asarray, case.plan)
 
     def once() -> jax.Array:
-        return smlm_triton(case.x, case.A, case.B, plan, case.out_features, case.y)
+        return smlm_triton(case.x, case.A, case.B, plan, case.out_features, case.y)[0]
 
     first, differ = once(), jnp.int32(0)
     count = jax.jit(lambda so_far, a, b: so_far + jnp.any(a != b).astype(jnp.int32))  # on the device: nobody waits
@@ -165,7 +166,7 @@ def permuted(case: Case) -> tuple[Case, list[int]]:
 def test_bits_do_not_depend_on_the_cut(shape: str, layout: str) -> None:
     case = device_case(layout, *SHAPES[shape])
     whole, max_pages = run(case), case.plan.tile_pages.shape[1]
-    config = default_config(*case.x.shape, case.out_features, max_pages, case.x.dtype)
+    config = smlm_config(*case.x.shape, case.out_features, max_pages, case.x.dtype)
     for other in (
         SmlmConfig(tile_rows=16, programs_k=4, block_k=64, block_n=64),
         SmlmConfig(tile_rows=16, programs_k=2, block_k=32, block_n=128, shrink_stages=2, group=2),

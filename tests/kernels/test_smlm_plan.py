@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.smlm import TILE, WIDE, build_plan, num_tiles_bound, num_wide_bound, plan_shapes
+from pallas_kernels.smlm import TILE, WIDE, build_plan, num_tiles_bound, num_wide_bound, pack_plan, plan_shapes
 
 
 def layouts(rows: int) -> st.SearchStrategy:
@@ -82,8 +82,23 @@ def test_neighbours_of_one_adapter_share_tiles() -> None:
 def test_shapes_for_compiling_ahead() -> None:
     plan = build_plan([], 20, 7, 2)
     shapes = plan_shapes(20, 7, 2)
-    assert [(a.shape, a.dtype) for a in plan] == [(s.shape, s.dtype) for s in shapes]
-    assert len(jax.tree.leaves(shapes)) == len(plan) == 9
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), plan) == jax.tree.map(lambda s: (s.shape, s.dtype), shapes)
+    assert plan.train_rows == shapes.train_rows == 0
+
+
+@pytest.mark.parametrize("rows", [16, 40, 64, 150])
+def test_a_plan_of_packs_lists_the_rows_that_the_host_would(rows: int) -> None:
+    pages = np.array([[3, 1], [0, 0], [2, 0]], np.int32)
+    segments = [(g * rows, rows, tuple(p for p in own if p)) for g, own in enumerate(pages.tolist())]
+    plan, want = pack_plan(pages, rows), build_plan(segments, 3 * rows, 60, 2)
+    assert (plan.train_rows, plan.pack_rows) == (3 * rows, rows)
+    np.testing.assert_array_equal(plan.pack_pages, pages)
+    for name in ("tile", "wide"):
+        found = [[np.asarray(getattr(p, f"{name}_{part}")) for part in ("row", "len", "pages")] for p in (plan, want)]
+        got, listed = ({(row, n, *own) for row, n, own in zip(*map(list, p), strict=True) if n} for p in found)
+        assert {tuple(map(int, tile)) for tile in got} == {tuple(map(int, tile)) for tile in listed}
+    for t, slot in enumerate(np.asarray(plan.row_slot)):
+        assert slot == -1 if rows <= t < 2 * rows else plan.tile_row[slot // TILE] + slot % TILE == t
 
 
 @pytest.mark.parametrize(

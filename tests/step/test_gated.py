@@ -1,4 +1,4 @@
-"""Mixed steps compute gate, up and their activation in one kernel where there are kernels for it."""
+"""A step's MLP is the same whether gate, up and their activation are one kernel or not, and so is what it keeps."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def run(world, smlm: str, keep: tuple[str, ...], hidden_act: str) -> tuple[jax.A
     spec = dataclasses.replace(world.spec, hidden_act=hidden_act)
     weights, pages = world.state.params["layers"][0], world.state.pages[0]
     def mlp(weights, pages, batch, h):
-        layer_ops = ops.ForwardOps(spec, cfg, MIXED, 0, weights, pages, None, batch)
+        layer_ops = ops.ForwardOps(spec, cfg, MIXED, 0, weights, pages, None, batch, ops.lora_plan(batch, MIXED))
         return layer_ops.mlp(h), layer_ops.kept
 
     h = jax.random.normal(jax.random.key(0), (MIXED.rows, spec.hidden_size))

@@ -1,4 +1,4 @@
-"""Gradients of packs added to the pool of train pages: all page stacks of a layer in one launch, in place."""
+"""The op as one Pallas-Triton launch: all page stacks of a layer, in place."""
 
 import functools
 from typing import Any
@@ -10,52 +10,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int32
 
-from pallas_kernels.smlm.checks import check_shapes, choose
-from pallas_kernels.smlm.triton_tiles import whole
-
-
-def add_gradients(pools: Any, pool_ids: Int32[Array, "G MP"], deltas: Any, *, implementation: str | None = None) -> Any:
-    """pool[pool_ids[g, m]] += delta[g, m], pack after pack: two packs of one job add in the job's own order.
-
-    Args:
-        pools: Tree of train pages [P, r, c], float32; written in place where XLA may reuse the buffers (donate them).
-        pool_ids: Pages of each pack, 0 where it has none; no other page twice in a pack.
-        deltas: The same tree of gradients [G, MP, r, c], float32.
-        implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
-
-    Returns:
-        The tree of pools. Page 0 is a bin that nobody reads: the kernel leaves it alone, XLA adds to it.
-
-    Raises:
-        ValueError: shapes disagree, or the implementation is unknown; both values are named.
-    """
-    for number, (pool, delta) in enumerate(zip(jax.tree.leaves(pools), jax.tree.leaves(deltas), strict=True)):
-        check_shapes(**{f"deltas[{number}]": (delta, (*pool_ids.shape, *pool.shape[1:]))})
-    if choose(implementation) == "triton":
-        return add_gradients_triton(pools, pool_ids, deltas)
-    return jax.tree.map(functools.partial(_scatter, pool_ids), pools, deltas)
-
-
-def _scatter(pool_ids: Array, pool: Array, delta: Array) -> Array:
-    for g in range(delta.shape[0]):
-        pool = pool.at[pool_ids[g]].add(delta[g].astype(jnp.float32))
-    return pool
+from pallas_kernels.common.blocks import whole
+from pallas_kernels.common.implementation import interpreted
 
 
 @functools.partial(jax.jit, static_argnames=("block", "warps", "interpret"))
-def add_gradients_triton(
+def scatter_add_triton(
     pools: Any,
-    pool_ids: Int32[Array, "G MP"],
+    ids: Int32[Array, "G MP"],
     deltas: Any,
     *,
     block: int = 1024,
     warps: int = 4,
     interpret: bool | None = None,
 ) -> Any:
-    """`add_gradients` in one launch, with the same bits but for page 0, which is left alone.
+    """`scatter_add_pages` in one launch, with the same bits but for page 0, which is left alone.
 
     Args:
-        pools, pool_ids, deltas: As there.
+        pools, ids, deltas: As there.
         block: Elements of a page that a program adds up.
         warps: Triton's.
         interpret: Run as plain XLA operations; by default on the CPU only.
@@ -63,9 +35,9 @@ def add_gradients_triton(
     Returns:
         The tree of pools.
     """
-    interpret = jax.default_backend() == "cpu" if interpret is None else interpret
+    interpret = interpreted(interpret)
     leaves, tree = jax.tree.flatten(pools)
-    slots, count = pool_ids.size, len(leaves)
+    slots, count = ids.size, len(leaves)
     flat = [a.reshape(a.shape[0], -1) for a in leaves]
     added = [a.astype(jnp.float32).reshape(slots, -1) for a in jax.tree.leaves(deltas)]
     blocks = [pl.cdiv(a.shape[1], block) for a in flat]
@@ -85,14 +57,14 @@ def add_gradients_triton(
     found = pl.pallas_call(
         kernel,
         grid=(slots, sum(blocks)),
-        in_specs=[whole(a) for a in (pool_ids.reshape(slots), *added, *flat)],
+        in_specs=[whole(a) for a in (ids.reshape(slots), *added, *flat)],
         out_specs=[whole(a) for a in flat],
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in flat],
         input_output_aliases={1 + count + n: n for n in range(count)},
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
-        name="pack_add_gradients",
-    )(pool_ids.reshape(slots), *added, *flat)
+        name="scatter_add_pages",
+    )(ids.reshape(slots), *added, *flat)
     return jax.tree.unflatten(tree, [a.reshape(b.shape) for a, b in zip(found, leaves, strict=True)])
 
 

@@ -1,17 +1,12 @@
-"""Causal attention inside packs: the train and score rows of a step."""
-
-import functools
+"""The public op: validation and choice of implementation."""
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from loquetier_jax.config import PACK_ALIGN
-from pallas_kernels import attend_rows
+from pallas_kernels.pack_attention.xla import PACK_ALIGN, pack_attention_xla, pack_mask
 
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
-SCORE_BYTES = 8 << 20  # one float32 score matrix of the XLA form; a few such live at the same time
 
 
 def pack_attention(
@@ -54,55 +49,7 @@ def pack_attention(
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
         )
-    attend = functools.partial(_attend_pack, scale=scale, window=window)
-    return lax.map(lambda pack: attend(*pack), (q, k, v, positions, segments)).astype(q.dtype)
-
-
-def pack_mask(
-    positions: Int[Array, "*G Q"],
-    segments: Int[Array, "*G Q"],
-    key_positions: Int[Array, "*G L"],
-    key_segments: Int[Array, "*G L"],
-    window: int | None,
-) -> Bool[Array, "*G Q L"]:
-    """[..., i, j]: whether query row i sees key row j."""
-    distance = positions[..., :, None] - key_positions[..., None, :]
-    seen = (segments[..., :, None] == key_segments[..., None, :]) & (distance >= 0)
-    return seen if window is None else seen & (distance < window)
-
-
-def _attend_pack(
-    q: Float[Array, "L N H"],
-    k: Float[Array, "L K H"],
-    v: Float[Array, "L K H"],
-    positions: Int[Array, " L"],
-    segments: Int[Array, " L"],
-    *,
-    scale: float,
-    window: int | None,
-) -> Float[Array, "L N H"]:
-    """One pack, float32. Nothing but its inputs is kept for the transpose."""
-    length, heads, _ = q.shape
-    rows = _rows_at_once(length, heads)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def attend(k: Array, v: Array, part: tuple[Array, Array, Array]) -> Array:
-        queries, position, segment = part
-        mask = pack_mask(position, segment, positions, segments, window)
-        return attend_rows(queries[None], k[None], v[None], mask[None], scale=scale)[0]
-
-    def split(x: Array) -> Array:
-        return x.reshape(length // rows, rows, *x.shape[1:])
-
-    parts = (split(q), split(positions), split(segments))
-    return lax.map(functools.partial(attend, k, v), parts).reshape(q.shape)
-
-
-def _rows_at_once(length: int, heads: int) -> int:
-    """The most queries, a multiple of PACK_ALIGN that divides the pack, whose scores fit SCORE_BYTES; at least one."""
-    blocks = length // PACK_ALIGN
-    fits = max(1, SCORE_BYTES // (4 * heads * length * PACK_ALIGN))
-    return PACK_ALIGN * max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= fits)
+    return pack_attention_xla(q, k, v, positions, segments, scale=scale, window=window)
 
 
 def _choose(implementation: str | None, q: Array) -> str:

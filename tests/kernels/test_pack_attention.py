@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loquetier_jax.step import pack_attention as module
-from loquetier_jax.step.pack_attention import pack_attention
-from pallas_kernels import AttentionPlan, paged_attention
+from pallas_kernels import AttentionPlan, pack_attention, paged_attention
+from pallas_kernels.pack_attention import xla as module
 from tests.tolerances import assert_close
 
 attend = jax.jit(pack_attention, static_argnames=("scale", "window", "implementation"))

@@ -1,0 +1,45 @@
+"""How Triton kernels address their operands: whole arrays, blocks of columns, masked loads."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array
+
+
+def whole(a: Any) -> pl.BlockSpec:
+    """The kernel addresses the array itself."""
+    rank = len(a.shape)
+    return pl.BlockSpec(a.shape, lambda *_: (0,) * rank)
+
+
+def block_of(index: Array, sizes: tuple[int, ...], width: int) -> tuple[Array, Array, Array]:
+    """(target, first column, end of the target's columns) of a block of `width` columns; none straddles two targets."""
+    target, column, end = jnp.int32(0), index * width, jnp.int32(sizes[0])
+    blocks, start = 0, 0
+    for i, size in enumerate(sizes[:-1], start=1):
+        blocks, start = blocks + pl.cdiv(size, width), start + size
+        here = index >= blocks
+        target = jnp.where(here, jnp.int32(i), target)
+        column = jnp.where(here, start + (index - blocks) * width, column)
+        end = jnp.where(here, jnp.int32(start + sizes[i]), end)
+    return target, column, end
+
+
+def column_block(index: Array, sizes: tuple[int, ...], width: int) -> tuple[Array, Array, Array]:
+    """(target, columns [1, width], which of them belong to the target) of a block of columns."""
+    target, column, end = block_of(index, sizes, width)
+    columns = column + jnp.arange(width, dtype=jnp.int32)[None, :]
+    return target, columns, columns < end
+
+
+def masked_load(ref: Any, index: tuple[Array | int, ...], *masks: Array | None) -> Array:
+    """The elements at `index`; where a mask (None: no mask) is false, zero, and no memory is touched."""
+    masks = [mask for mask in masks if mask is not None]
+    if not masks:
+        return plt.load(ref.at[index])
+    shape = jnp.broadcast_shapes(*(jnp.shape(i) for i in index))
+    mask = functools.reduce(lambda a, b: a & b, [jnp.broadcast_to(mask, shape) for mask in masks])
+    return plt.load(ref.at[index], mask=mask, other=0.0)

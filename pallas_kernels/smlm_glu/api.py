@@ -1,0 +1,68 @@
+"""The public op: validation, and the choice of the fusion from shapes."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.common.activation import KERNEL_ACTIVATIONS, check_activation, gated
+from pallas_kernels.common.checks import check_rank
+from pallas_kernels.common.implementation import choose
+from pallas_kernels.smlm.checks import check_arrays, check_plan
+from pallas_kernels.smlm.delta import delta_beside
+from pallas_kernels.smlm.forward import forward
+from pallas_kernels.smlm.plan import SmlmPlan
+from pallas_kernels.smlm_glu.triton import smlm_glu_triton
+
+
+def smlm_glu(
+    x: Float[Array, "T in"],
+    A: Float[Array, "P 2R in"],
+    B: Float[Array, "P R 2F"],
+    plan: SmlmPlan,
+    *,
+    y: Float[Array, "T 2F"],
+    activation: str,
+    keep: bool = True,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T F"], Float[Array, "K 2F"] | None, Float[Array, "K 2 MP R"] | None, SmlmPlan]:
+    """act(gate) * up of every row, where gate and up are the halves of y plus the delta of `smlm`.
+
+    gate and up are rounded to y's dtype as `smlm_fwd` rounds them, act(gate) is computed in float32 and rounded, and so
+    is the product. Many rows take one kernel for the sum and the activation where there are kernels and one has it;
+    all others take `smlm_fwd`, then the activation. Not differentiable: `smlm_bwd` with its option `glu` has the
+    transposes.
+
+    Args:
+        x: Inputs, bfloat16, float16 or float32.
+        A: Pages of gate and up, x's dtype.
+        B: Pages, columns of gate and up side by side, x's dtype.
+        plan: Work list of `build_plan`.
+        y: gate and up of the base, x's dtype.
+        activation: A key of `common.activation.ACTIVATIONS`.
+        keep: Whether gate and up of the rows that train are returned.
+        implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
+
+    Returns:
+        act(gate) * up of all rows.
+        gate and up of the K train rows; None where no rows train, or without `keep`.
+        S = x A^T of the train rows, and the plan for the next call: as from `smlm_fwd`.
+
+    Raises:
+        ValueError: shapes disagree or are no multiples of 16, or the activation or implementation is unknown.
+        TypeError: dtypes disagree.
+    """
+    check_activation(activation)
+    check_rank("y", y, 2)
+    half, choice = y.shape[1] // 2, choose(implementation)
+    check_arrays(x, A, B, y, (half, half))
+    check_plan(plan, x.shape[0])
+    rows, keep = plan.train_rows, bool(keep and plan.train_rows)
+    fused = choice == "triton" and activation in KERNEL_ACTIVATIONS
+    if not fused or delta_beside(x.shape[0], plan, choice):
+        gate_up, S, plan = forward(x, A, B, plan, (half, half), y, choice, rows)
+        return gated(activation, gate_up), gate_up[:rows] if keep else None, S, plan
+    plan = jax.tree.map(jnp.asarray, plan)
+    out, gate_up, S, counters = smlm_glu_triton(x, A, B, plan, y, activation, rows, keep)
+    return out, gate_up, S, replace(plan, counters=counters)
