@@ -13,7 +13,7 @@ from loquetier_jax.models.spec import DecoderSpec
 
 
 def base_fingerprint(spec: DecoderSpec, params: Any) -> str:
-    """Hash of a base model, the same on every device and under every sharding: integer sums are exact.
+    """Hash of a base model, the same on every device: integer sums are exact.
 
     Reads each weight once, on the device. It tells bases apart; it is no defence against somebody who tries.
 
