@@ -89,10 +89,10 @@ class Bench:
 
     def __init__(self, spec: DecoderSpec, cfg: EngineConfig, params: Any) -> None:
         self.spec, self.cfg = spec, cfg
-        self.state: DeviceState = new_state(spec, cfg, params)
-        self.state.pages = self._random_pages()
+        state = new_state(spec, cfg, params)
+        self.state: DeviceState = dataclasses.replace(state, pages=self._random_pages(state))
 
-    def _random_pages(self) -> Any:
+    def _random_pages(self, state: DeviceState) -> Any:
         """Every page an adapter of rank 16 on all projections; the same numbers in every layer."""
         dtype = jnp.dtype(self.cfg.dtype)
 
@@ -105,7 +105,7 @@ class Bench:
                 group: (draw(i, a.shape, a.shape[2] ** -0.5), draw(-i, b.shape, 0.01))
                 for i, (group, (a, b)) in enumerate(layer.items(), start=1)
             }
-            for layer in shapes_of(self.state.pages)
+            for layer in shapes_of(state.pages)
         ]
 
     def flat(self, items: StepItems, bucket: Bucket) -> jax.Array:
@@ -131,7 +131,7 @@ class Bench:
         held = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)]
 
         def call(flat: jax.Array) -> Any:
-            state.kv, state.slots, held[0] = loop(state.params, state.pages, state.kv, state.slots, held[0], flat)
+            held[0] = state.run_forward(lambda *arrays: loop(*arrays[:4], held[0], arrays[4]), flat)
             return held[0]
 
         call.text = loop.as_text
@@ -161,7 +161,8 @@ class Bench:
         held = [jnp.zeros_like(out.hidden)]
 
         def call() -> Any:
-            held[0], state.grads = loop(*fixed, held[0], state.grads, flat)
+            layers = spec.num_hidden_layers
+            held[0] = state.backward(lambda *a: loop(*fixed, *a[3:5], a[6]), 0, layers, kept, held[0], flat)
             return held[0], state.grads
 
         call.text = loop.as_text

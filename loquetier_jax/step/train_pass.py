@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
@@ -124,20 +123,12 @@ class TrainPass:
         return whole
 
     def run_backward_slice(self, functions: StepFunctions, state: DeviceState) -> None:
-        """Dispatches the next slice of the backward: adds to `state.grads`, frees the slice's activations."""
+        """Dispatches the next slice of the backward, which adds to `state.grads`; frees the slice's activations."""
         start, stop = self.backward.pop(0)
         run = functions.backward_slice(self.key, start, stop)
         kept = self._kept[start:stop]
         del self._kept[start:]
-        self._dx, state.grads[start:stop] = run(
-            state.params["layers"][start:stop],
-            state.pages[start:stop],
-            kept,
-            self._dx,
-            state.grads[start:stop],
-            jnp.int32(start),
-            self._flat_train,
-        )
+        self._dx = state.backward(run, start, stop, kept, self._dx, self._flat_train)
         if not self.backward:
             self._flat_train = None
 

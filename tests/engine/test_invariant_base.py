@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from loquetier_jax.adapters.peft import write_peft
-from loquetier_jax.faces import adapters as adapter_calls
 from loquetier_jax.models.load import init_random
 from loquetier_jax.step import state as state_module
 from tests.engine.engines import BUCKETS, SPEC, add_random_adapter, greedy, random_data
@@ -109,7 +108,7 @@ def test_a_merged_adapter_would_be_seen(make_engine, params, monkeypatch):
     """Adds the adapter's product to a weight instead of keeping it apart."""
     engine = build(make_engine, params)
     watch = Watch(engine, params)
-    write = adapter_calls.write_pages
+    write = state_module.write_pages
 
     def merge(pages, ids, new):
         layer = engine.state.params["layers"][0]
@@ -117,7 +116,7 @@ def test_a_merged_adapter_would_be_seen(make_engine, params, monkeypatch):
         return write(pages, ids, new)
 
     kept = dict(params["layers"][0])
-    monkeypatch.setattr(adapter_calls, "write_pages", merge)
+    monkeypatch.setattr(state_module, "write_pages", merge)
     add_random_adapter(engine, "a", 0)
     serve(engine, "a", max_tokens=2)
     with pytest.raises(AssertionError, match="other buffers"):
