@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks.results import record, write
 from benchmarks.unified.smoke import llama_8b, tiny
 from loquetier_jax import Bucket, EngineConfig, SamplingParams
+from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
 from loquetier_jax.batch.segments import empty_batch, ravel, shapes_of
 from loquetier_jax.jobs.data import Pack
@@ -92,7 +93,7 @@ class Bench:
         state = new_state(spec, cfg, params)
         self.state: DeviceState = dataclasses.replace(state, pages=self._random_pages(state))
 
-    def _random_pages(self, state: DeviceState) -> Any:
+    def _random_pages(self, state: DeviceState) -> AdapterPages:
         """Every page an adapter of rank 16 on all projections; the same numbers in every layer."""
         dtype = jnp.dtype(self.cfg.dtype)
 
@@ -100,13 +101,15 @@ class Bench:
         def draw(seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
             return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
 
-        return [
-            {
-                group: (draw(i, a.shape, a.shape[2] ** -0.5), draw(-i, b.shape, 0.01))
-                for i, (group, (a, b)) in enumerate(layer.items(), start=1)
-            }
-            for layer in shapes_of(state.pages)
-        ]
+        return AdapterPages(
+            [
+                {
+                    group: LoraPages(draw(i, old.A.shape, old.A.shape[2] ** -0.5), draw(-i, old.B.shape, 0.01))
+                    for i, (group, old) in enumerate(layer.items(), start=1)
+                }
+                for layer in state.pages.layers
+            ]
+        )
 
     def flat(self, items: StepItems, bucket: Bucket) -> jax.Array:
         return jnp.asarray(ravel(pack_step(items, bucket, self.cfg)))

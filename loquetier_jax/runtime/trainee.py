@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights
-from loquetier_jax.adapters.pages import Pages, pages_of, read_pages
+from loquetier_jax.adapters.pages import AdapterPages, pages_of, read_pages
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.segments import shapes_of
@@ -50,7 +50,7 @@ class Trainee:
     shape: LoraShape
     master: LoraWeights
     opt_state: Any
-    grads: Pages | None = None
+    grads: AdapterPages | None = None
     pages: tuple[int, ...] = ()
     write_pages: tuple[int, ...] = ()
     grad_pages: tuple[int, ...] = ()
@@ -116,7 +116,7 @@ class Trainee:
         grads, self.grads = self.grads, None
         state.write_gradients(grad_pages, self._zeros(state) if grads is None else grads)
 
-    def _zeros(self, state: DeviceState) -> Pages:
+    def _zeros(self, state: DeviceState) -> AdapterPages:
         """Accumulators of a job that has accumulated nothing."""
         count = self.shape.num_pages
         return jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), np.float32), state.grads)
@@ -185,7 +185,7 @@ class Trainee:
         self.master = self.host_weights()
         self.opt_state, self.best = jax.tree.map(np.asarray, (self.opt_state, self.best))
 
-    def accumulators(self, state: DeviceState) -> Pages:
+    def accumulators(self, state: DeviceState) -> AdapterPages:
         """What the gradient pool holds for this job, copied to the host."""
         if self.grads is not None:
             return self.grads

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.batch.segments import TrainRows, unravel
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.models.decoder import layer, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.forward import Kept, Pages, Params
+from loquetier_jax.step.forward import Kept, Params
 from loquetier_jax.step.loss import Loss, backward_head, loss_cotangent
 from loquetier_jax.step.loss_batch import LossBatch
 from loquetier_jax.step.replay import ReplayOps
@@ -56,13 +57,13 @@ def backward_slice(
     window_layer: int,
     template: TrainRows,
     layers: list[dict[str, jax.Array]],
-    pages: Pages,
+    pages: AdapterPages,
     kept: Kept,
     dx: jax.Array,
-    grads: Pages,
+    grads: AdapterPages,
     first: jax.Array,
     flat: jax.Array,
-) -> tuple[jax.Array, Pages]:
+) -> tuple[jax.Array, AdapterPages]:
     """Replays some layers, last first, and adds their adapter gradients to the pool.
 
     Args:
@@ -81,11 +82,11 @@ def backward_slice(
     ids, pool_ids = train.pages[:, :pack_pages], train.grad_pages[:, :pack_pages]
     out = []
     for i in reversed(range(len(layers))):
-        lora = jax.tree.map(lambda a: a[ids].astype(jnp.float32), pages[i])  # so that their gradients are f32
+        lora = jax.tree.map(lambda a: a[ids].astype(jnp.float32), pages.layers[i])  # so that their gradients are f32
         ops = (window_layer + i, first + i, layers[i])
 
         def replay(
-            x: jax.Array, lora: dict[str, tuple[jax.Array, jax.Array]], ops=ops, kept=kept[i]
+            x: jax.Array, lora: dict[str, LoraPages], ops=ops, kept=kept[i]
         ) -> jax.Array:
             window, index, w = ops
             return layer(
@@ -97,5 +98,5 @@ def backward_slice(
             )
 
         dx, delta = jax.vjp(replay, kept[i]["x"], lora)[1](dx)
-        out.append(add_gradients(grads[i], pool_ids, delta, implementation=cfg.smlm))
-    return dx, out[::-1]
+        out.append(add_gradients(grads.layers[i], pool_ids, delta, implementation=cfg.smlm))
+    return dx, AdapterPages(out[::-1])

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.pages import AdapterPages
 from loquetier_jax.batch.segments import SegmentBatch, positions_of, unravel
 from loquetier_jax.config import PACK_ALIGN, Bucket, EngineConfig
 from loquetier_jax.models.decoder import embed, final_norm, layer, logits, rope_tables
@@ -15,7 +16,6 @@ from loquetier_jax.step.ops import ForwardOps
 from loquetier_jax.step.sample import SlotState, sample
 
 Params = dict[str, Any]
-Pages = list[dict[str, tuple[jax.Array, jax.Array]]]
 Cache = list[tuple[jax.Array, jax.Array]]
 Kept = list[dict[str, jax.Array]]
 
@@ -56,7 +56,7 @@ def run_layers(
     bucket: Bucket,
     use_dropout: bool,
     params: Params,
-    pages: Pages,
+    pages: AdapterPages,
     kv: Cache | None,
     batch: SegmentBatch,
     x: jax.Array,
@@ -65,7 +65,7 @@ def run_layers(
 ) -> tuple[jax.Array, Cache, Kept]:
     """Layers first, first + 1, ... over the rows x [T, D]; `params["layers"]`, `pages` and `kv` hold just those."""
     kept, written = [], []
-    for i, (w, pg) in enumerate(zip(params["layers"], pages, strict=True)):
+    for i, (w, pg) in enumerate(zip(params["layers"], pages.layers, strict=True)):
         ops = ForwardOps(spec, cfg, bucket, first + i, w, pg, kv[i] if kv else None, batch, use_dropout)
         y = layer(spec, w, x, rope, ops)
         if bucket.packs:
@@ -82,7 +82,7 @@ def forward(
     template: SegmentBatch,
     use_dropout: bool,
     params: Params,
-    pages: Pages,
+    pages: AdapterPages,
     kv: Cache,
     slots: SlotState,
     flat: jax.Array,
@@ -157,7 +157,7 @@ def forward_slice(
     use_dropout: bool,
     first: int,
     layers: list[dict[str, jax.Array]],
-    pages: Pages,
+    pages: AdapterPages,
     x: jax.Array,
     flat: jax.Array,
 ) -> tuple[jax.Array, Kept]:

@@ -143,7 +143,7 @@ class StepFunctions:
             f = functools.partial(
                 forward.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, start
             )
-            layers, pages = self._params["layers"][start:stop], self._pages[start:stop]
+            layers, pages = self._params["layers"][start:stop], self._pages.cut(start, stop)
             return _compile(f, layers, pages, self._hidden(key), self._flat(template))
 
         where = start if key.dropout else None
@@ -202,10 +202,10 @@ class StepFunctions:
             return _compile(
                 f,
                 self._params["layers"][start:stop],
-                self._pages[start:stop],
+                self._pages.cut(start, stop),
                 [self._kept(key)] * (stop - start),
                 self._hidden(key),
-                self._grads[start:stop],
+                self._grads.cut(start, stop),
                 jax.ShapeDtypeStruct((), jnp.int32),
                 self._flat(template),
                 donate=(4,),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.pages import LoraPages
 from loquetier_jax.batch.segments import PackRows, SegmentBatch
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
 from loquetier_jax.models.decoder import base_linear, gated
@@ -67,7 +68,7 @@ class ForwardOps:
     bucket: Bucket
     layer: int
     weights: dict[str, jax.Array]
-    pages: dict[str, tuple[jax.Array, jax.Array]]
+    pages: dict[str, LoraPages]
     kv: tuple[jax.Array, jax.Array] | None
     batch: SegmentBatch
     use_dropout: bool = False
@@ -90,14 +91,14 @@ class ForwardOps:
     def linear(self, group: str, h: jax.Array) -> jax.Array:
         """Base projection of all rows plus every row's adapter. [T, in] -> [T, out]."""
         y, x = base_linear(self.weights, group, h), self.lora_input(group, h)
-        (lora_A, lora_B), plan, rows = self.pages[group], self.batch.lora, self.bucket.train_rows
+        pages, plan, rows = self.pages[group], self.batch.lora, self.bucket.train_rows
         options = {"out_features": self.spec.group_shapes[group][1], "implementation": self.cfg.smlm}
         if self.bucket.few_rows and delta_beside(self.cfg.smlm):
-            y = add_delta(y, smlm_delta(x, lora_A, lora_B, plan, **options), plan)
+            y = add_delta(y, smlm_delta(x, pages.A, pages.B, plan, **options), plan)
         elif rows:
-            y, self.kept[shrunk(group)] = smlm(x, lora_A, lora_B, plan, y=y, S_rows=rows, **options)
+            y, self.kept[shrunk(group)] = smlm(x, pages.A, pages.B, plan, y=y, S_rows=rows, **options)
         else:
-            y = smlm(x, lora_A, lora_B, plan, y=y, **options)
+            y = smlm(x, pages.A, pages.B, plan, y=y, **options)
         return self.keep(group, y)
 
     def mlp(self, h: jax.Array) -> jax.Array:
@@ -107,7 +108,8 @@ class ForwardOps:
         group, rows = "gate_up_proj", self.bucket.train_rows
         found = smlm_gated(
             self.lora_input(group, h),
-            *self.pages[group],
+            self.pages[group].A,
+            self.pages[group].B,
             self.batch.lora,
             y=base_linear(self.weights, group, h),
             activation=self.spec.hidden_act,

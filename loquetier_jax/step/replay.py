@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.pages import LoraPages
 from loquetier_jax.batch.segments import TrainRows
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.models.decoder import base_linear, gated
@@ -41,7 +42,7 @@ class ReplayOps:
     """The same operations for train rows only, under `jax.vjp`.
 
     Attributes:
-        lora: {group: (A [G, MP, n*16, in], B [G, MP, 16, out])} of the packs: what is differentiated beside x.
+        lora: By group, the packs' pages, A [G, MP, n*16, in] and B [G, MP, 16, out]: what is differentiated beside x.
         kept: What the forward kept; a name that is missing is recomputed, but for every group's S.
         window_layer: Index whose attention window this layer has (static).
         layer: Index of the layer, traced: only dropout needs it.
@@ -53,20 +54,21 @@ class ReplayOps:
     window_layer: int
     layer: jax.Array
     weights: dict[str, jax.Array]
-    lora: dict[str, tuple[jax.Array, jax.Array]]
+    lora: dict[str, LoraPages]
     kept: dict[str, jax.Array]
     train: TrainRows
     use_dropout: bool = False
 
     def linear(self, group: str, h: jax.Array) -> jax.Array:
         value, transpose = (functools.partial(f, group) for f in (self._project, self._project_transpose))
-        return with_transpose(value, transpose, h, *self.lora[group])
+        return with_transpose(value, transpose, h, self.lora[group].A, self.lora[group].B)
 
     def mlp(self, h: jax.Array) -> jax.Array:
         gate_up = self.linear("gate_up_proj", h)
         if self.use_dropout or not gate_fused(self.spec.hidden_act, self.cfg.smlm):
             return self.linear("down_proj", gated(self.spec, gate_up))
-        return with_transpose(self._down, self._down_transpose, gate_up, *self.lora["down_proj"])
+        lora = self.lora["down_proj"]
+        return with_transpose(self._down, self._down_transpose, gate_up, lora.A, lora.B)
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         attend = functools.partial(attend_packs, self.spec, self.cfg, self.window_layer, self.train.rows, self.tokens)

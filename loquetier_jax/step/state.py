@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraWeights
-from loquetier_jax.adapters.pages import empty_pages, write_pages
+from loquetier_jax.adapters.pages import AdapterPages, write_pages
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.forward import Cache, ForwardOut, Kept, Pages, Params
+from loquetier_jax.step.forward import Cache, ForwardOut, Kept, Params
 from loquetier_jax.step.sample import SlotState, empty_slots
 
 
@@ -27,15 +27,15 @@ class DeviceState:
 
     Attributes:
         params: The frozen base: never donated, never written.
-        pages: Adapter pages [P, ...] per layer and group, compute dtype; page 0 is zeros.
-        grads: Gradient pool [TP + 1, ...], f32; page 0 is trash.
+        pages: P adapter pages, compute dtype; page 0 is zeros.
+        grads: The gradient pool, TP + 1 pages, f32; page 0 is trash.
         kv: Per layer (k_pages, v_pages) [pages, page_size, K, H]; page 0 is trash.
         slots: Per-request state, see SlotState.
     """
 
     params: Params
-    pages: Pages
-    grads: Pages
+    pages: AdapterPages
+    grads: AdapterPages
     kv: Cache
     slots: SlotState
 
@@ -62,11 +62,11 @@ class DeviceState:
         padded[: len(prompt)] = prompt
         self.slots = run(self.slots, np.int32(slot), padded, np.int32(len(prompt)))
 
-    def write_adapter(self, page_ids: Sequence[int], pages: Pages) -> None:
+    def write_adapter(self, page_ids: Sequence[int], pages: AdapterPages) -> None:
         """Writes an adapter's pages, in place; see `adapters.pages.write_pages` for arguments and errors."""
         self.pages = write_pages(self.pages, page_ids, pages)
 
-    def write_gradients(self, page_ids: Sequence[int], grads: Pages) -> None:
+    def write_gradients(self, page_ids: Sequence[int], grads: AdapterPages) -> None:
         """Writes accumulators into pages of the gradient pool, in place; as `write_adapter`, f32."""
         self.grads = write_pages(self.grads, page_ids, grads)
 
@@ -91,8 +91,9 @@ class DeviceState:
         Returns:
             Gradient of the first layer's input.
         """
-        layers, cut = self.params["layers"][start:stop], slice(start, stop)
-        dx, self.grads[cut] = run(layers, self.pages[cut], kept, dx, self.grads[cut], jnp.int32(start), flat)
+        layers, pages = self.params["layers"][start:stop], self.pages.cut(start, stop)
+        dx, new = run(layers, pages, kept, dx, self.grads.cut(start, stop), jnp.int32(start), flat)
+        self.grads = self.grads.spliced(start, new)
         return dx
 
     def apply_optimizer(
@@ -127,8 +128,8 @@ def new_state(spec: DecoderSpec, cfg: EngineConfig, params: Params) -> DeviceSta
     page = (cfg.kv_pages, cfg.kv_page_size, spec.num_key_value_heads, spec.head_dim)
     return DeviceState(
         params=params,
-        pages=empty_pages(spec, cfg.adapter_pages, dtype),
-        grads=empty_pages(spec, cfg.train_pages + 1, jnp.float32),
+        pages=AdapterPages.empty(spec, cfg.adapter_pages, dtype),
+        grads=AdapterPages.empty(spec, cfg.train_pages + 1, jnp.float32),
         kv=[(jnp.zeros(page, dtype), jnp.zeros(page, dtype)) for _ in range(spec.num_hidden_layers)],
         slots=empty_slots(cfg.max_num_seqs, spec.vocab_size),
     )

@@ -92,7 +92,7 @@ class TrainPass:
         start, stop = self.forward.pop(0)
         run = functions.forward_slice(self.key, start, stop)
         self._hidden, kept = run(
-            state.params["layers"][start:stop], state.pages[start:stop], self._hidden, self._flat
+            state.params["layers"][start:stop], state.pages.cut(start, stop), self._hidden, self._flat
         )
         self._kept += kept
         if not self.forward:
