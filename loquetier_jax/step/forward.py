@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from loquetier_jax.adapters.pages import AdapterPages
 from loquetier_jax.batch.segments import SegmentBatch, positions_of, unravel
 from loquetier_jax.config import PACK_ALIGN, Bucket, EngineConfig
+from loquetier_jax.kv.cache import KVCache
 from loquetier_jax.models.decoder import embed, final_norm, layer, logits, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.loss import score_rows
@@ -16,7 +17,6 @@ from loquetier_jax.step.ops import ForwardOps
 from loquetier_jax.step.sample import SlotState, sample
 
 Params = dict[str, Any]
-Cache = list[tuple[jax.Array, jax.Array]]
 Kept = list[dict[str, jax.Array]]
 
 
@@ -57,12 +57,12 @@ def run_layers(
     use_dropout: bool,
     params: Params,
     pages: AdapterPages,
-    kv: Cache | None,
+    kv: list[KVCache] | None,
     batch: SegmentBatch,
     x: jax.Array,
     rope: tuple[jax.Array, jax.Array],
     first: int = 0,
-) -> tuple[jax.Array, Cache, Kept]:
+) -> tuple[jax.Array, list[KVCache], Kept]:
     """Layers first, first + 1, ... over the rows x [T, D]; `params["layers"]`, `pages` and `kv` hold just those."""
     kept, written = [], []
     for i, (w, pg) in enumerate(zip(params["layers"], pages.layers, strict=True)):
@@ -83,10 +83,10 @@ def forward(
     use_dropout: bool,
     params: Params,
     pages: AdapterPages,
-    kv: Cache,
+    kv: list[KVCache],
     slots: SlotState,
     flat: jax.Array,
-) -> tuple[Cache, SlotState, ForwardOut]:
+) -> tuple[list[KVCache], SlotState, ForwardOut]:
     """One step over every kind of row.
 
     Args:

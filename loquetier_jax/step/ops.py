@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from loquetier_jax.adapters.pages import LoraPages
 from loquetier_jax.batch.segments import PackRows, SegmentBatch
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
+from loquetier_jax.kv.cache import KVCache
 from loquetier_jax.models.decoder import base_linear, gated
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
@@ -58,7 +59,7 @@ class ForwardOps:
 
     Attributes:
         weights, pages: The layer's base weights and adapter pages.
-        kv: The layer's (k_pages, v_pages); replaced by the written cache.
+        kv: The layer's cache; replaced by the written one.
         kept: Filled with the train rows of every named result in `cfg.keep`, and with every group's S.
         use_dropout: Whether train rows have LoRA dropout in this compile.
     """
@@ -69,7 +70,7 @@ class ForwardOps:
     layer: int
     weights: dict[str, jax.Array]
     pages: dict[str, LoraPages]
-    kv: tuple[jax.Array, jax.Array] | None
+    kv: KVCache | None
     batch: SegmentBatch
     use_dropout: bool = False
     kept: dict[str, jax.Array] = field(default_factory=dict)
@@ -143,14 +144,15 @@ class ForwardOps:
         served = [rows for rows in (self.batch.prefill, self.batch.decode) if rows is not None]
         page = jnp.concatenate([rows.kv_page for rows in served])
         offset = jnp.concatenate([rows.kv_offset for rows in served])
-        self.kv = self.kv[0].at[page, offset].set(k), self.kv[1].at[page, offset].set(v)
+        self.kv = self.kv.write(page, offset, k, v)
         outs, at = [], 0
         for rows, block in ((self.batch.prefill, BLOCK), (self.batch.decode, 1)):
             if rows is not None:
                 size = rows.positions.shape[0]
                 out = paged_attention(
                     q[at : at + size],
-                    *self.kv,
+                    self.kv.k,
+                    self.kv.v,
                     rows.plan,
                     block_rows=block,
                     scale=self.spec.head_dim**-0.5,

@@ -11,8 +11,9 @@ import numpy as np
 from loquetier_jax.adapters.lora import LoraWeights
 from loquetier_jax.adapters.pages import AdapterPages, write_pages
 from loquetier_jax.config import EngineConfig
+from loquetier_jax.kv.cache import KVCache
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.forward import Cache, ForwardOut, Kept, Params
+from loquetier_jax.step.forward import ForwardOut, Kept, Params
 from loquetier_jax.step.sample import SlotState, empty_slots
 
 
@@ -29,14 +30,14 @@ class DeviceState:
         params: The frozen base: never donated, never written.
         pages: P adapter pages, compute dtype; page 0 is zeros.
         grads: The gradient pool, TP + 1 pages, f32; page 0 is trash.
-        kv: Per layer (k_pages, v_pages) [pages, page_size, K, H]; page 0 is trash.
+        kv: By layer; page 0 is trash.
         slots: Per-request state, see SlotState.
     """
 
     params: Params
     pages: AdapterPages
     grads: AdapterPages
-    kv: Cache
+    kv: list[KVCache]
     slots: SlotState
 
     def run_forward(self, run: Callable[..., Any], flat: jax.Array) -> ForwardOut:
@@ -125,12 +126,11 @@ class DeviceState:
 def new_state(spec: DecoderSpec, cfg: EngineConfig, params: Params) -> DeviceState:
     """Allocates the state of an engine around `params` (kept by reference)."""
     dtype = jnp.dtype(cfg.dtype)
-    page = (cfg.kv_pages, cfg.kv_page_size, spec.num_key_value_heads, spec.head_dim)
     return DeviceState(
         params=params,
         pages=AdapterPages.empty(spec, cfg.adapter_pages, dtype),
         grads=AdapterPages.empty(spec, cfg.train_pages + 1, jnp.float32),
-        kv=[(jnp.zeros(page, dtype), jnp.zeros(page, dtype)) for _ in range(spec.num_hidden_layers)],
+        kv=[KVCache.empty(spec, cfg, dtype) for _ in range(spec.num_hidden_layers)],
         slots=empty_slots(cfg.max_num_seqs, spec.vocab_size),
     )
 

@@ -105,14 +105,14 @@ def cache_copies(text: str, cache_shape: tuple[int, ...]) -> list[str]:
 
 def test_forward_copies_no_cache_and_no_weight(world):
     text = world.functions.forward(BUCKET).as_text()
-    for shape in {world.state.kv[0][0].shape, world.state.slots.counts.shape, *weight_shapes(world)}:
+    for shape in {world.state.kv[0].k.shape, world.state.slots.counts.shape, *weight_shapes(world)}:
         assert not cache_copies(text, shape), f"a copy of {shape} in the forward"
     assert "input_output_alias" in text
 
 
 @pytest.mark.mutation
 def test_a_cache_that_is_not_donated_would_be_seen(world):
-    cache = world.state.kv[0][0]
+    cache = world.state.kv[0].k
     text = jax.jit(lambda c: c.at[1, 0].set(1.0)).lower(cache).compile().as_text()
     assert cache_copies(text, cache.shape)
 
