@@ -30,7 +30,7 @@ from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
 from loquetier_jax.batch.segments import empty_batch, ravel, shapes_of
 from loquetier_jax.jobs.data import Pack
-from loquetier_jax.models.decoder import base_linear, gated
+from loquetier_jax.models.decoder import gated
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step import backward, forward
@@ -49,7 +49,7 @@ class PlainForwardOps(ForwardOps):
     """The forward without a single LoRA operation."""
 
     def linear(self, group: str, h: jax.Array) -> jax.Array:
-        return self.keep(group, base_linear(self.weights, group, h))
+        return self.keep(group, self.weights[group].dot(h))
 
     def mlp(self, h: jax.Array) -> jax.Array:
         return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))
@@ -63,7 +63,7 @@ class PlainReplayOps(ReplayOps):
         return with_transpose(lambda h: self._base(group, h), lambda dy, _: (transpose(dy),), h)
 
     def _base(self, group: str, h: jax.Array) -> jax.Array:
-        return self.kept[group] if group in self.kept else base_linear(self.weights, group, h)
+        return self.kept[group] if group in self.kept else self.weights[group].dot(h)
 
     def mlp(self, h: jax.Array) -> jax.Array:
         return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loquetier_jax.models.spec import BIASES, GROUPS, MODULES, DecoderSpec
+from loquetier_jax.models.linear import Dense
+from loquetier_jax.models.spec import GROUPS, MODULES, DecoderSpec
 
 Tree = Any
 
@@ -29,10 +30,10 @@ class Parameter:
 def param_table(spec: DecoderSpec) -> Tree:
     """The parameter tree with a `Parameter` at every leaf.
 
-    {"embed_tokens": [V, D], "norm": [D], "lm_head"?: [D, V] (absent when tied), "layers": [
-        {"input_layernorm": [D], "qkv_proj": [D, (N+2K)H], "q_norm"?: [H], "k_norm"?: [H], "o_proj": [NH, D],
-        "post_attention_layernorm": [D], "gate_up_proj": [D, 2F], "down_proj": [F, D],
-        "qkv_bias"?: [(N+2K)H], "o_bias"?: [D], "gate_up_bias"?: [2F], "down_bias"?: [D]} x L]}
+    {"embed_tokens": [V, D], "norm": [D], "lm_head"?: Dense [D, V] (absent when tied), "layers": [
+        {"input_layernorm": [D], "qkv_proj": Dense [D, (N+2K)H], "q_norm"?: [H], "k_norm"?: [H],
+        "o_proj": Dense [NH, D], "post_attention_layernorm": [D], "gate_up_proj": Dense [D, 2F],
+        "down_proj": Dense [F, D]} x L]}, a Dense with a bias where `spec.has_bias` says so.
     """
     vocab, width = spec.vocab_size, spec.hidden_size
     embedding = (("model.embed_tokens.weight", (vocab, width)),)
@@ -43,7 +44,7 @@ def param_table(spec: DecoderSpec) -> Tree:
     }
     if not spec.tie_word_embeddings:
         head = (("lm_head.weight", (vocab, width)),)
-        table["lm_head"] = Parameter("matrix", (width, vocab), head)
+        table["lm_head"] = Dense(Parameter("matrix", (width, vocab), head))
     return table
 
 
@@ -51,19 +52,18 @@ def _norm(path: str, width: int) -> Parameter:
     return Parameter("norm", (width,), ((f"{path}.weight", (width,)),))
 
 
-def _layer_table(spec: DecoderSpec, prefix: str) -> dict[str, Parameter]:
+def _layer_table(spec: DecoderSpec, prefix: str) -> dict[str, Parameter | Dense]:
     names = ("input_layernorm", "post_attention_layernorm")
-    table = {name: _norm(prefix + name, spec.hidden_size) for name in names}
+    table: dict[str, Parameter | Dense] = {name: _norm(prefix + name, spec.hidden_size) for name in names}
     if spec.qk_norm:
         for name in ("q_norm", "k_norm"):
             table[name] = _norm(f"{prefix}self_attn.{name}", spec.head_dim)
     for group, (inputs, outputs) in spec.group_shapes.items():
         paths = [prefix + MODULES[target] for target in GROUPS[group]]
         weights = tuple((f"{p}.weight", (out, inputs)) for p, out in zip(paths, outputs, strict=True))
-        table[group] = Parameter("matrix", (inputs, sum(outputs)), weights)
-        if spec.has_bias(group):
-            biases = tuple((f"{p}.bias", (out,)) for p, out in zip(paths, outputs, strict=True))
-            table[BIASES[group]] = Parameter("bias", (sum(outputs),), biases)
+        biases = tuple((f"{p}.bias", (out,)) for p, out in zip(paths, outputs, strict=True))
+        bias = Parameter("bias", (sum(outputs),), biases) if spec.has_bias(group) else None
+        table[group] = Dense(Parameter("matrix", (inputs, sum(outputs)), weights), bias)
     return table
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.batch.segments import TrainRows, unravel
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.models.decoder import layer, rope_tables
+from loquetier_jax.models.decoder import LayerWeights, layer, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.forward import Kept, Params
 from loquetier_jax.step.loss import Loss, backward_head, loss_cotangent
@@ -56,7 +56,7 @@ def backward_slice(
     use_dropout: bool,
     window_layer: int,
     template: TrainRows,
-    layers: list[dict[str, jax.Array]],
+    layers: list[LayerWeights],
     pages: AdapterPages,
     kept: Kept,
     dx: jax.Array,

@@ -10,7 +10,7 @@ from loquetier_jax.adapters.pages import AdapterPages
 from loquetier_jax.batch.segments import SegmentBatch, positions_of, unravel
 from loquetier_jax.config import PACK_ALIGN, Bucket, EngineConfig
 from loquetier_jax.kv.cache import KVCache
-from loquetier_jax.models.decoder import embed, final_norm, layer, logits, rope_tables
+from loquetier_jax.models.decoder import LayerWeights, embed, final_norm, layer, logits, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.loss import score_rows
 from loquetier_jax.step.ops import ForwardOps
@@ -156,7 +156,7 @@ def forward_slice(
     template: SegmentBatch,
     use_dropout: bool,
     first: int,
-    layers: list[dict[str, jax.Array]],
+    layers: list[LayerWeights],
     pages: AdapterPages,
     x: jax.Array,
     flat: jax.Array,

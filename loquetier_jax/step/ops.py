@@ -13,7 +13,7 @@ from loquetier_jax.adapters.pages import LoraPages
 from loquetier_jax.batch.segments import PackRows, SegmentBatch
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
 from loquetier_jax.kv.cache import KVCache
-from loquetier_jax.models.decoder import base_linear, gated
+from loquetier_jax.models.decoder import LayerWeights, gated
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from loquetier_jax.step.pack_attention import pack_attention
@@ -68,7 +68,7 @@ class ForwardOps:
     cfg: EngineConfig
     bucket: Bucket
     layer: int
-    weights: dict[str, jax.Array]
+    weights: LayerWeights
     pages: dict[str, LoraPages]
     kv: KVCache | None
     batch: SegmentBatch
@@ -91,7 +91,7 @@ class ForwardOps:
 
     def linear(self, group: str, h: jax.Array) -> jax.Array:
         """Base projection of all rows plus every row's adapter. [T, in] -> [T, out]."""
-        y, x = base_linear(self.weights, group, h), self.lora_input(group, h)
+        y, x = self.weights[group].dot(h), self.lora_input(group, h)
         pages, plan, rows = self.pages[group], self.batch.lora, self.bucket.train_rows
         options = {"out_features": self.spec.group_shapes[group][1], "implementation": self.cfg.smlm}
         if self.bucket.few_rows and delta_beside(self.cfg.smlm):
@@ -112,7 +112,7 @@ class ForwardOps:
             self.pages[group].A,
             self.pages[group].B,
             self.batch.lora,
-            y=base_linear(self.weights, group, h),
+            y=self.weights[group].dot(h),
             activation=self.spec.hidden_act,
             keep_rows=rows,
             keep_y=group in self.cfg.keep,

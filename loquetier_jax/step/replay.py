@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from loquetier_jax.adapters.pages import LoraPages
 from loquetier_jax.batch.segments import TrainRows
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.models.decoder import base_linear, gated
+from loquetier_jax.models.decoder import LayerWeights, gated
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from loquetier_jax.step.ops import attend_packs, shrunk
@@ -53,7 +53,7 @@ class ReplayOps:
     tokens: int
     window_layer: int
     layer: jax.Array
-    weights: dict[str, jax.Array]
+    weights: LayerWeights
     lora: dict[str, LoraPages]
     kept: dict[str, jax.Array]
     train: TrainRows
@@ -99,12 +99,11 @@ class ReplayOps:
     def _project(self, group: str, h: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> jax.Array:
         if group in self.kept:
             return self.kept[group]
-        y, S = base_linear(self.weights, group, h), self._shrunk(group, lora_B.shape[1])
+        y, S = self.weights[group].dot(h), self._shrunk(group, lora_B.shape[1])
         return y + pack_expand(S, lora_B, self._outs(group)).reshape(y.shape).astype(y.dtype)
 
     def _base_transpose(self, group: str, dy: jax.Array) -> jax.Array:
-        h = jnp.zeros((dy.shape[0], self.spec.group_shapes[group][0]), dy.dtype)  # dead code: the product is linear
-        return jax.vjp(functools.partial(base_linear, self.weights, group), h)[1](dy)[0]
+        return self.weights[group].dot_transpose(dy)
 
     def _both_transposes(
         self, group: str, dy: jax.Array, lora_B: jax.Array

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from loquetier_jax.adapters.peft import write_peft
+from loquetier_jax.models.linear import Dense
 from loquetier_jax.models.load import init_random
 from loquetier_jax.step import state as state_module
 from tests.engine.engines import BUCKETS, SPEC, add_random_adapter, greedy, random_data
@@ -112,7 +113,7 @@ def test_a_merged_adapter_would_be_seen(make_engine, params, monkeypatch):
 
     def merge(pages, ids, new):
         layer = engine.state.params["layers"][0]
-        layer["down_proj"] = layer["down_proj"] + jnp.float32(1e-3)
+        layer["down_proj"] = Dense(layer["down_proj"].w + jnp.float32(1e-3))
         return write(pages, ids, new)
 
     kept = dict(params["layers"][0])
@@ -127,7 +128,7 @@ def test_a_merged_adapter_would_be_seen(make_engine, params, monkeypatch):
 def test_a_base_written_in_place_would_be_seen(make_engine, params):
     """The same buffer, another number: as a kernel that writes where it should read would leave it."""
     watch = Watch(build(make_engine, params), params)
-    ctypes.c_float.from_address(params["layers"][1]["o_proj"].unsafe_buffer_pointer()).value += 1
+    ctypes.c_float.from_address(params["layers"][1]["o_proj"].w.unsafe_buffer_pointer()).value += 1
     with pytest.raises(AssertionError, match="the base has changed"):
         watch.check()
 

@@ -75,7 +75,7 @@ def test_a_job_holds_its_adapter_and_no_gradient_of_the_base(tiny_engine):
     check_job(tiny_engine, job)
     trainee = job._trainee
     kept = trainee.opt_state
-    trainee.opt_state = (kept, [w["down_proj"] for w in tiny_engine.state.params["layers"]])
+    trainee.opt_state = (kept, [w["down_proj"].w for w in tiny_engine.state.params["layers"]])
     with pytest.raises(AssertionError, match="more than its adapter"):
         check_job(tiny_engine, job)
     trainee.opt_state = kept

@@ -171,7 +171,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
     run.update(run.page_gradients())
     before = jax.tree.map(np.array, (run.master, run.opt_state.inner_state))
     gradients = run.page_gradients()
-    gradients[0]["qkv_proj"][0][0, 1, 2] = bad
+    gradients.layers[0]["qkv_proj"].A[0, 1, 2] = bad
     assert not run.update(gradients)["finite"]
     after = (run.master, run.opt_state.inner_state)
     assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(after)))

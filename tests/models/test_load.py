@@ -16,7 +16,7 @@ from loquetier_jax.errors import ModelError
 from loquetier_jax.models import load
 from loquetier_jax.models.checkpoint import Checkpoint
 from loquetier_jax.models.parameters import param_table
-from loquetier_jax.models.spec import BIASES, GROUPS, DecoderSpec
+from loquetier_jax.models.spec import GROUPS, DecoderSpec
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -62,11 +62,11 @@ def test_every_number_arrives(dtype: str, spec: DecoderSpec, tmp_path: Path) -> 
         lambda a: (a.shape, a.dtype), expected_shapes
     )
     np.testing.assert_array_equal(params["embed_tokens"], tensors["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(params["lm_head"], tensors["lm_head.weight"].T)
+    np.testing.assert_array_equal(params["lm_head"].w, tensors["lm_head.weight"].T)
     attention = "model.layers.1.self_attn."
-    for key, suffix in (("qkv_proj", "weight"), (BIASES["qkv_proj"], "bias")):
+    for key, suffix in (("w", "weight"), ("bias", "bias")):
         parts = [tensors[f"{attention}{target}.{suffix}"].T for target in GROUPS["qkv_proj"]]
-        np.testing.assert_array_equal(params["layers"][1][key], np.concatenate(parts, axis=-1))
+        np.testing.assert_array_equal(getattr(params["layers"][1]["qkv_proj"], key), np.concatenate(parts, axis=-1))
 
 
 def test_single_file_and_default_dtype(spec: DecoderSpec, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_single_file_and_default_dtype(spec: DecoderSpec, tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "model.safetensors")
     params = load.load_hf(tmp_path)[1]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float16"}
-    np.testing.assert_array_equal(params["layers"][1]["qkv_proj"][:, -8:], tensors[V_PROJ].T)
+    np.testing.assert_array_equal(params["layers"][1]["qkv_proj"].w[:, -8:], tensors[V_PROJ].T)
 
 
 def test_harmless_extras_are_skipped(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_random_parameters(spec: DecoderSpec) -> None:
     assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(params))
     jax.tree.map(np.testing.assert_array_equal, params, again)
     first, second = params["layers"]
-    assert not np.array_equal(first["o_proj"], second["o_proj"])
-    np.testing.assert_allclose(np.std(np.asarray(first["gate_up_proj"], np.float32)), 16**-0.5, rtol=0.1)
+    assert not np.array_equal(first["o_proj"].w, second["o_proj"].w)
+    np.testing.assert_allclose(np.std(np.asarray(first["gate_up_proj"].w, np.float32)), 16**-0.5, rtol=0.1)
     np.testing.assert_array_equal(first["input_layernorm"], np.ones(16))
-    np.testing.assert_array_equal(first["qkv_bias"], np.zeros(32))
+    np.testing.assert_array_equal(first["qkv_proj"].bias, np.zeros(32))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loquetier_jax.config import Bucket
-from loquetier_jax.models.decoder import base_linear
+from loquetier_jax.models.linear import Dense
 from loquetier_jax.step.functions import TrainKey
 from tests.step.cases import PACK, make_world, mixed_items, tiny_config
 
@@ -39,7 +39,7 @@ def backward_text(world) -> str:
 
 
 def weight_shapes(world) -> set[tuple[int, ...]]:
-    return {w.shape for name, w in world.state.params["layers"][0].items() if name.endswith("_proj")}
+    return {w.w.shape for w in world.state.params["layers"][0].values() if isinstance(w, Dense)}
 
 
 def check_backward(world, text: str) -> None:
@@ -76,10 +76,10 @@ def test_backward_runs_each_base_gemm_once(world):
 @pytest.mark.mutation
 def test_weight_gradient_would_be_seen(world):
     """The check bites: a projection whose weight is differentiated shows a dot of the weight's shape."""
-    shape = world.state.params["layers"][0]["o_proj"].shape
+    shape = world.state.params["layers"][0]["o_proj"].w.shape
     text = (
         jax.jit(
-            lambda x, w: jax.vjp(lambda w: base_linear({"o_proj": w}, "o_proj", x), w)[1](
+            lambda x, w: jax.vjp(lambda w: Dense(w).dot(x), w)[1](
                 jnp.ones((3 * PACK, shape[1]))
             )
         )
