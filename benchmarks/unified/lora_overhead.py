@@ -28,16 +28,17 @@ from benchmarks.unified.smoke import llama_8b, tiny
 from loquetier_jax import Bucket, EngineConfig, SamplingParams
 from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
-from loquetier_jax.batch.segments import empty_batch, ravel, shapes_of
+from loquetier_jax.batch.segments import empty_batch, ravel, shapes_of, unravel
 from loquetier_jax.jobs.data import Pack
 from loquetier_jax.models.decoder import gated
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step import backward, forward
+from loquetier_jax.step import backward, unified
 from loquetier_jax.step.functions import compiler_options
 from loquetier_jax.step.ops import ForwardOps
 from loquetier_jax.step.replay import ReplayOps, with_transpose
 from loquetier_jax.step.state import DeviceState, head_params, new_state
+from loquetier_jax.step.unified import ForwardOut, unified_step
 
 VLLM_ADDS_MS = {4: 2.54, 32: 13.12}  # vLLM 0.22.1, decode B=32, measured 2026-11 on an H200
 BOUND_ADDS_MS = {4: 0.4, 32: 1.2}
@@ -73,7 +74,7 @@ class PlainReplayOps(ReplayOps):
 def without_lora() -> Iterator[None]:
     """Steps traced inside have no adapters at all."""
     with (
-        mock.patch.object(forward, "ForwardOps", PlainForwardOps),
+        mock.patch.object(unified, "ForwardOps", PlainForwardOps),
         mock.patch.object(backward, "ReplayOps", PlainReplayOps),
         mock.patch.object(backward, "add_gradients", lambda pools, *_, **__: pools),
     ):
@@ -117,17 +118,17 @@ class Bench:
     def forward_loop(self, bucket: Bucket, steps: int) -> Callable[[jax.Array], Any]:
         """Compiles `steps` forwards in a loop: flat -> the last ForwardOut; the state is carried and donated."""
         template = shapes_of(empty_batch(bucket, self.cfg))
-        step = functools.partial(forward.forward, self.spec, self.cfg, bucket, template, False)
+        step = functools.partial(unified_step, self.spec, self.cfg, bucket, False)
         state = self.state
 
         def run(params: Any, pages: Any, kv: Any, slots: Any, out: Any, flat: jax.Array) -> Any:
             def turn(_: Any, carried: Any) -> Any:
-                return step(params, pages, *carried[:2], fresh(flat, carried[1].last_token))
+                return step(params, pages, *carried[:2], unravel(template, fresh(flat, carried[1].last_token)))
 
             return jax.lax.fori_loop(0, steps, turn, (kv, slots, out))
 
         flat = jax.ShapeDtypeStruct(self.flat(StepItems(), bucket).shape, jnp.int32)
-        out = jax.eval_shape(step, state.params, state.pages, state.kv, state.slots, flat)[2]
+        out = jax.eval_shape(step, state.params, state.pages, state.kv, state.slots, template)[2]
         args = (state.params, state.pages, state.kv, state.slots, out, flat)
         lowered = jax.jit(run, donate_argnums=(2, 3, 4)).lower(*map(shapes_of, args[:4]), out, flat)
         loop = lowered.compile(compiler_options(bucket))  # as an engine compiles it, with LoRA and without
@@ -140,7 +141,7 @@ class Bench:
         call.text = loop.as_text
         return call
 
-    def backward_loop(self, bucket: Bucket, items: StepItems, out: forward.ForwardOut, steps: int) -> Callable[[], Any]:
+    def backward_loop(self, bucket: Bucket, items: StepItems, out: ForwardOut, steps: int) -> Callable[[], Any]:
         """Compiles `steps` backwards, head and loss included, in a loop; the gradient pool is carried and donated."""
         spec, cfg, state = self.spec, self.cfg, self.state
         batch = pack_step(items, bucket, cfg)

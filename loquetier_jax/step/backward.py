@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.batch.segments import TrainRows, unravel
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.models.decoder import LayerWeights, layer, rope_tables
+from loquetier_jax.models.decoder import LayerWeights, Params, layer, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.forward import Kept, Params
 from loquetier_jax.step.loss import Loss, backward_head, loss_cotangent
 from loquetier_jax.step.loss_batch import LossBatch
 from loquetier_jax.step.replay import ReplayOps
+from loquetier_jax.step.unified import Kept
 from pallas_kernels import add_gradients
 
 

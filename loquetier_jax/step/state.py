@@ -12,9 +12,10 @@ from loquetier_jax.adapters.lora import LoraWeights
 from loquetier_jax.adapters.pages import AdapterPages, write_pages
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.kv.cache import KVCache
+from loquetier_jax.models.decoder import Params
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.forward import ForwardOut, Kept, Params
 from loquetier_jax.step.sample import SlotState, empty_slots
+from loquetier_jax.step.unified import ForwardOut, Kept
 
 
 @jax.tree_util.register_dataclass

@@ -10,9 +10,9 @@ from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
 from loquetier_jax.batch.segments import SegmentBatch, ravel
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.jobs.extras import pass_extras
-from loquetier_jax.step.forward import ForwardOut, Kept
 from loquetier_jax.step.functions import StepFunctions, TrainKey
 from loquetier_jax.step.state import DeviceState, head_params
+from loquetier_jax.step.unified import ForwardOut, Kept
 
 
 @dataclass
@@ -58,13 +58,6 @@ class TrainPass:
     def done(self) -> bool:
         """Whether every gradient has been dispatched."""
         return self.forward_done and not self.backward
-
-    @property
-    def quantum(self) -> str:
-        """Name of the next quantum: "forward_slice", "backward_slice" or "done"."""
-        if not self.forward_done:
-            return "forward_slice"
-        return "backward_slice" if self.backward else "done"
 
     def take_fused(
         self, out: ForwardOut, batch: SegmentBatch, functions: StepFunctions, state: DeviceState
