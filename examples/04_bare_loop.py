@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraConfig, init_weights, resolve_shape
-from loquetier_jax.adapters.pages import pages_of, write_pages
+from loquetier_jax.adapters.pages import pages_of
 from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
 from loquetier_jax.batch.segments import ravel
 from loquetier_jax.config import Bucket, EngineConfig
@@ -47,7 +47,7 @@ def main(steps: int = 24) -> None:
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     shape = resolve_shape(lora, spec)
     weights = init_weights(shape, lora, spec, seed=0)
-    state.pages = write_pages(state.pages, [PAGE], pages_of(weights, shape, spec, np.float32))
+    state.write_adapter([PAGE], pages_of(weights, shape, spec, np.float32))
 
     # The job: samples, cut into packs by its own data and seed alone; an optimizer whose numbers are state.
     train = TrainConfig(max_steps=steps, learning_rate=5e-3, pack_tokens=256)
@@ -72,13 +72,12 @@ def main(steps: int = 24) -> None:
 
         # 2. One forward over all rows; base weights are read once. KV cache and slots are donated.
         flat = jnp.asarray(ravel(batch))
-        state.kv, state.slots, out = forward(state.params, state.pages, state.kv, state.slots, flat)
+        out = state.run_forward(forward, flat)
 
         # 3. Backward over the train rows: from log-probs to the page's gradient, which adds up in the pool.
         flat_train = jnp.asarray(ravel(batch.train))
         dx, _ = backward_start(head_params(state.params), out.hidden, out.train["logp"], flat_train, {})
-        _, state.grads = backward(state.params["layers"], state.pages, out.kept, dx, state.grads, jnp.int32(0),
-                                  flat_train)  # fmt: skip
+        state.backward(backward, 0, spec.num_hidden_layers, out.kept, dx, flat_train)
 
         # 4. Results: tokens to their requests, the loss from the log-probs.
         for place, request in zip(sample_places(items, bucket), in_order(items, requests), strict=True):
@@ -90,9 +89,9 @@ def main(steps: int = 24) -> None:
 
         # 5. The optimizer: masters and moments move on, the page gets the new cast, its gradient is zero again.
         numbers = {k: np.float32(v) for k, v in hyperparams(train, pack.step, packs.total_steps).items()}
-        master, opt_state, state.grads, state.pages, _ = optimizer(
-            master, opt_state, state.grads, state.pages, np.array([GRAD_PAGE], np.int32), np.array([PAGE], np.int32),
-            np.float32(targets), np.float32(train.max_grad_norm), numbers)  # fmt: skip
+        master, opt_state, _ = state.apply_optimizer(
+            optimizer, master, opt_state, [GRAD_PAGE], [PAGE], np.float32(targets), np.float32(train.max_grad_norm),
+            numbers)  # fmt: skip
         print(f"step {pack.step + 1:3}  loss {loss_sum / targets:.3f}")
         loss_sum, targets = 0.0, 0
 

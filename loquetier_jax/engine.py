@@ -5,7 +5,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from loquetier_jax.adapters.lora import LoraShape, LoraWeights
+from loquetier_jax.adapters.pages import pages_of
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.errors import EngineError
@@ -87,7 +89,7 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
             spec,
             num_pages=cfg.adapter_pages,
             max_pages=cfg.max_lora_pages,
-            write=self._write_pages,
+            write=self._write_adapter,
             max_host_adapters=cfg.max_host_adapters,
         )
         self.jobs: dict[str, JobHandle] = {}
@@ -103,6 +105,9 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         score_rows = max((b.score_tokens for b in cfg.buckets), default=0)
         self._scores = ScoreRequests(self.adapters, score_rows, lambda: self.loop.epoch)
         compile_serving(self.functions, self.state, cfg, self.latency, progress)
+
+    def _write_adapter(self, page_ids: Sequence[int], weights: LoraWeights, shape: LoraShape) -> None:
+        self.state.write_adapter(page_ids, pages_of(weights, shape, self.spec, jnp.dtype(self.cfg.dtype)))
 
     def _new_loop(self, policy: PolicyConfig) -> Loop:
         cfg, scoring = self.cfg, Scoring()

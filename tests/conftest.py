@@ -82,8 +82,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if item.get_closest_marker("multi_device") and jax.device_count() < 2:
-            item.add_marker(pytest.mark.skip(reason="needs several devices"))
     items.sort(key=lambda item: min(worker_group(item), "2"))
 
 

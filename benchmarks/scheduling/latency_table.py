@@ -24,7 +24,7 @@ from benchmarks.results import commit, device_name, versions
 from benchmarks.unified.smoke import llama_8b, tiny
 from loquetier_jax import Bucket, EngineConfig, LoraConfig, SamplingParams, TrainConfig
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights, init_weights, resolve_shape
-from loquetier_jax.adapters.pages import pages_of, write_pages
+from loquetier_jax.adapters.pages import pages_of
 from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ScoreItem, ServedItem, StepItems, TrainItem, pack_step
 from loquetier_jax.batch.segments import ravel
 from loquetier_jax.jobs.data import Pack, make_sample
@@ -74,7 +74,7 @@ class Bench:
             pair["lora_B"] = (0.01 * rng.standard_normal(pair["lora_B"].shape)).astype(np.float32)
         one = pages_of(self.weights, self.shape, self.spec, self.cfg.dtype)
         for page in range(1, ADAPTERS + 1):
-            self.state.pages = write_pages(self.state.pages, (page,), one)
+            self.state.write_adapter((page,), one)
 
     @property
     def passes(self) -> list[TrainKey]:
@@ -136,7 +136,7 @@ class Bench:
         for _ in range(REPEATS + 1):
             started = time.perf_counter()
             for _ in range(CHAIN):
-                state.kv, state.slots, out = run(state.params, state.pages, state.kv, state.slots, flat)
+                out = state.run_forward(run, flat)
             jax.block_until_ready((state.slots, out))
             times.append(1e3 * (time.perf_counter() - started) / CHAIN)
         return statistics.median(times[1:])
@@ -150,7 +150,7 @@ class Bench:
         flat, run = jax.device_put(ravel(batch)), self.functions.forward(bucket)
         one = TrainPass(key, items.train, self.cfg.slice_layers)
         started = time.perf_counter()
-        state.kv, state.slots, out = run(state.params, state.pages, state.kv, state.slots, flat)
+        out = state.run_forward(run, flat)
         one.take_fused(out, batch, self.functions, state)
         jax.block_until_ready(one.tail)
         return 1e3 * (time.perf_counter() - started)
@@ -186,8 +186,8 @@ class Bench:
         times = []
         for _ in range(REPEATS + 1):
             started = time.perf_counter()
-            master, opt_state, state.grads, state.pages, metrics = step(
-                master, opt_state, state.grads, state.pages, ids, ids, np.float32(1024), np.float32(1), numbers
+            master, opt_state, metrics = state.apply_optimizer(
+                step, master, opt_state, ids, ids, np.float32(1024), np.float32(1), numbers
             )
             jax.block_until_ready((metrics, state.pages))
             times.append(1e3 * (time.perf_counter() - started))

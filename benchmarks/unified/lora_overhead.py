@@ -26,17 +26,19 @@ import numpy as np
 from benchmarks.results import record, write
 from benchmarks.unified.smoke import llama_8b, tiny
 from loquetier_jax import Bucket, EngineConfig, SamplingParams
+from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
-from loquetier_jax.batch.segments import empty_batch, ravel, shapes_of
+from loquetier_jax.batch.segments import empty_batch, ravel, shapes_of, unravel
 from loquetier_jax.jobs.data import Pack
-from loquetier_jax.models.decoder import base_linear, gated
+from loquetier_jax.models.decoder import gated
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step import backward, forward
+from loquetier_jax.step import backward, unified
 from loquetier_jax.step.functions import compiler_options
 from loquetier_jax.step.ops import ForwardOps
 from loquetier_jax.step.replay import ReplayOps, with_transpose
 from loquetier_jax.step.state import DeviceState, head_params, new_state
+from loquetier_jax.step.unified import ForwardOut, unified_step
 
 VLLM_ADDS_MS = {4: 2.54, 32: 13.12}  # vLLM 0.22.1, decode B=32, measured 2026-11 on an H200
 BOUND_ADDS_MS = {4: 0.4, 32: 1.2}
@@ -48,7 +50,7 @@ class PlainForwardOps(ForwardOps):
     """The forward without a single LoRA operation."""
 
     def linear(self, group: str, h: jax.Array) -> jax.Array:
-        return self.keep(group, base_linear(self.weights, group, h))
+        return self.keep(group, self.weights[group].dot(h))
 
     def mlp(self, h: jax.Array) -> jax.Array:
         return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))
@@ -62,7 +64,7 @@ class PlainReplayOps(ReplayOps):
         return with_transpose(lambda h: self._base(group, h), lambda dy, _: (transpose(dy),), h)
 
     def _base(self, group: str, h: jax.Array) -> jax.Array:
-        return self.kept[group] if group in self.kept else base_linear(self.weights, group, h)
+        return self.kept[group] if group in self.kept else self.weights[group].dot(h)
 
     def mlp(self, h: jax.Array) -> jax.Array:
         return self.linear("down_proj", gated(self.spec, self.linear("gate_up_proj", h)))
@@ -72,7 +74,7 @@ class PlainReplayOps(ReplayOps):
 def without_lora() -> Iterator[None]:
     """Steps traced inside have no adapters at all."""
     with (
-        mock.patch.object(forward, "ForwardOps", PlainForwardOps),
+        mock.patch.object(unified, "ForwardOps", PlainForwardOps),
         mock.patch.object(backward, "ReplayOps", PlainReplayOps),
         mock.patch.object(backward, "scatter_add_pages", lambda pools, *_, **__: pools),
     ):
@@ -89,10 +91,10 @@ class Bench:
 
     def __init__(self, spec: DecoderSpec, cfg: EngineConfig, params: Any) -> None:
         self.spec, self.cfg = spec, cfg
-        self.state: DeviceState = new_state(spec, cfg, params)
-        self.state.pages = self._random_pages()
+        state = new_state(spec, cfg, params)
+        self.state: DeviceState = dataclasses.replace(state, pages=self._random_pages(state))
 
-    def _random_pages(self) -> Any:
+    def _random_pages(self, state: DeviceState) -> AdapterPages:
         """Every page an adapter of rank 16 on all projections; the same numbers in every layer."""
         dtype = jnp.dtype(self.cfg.dtype)
 
@@ -100,13 +102,15 @@ class Bench:
         def draw(seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
             return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
 
-        return [
-            {
-                group: (draw(i, a.shape, a.shape[2] ** -0.5), draw(-i, b.shape, 0.01))
-                for i, (group, (a, b)) in enumerate(layer.items(), start=1)
-            }
-            for layer in shapes_of(self.state.pages)
-        ]
+        return AdapterPages(
+            [
+                {
+                    group: LoraPages(draw(i, old.A.shape, old.A.shape[2] ** -0.5), draw(-i, old.B.shape, 0.01))
+                    for i, (group, old) in enumerate(layer.items(), start=1)
+                }
+                for layer in state.pages.layers
+            ]
+        )
 
     def flat(self, items: StepItems, bucket: Bucket) -> jax.Array:
         return jnp.asarray(ravel(pack_step(items, bucket, self.cfg)))
@@ -114,30 +118,30 @@ class Bench:
     def forward_loop(self, bucket: Bucket, steps: int) -> Callable[[jax.Array], Any]:
         """Compiles `steps` forwards in a loop: flat -> the last ForwardOut; the state is carried and donated."""
         template = shapes_of(empty_batch(bucket, self.cfg))
-        step = functools.partial(forward.forward, self.spec, self.cfg, bucket, template, False)
+        step = functools.partial(unified_step, self.spec, self.cfg, bucket, False)
         state = self.state
 
         def run(params: Any, pages: Any, kv: Any, slots: Any, out: Any, flat: jax.Array) -> Any:
             def turn(_: Any, carried: Any) -> Any:
-                return step(params, pages, *carried[:2], fresh(flat, carried[1].last_token))
+                return step(params, pages, *carried[:2], unravel(template, fresh(flat, carried[1].last_token)))
 
             return jax.lax.fori_loop(0, steps, turn, (kv, slots, out))
 
         flat = jax.ShapeDtypeStruct(self.flat(StepItems(), bucket).shape, jnp.int32)
-        out = jax.eval_shape(step, state.params, state.pages, state.kv, state.slots, flat)[2]
+        out = jax.eval_shape(step, state.params, state.pages, state.kv, state.slots, template)[2]
         args = (state.params, state.pages, state.kv, state.slots, out, flat)
         lowered = jax.jit(run, donate_argnums=(2, 3, 4)).lower(*map(shapes_of, args[:4]), out, flat)
         loop = lowered.compile(compiler_options(bucket))  # as an engine compiles it, with LoRA and without
         held = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)]
 
         def call(flat: jax.Array) -> Any:
-            state.kv, state.slots, held[0] = loop(state.params, state.pages, state.kv, state.slots, held[0], flat)
+            held[0] = state.run_forward(lambda *arrays: loop(*arrays[:4], held[0], arrays[4]), flat)
             return held[0]
 
         call.text = loop.as_text
         return call
 
-    def backward_loop(self, bucket: Bucket, items: StepItems, out: forward.ForwardOut, steps: int) -> Callable[[], Any]:
+    def backward_loop(self, bucket: Bucket, items: StepItems, out: ForwardOut, steps: int) -> Callable[[], Any]:
         """Compiles `steps` backwards, head and loss included, in a loop; the gradient pool is carried and donated."""
         spec, cfg, state = self.spec, self.cfg, self.state
         batch = pack_step(items, bucket, cfg)
@@ -161,7 +165,8 @@ class Bench:
         held = [jnp.zeros_like(out.hidden)]
 
         def call() -> Any:
-            held[0], state.grads = loop(*fixed, held[0], state.grads, flat)
+            layers = spec.num_hidden_layers
+            held[0] = state.backward(lambda *a: loop(*fixed, *a[3:5], a[6]), 0, layers, kept, held[0], flat)
             return held[0], state.grads
 
         call.text = loop.as_text

@@ -1,13 +1,13 @@
 """Device pages: an adapter cut into chunks of 16 ranks, in the fused layout of the base's projections.
 
-Pages are a list over layers of {group: (A [P, n*16, in], B [P, 16, sum(out)])}, n the targets of the group:
-rows i*16 to i*16+16 of A belong to target i, whose columns of B are its slice of the fused output. The
-scaling is folded into B: a delta is the sum over an adapter's pages and targets of (x @ A_i.T) @ B_i. Ranks
-beyond a module's own, and modules the adapter leaves alone, are zeros. Page 0 is all zeros and is never
-written.
+Of a group with n targets, rows i*16 to i*16+16 of A belong to target i, whose columns of B are its slice of the
+fused output. The scaling is folded into B: a delta is the sum over an adapter's pages and targets of
+(x @ A_i.T) @ B_i. Ranks beyond a module's own, and modules the adapter leaves alone, are zeros. Page 0 is all
+zeros and is never written.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,25 +22,63 @@ from loquetier_jax.config import RANK_PAGE
 from loquetier_jax.errors import IntegrityError
 from loquetier_jax.models.spec import GROUPS, DecoderSpec
 
-Pages = list[dict[str, tuple[Any, Any]]]
-"""See the module docstring; the leading axis is the page, or missing where one page is meant."""
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoraPages:
+    """Pages of one layer and one group of n targets, which share its input; or gradients of pages.
+
+    Attributes:
+        A: [P, n*16, in].
+        B: [P, 16, out], out the sum of the targets' outputs.
+    """
+
+    A: Float[Array, "P ranks in"]
+    B: Float[Array, "P 16 out"]
 
 
-def empty_pages(spec: DecoderSpec, num_pages: int, dtype: DTypeLike) -> Pages:
-    """Pages of zeros on the device, page 0 being one of them; also the gradient pool (float32)."""
-    return [
-        {
-            group: (
-                jnp.zeros((num_pages, len(outs) * RANK_PAGE, features), dtype),
-                jnp.zeros((num_pages, RANK_PAGE, sum(outs)), dtype),
-            )
-            for group, (features, outs) in spec.group_shapes.items()
-        }
-        for _ in range(spec.num_hidden_layers)
-    ]
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdapterPages:
+    """Pages of every layer and group: the stacks of an engine, its gradient pool, or one adapter's own pages.
+
+    Attributes:
+        layers: By layer {group: LoraPages}, P the same in all: A [P, n*16, in], B [P, 16, out].
+    """
+
+    layers: list[dict[str, LoraPages]]
+
+    @classmethod
+    def empty(cls, spec: DecoderSpec, num_pages: int, dtype: DTypeLike) -> "AdapterPages":
+        """Pages of zeros on the device, page 0 being one of them; also the gradient pool (float32)."""
+        return cls(
+            [
+                {
+                    group: LoraPages(
+                        jnp.zeros((num_pages, len(outs) * RANK_PAGE, features), dtype),
+                        jnp.zeros((num_pages, RANK_PAGE, sum(outs)), dtype),
+                    )
+                    for group, (features, outs) in spec.group_shapes.items()
+                }
+                for _ in range(spec.num_hidden_layers)
+            ]
+        )
+
+    @property
+    def num_pages(self) -> int:
+        """P."""
+        return self.layers[0]["qkv_proj"].A.shape[0]
+
+    def cut(self, start: int, stop: int) -> "AdapterPages":
+        """Those of layers [start, stop), by reference."""
+        return AdapterPages(self.layers[start:stop])
+
+    def spliced(self, start: int, new: "AdapterPages") -> "AdapterPages":
+        """These with `new` in place of as many layers from `start` on."""
+        return AdapterPages([*self.layers[:start], *new.layers, *self.layers[start + len(new.layers) :]])
 
 
-def pages_of(weights: LoraWeights, shape: LoraShape, spec: DecoderSpec, dtype: DTypeLike) -> Pages:
+def pages_of(weights: LoraWeights, shape: LoraShape, spec: DecoderSpec, dtype: DTypeLike) -> AdapterPages:
     """Casts an exact-rank adapter to pages; pure, for jax arrays inside jit or numpy arrays on the host.
 
     Args:
@@ -54,23 +92,25 @@ def pages_of(weights: LoraWeights, shape: LoraShape, spec: DecoderSpec, dtype: D
     """
     host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(weights))
     xp = np if host else jnp
-    return [
-        {
-            group: _group_pages(weights, shape, (layer, group), sizes, dtype, xp)
-            for group, sizes in spec.group_shapes.items()
-        }
-        for layer in range(spec.num_hidden_layers)
-    ]
+    return AdapterPages(
+        [
+            {
+                group: _group_pages(weights, shape, (layer, group), sizes, dtype, xp)
+                for group, sizes in spec.group_shapes.items()
+            }
+            for layer in range(spec.num_hidden_layers)
+        ]
+    )
 
 
-def gradients_of(page_gradients: Pages, shape: LoraShape, spec: DecoderSpec) -> LoraWeights:
+def gradients_of(page_gradients: AdapterPages, shape: LoraShape, spec: DecoderSpec) -> LoraWeights:
     """The exact-rank gradient that belongs to gradients of an adapter's pages; pure, for use inside jit.
 
     The chain rule through `pages_of`: B's gradient is multiplied by the scaling that was folded in; the
     rounding of the cast counts as the identity; gradients of filled ranks and untargeted modules are dropped.
 
     Args:
-        page_gradients: Pages with a leading axis of `shape.num_pages`, f32.
+        page_gradients: AdapterPages with a leading axis of `shape.num_pages`, f32.
         shape: Static under jit.
         spec: Static under jit.
 
@@ -79,9 +119,9 @@ def gradients_of(page_gradients: Pages, shape: LoraShape, spec: DecoderSpec) -> 
     """
     gradients: LoraWeights = {}
     for layer, group, index, columns, module in _modules(shape, spec):
-        a, b = page_gradients[layer][group]
-        a = a[:, index * RANK_PAGE : (index + 1) * RANK_PAGE].reshape(-1, a.shape[-1])
-        b = b[:, :, columns].reshape(-1, columns.stop - columns.start)
+        pair = page_gradients.layers[layer][group]
+        a = pair.A[:, index * RANK_PAGE : (index + 1) * RANK_PAGE].reshape(-1, pair.A.shape[-1])
+        b = pair.B[:, :, columns].reshape(-1, columns.stop - columns.start)
         gradients[weight_key(layer, module.target)] = {
             "lora_A": a[: module.r].astype(np.float32),
             "lora_B": b[: module.r].T.astype(np.float32) * np.float32(module.scaling),
@@ -89,7 +129,7 @@ def gradients_of(page_gradients: Pages, shape: LoraShape, spec: DecoderSpec) -> 
     return gradients
 
 
-def put_pages(pages: Pages, page_ids: Int[Array, " k"], new: Pages) -> Pages:
+def put_pages(pages: AdapterPages, page_ids: Int[Array, " k"], new: AdapterPages) -> AdapterPages:
     """`pages` with `new` (leading axis k) at `page_ids`; pure, for use inside a jit that donates `pages`.
 
     In place when donated. The caller owns the ids: none may be 0 or out of range (out of range is dropped).
@@ -97,12 +137,12 @@ def put_pages(pages: Pages, page_ids: Int[Array, " k"], new: Pages) -> Pages:
     return jax.tree.map(lambda old, one: old.at[page_ids].set(one), pages, new)
 
 
-def take_pages(pages: Pages, page_ids: Int[Array, " k"]) -> Pages:
+def take_pages(pages: AdapterPages, page_ids: Int[Array, " k"]) -> AdapterPages:
     """The pages at `page_ids`, leading axis k; pure, for use inside jit. `pages` is not changed."""
     return jax.tree.map(lambda leaf: leaf[page_ids], pages)
 
 
-def write_pages(pages: Pages, page_ids: Sequence[int], new: Pages) -> Pages:
+def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages) -> AdapterPages:
     """Writes an adapter's pages into the device stacks, in place: `pages` is donated, use the returned ones.
 
     One page is written per dispatch with its id traced, so one compile serves adapters of all shapes. Not for
@@ -117,8 +157,7 @@ def write_pages(pages: Pages, page_ids: Sequence[int], new: Pages) -> Pages:
         IntegrityError: page ids that are not such; nothing is written.
     """
     ids = [int(i) for i in page_ids]
-    total = pages[0]["qkv_proj"][0].shape[0]
-    count = new[0]["qkv_proj"][0].shape[0]
+    total, count = pages.num_pages, new.num_pages
     if len(ids) != count or len(set(ids)) != count or not all(0 < i < total for i in ids):
         raise IntegrityError(f"page_ids: got {ids}, expected {count} distinct ids between 1 and {total - 1}")
     for position, page_id in enumerate(ids):
@@ -127,13 +166,13 @@ def write_pages(pages: Pages, page_ids: Sequence[int], new: Pages) -> Pages:
     return pages
 
 
-def read_pages(pages: Pages, page_ids: Sequence[int]) -> Pages:
+def read_pages(pages: AdapterPages, page_ids: Sequence[int]) -> AdapterPages:
     """Copies of the pages at `page_ids`, leading axis len(page_ids); one compile per number of pages."""
     return _take(pages, np.asarray(page_ids, np.int32))
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write_page(pages: Pages, page_id: Int[Array, ""], page: Pages) -> Pages:
+def _write_page(pages: AdapterPages, page_id: Int[Array, ""], page: AdapterPages) -> AdapterPages:
     return jax.tree.map(lambda old, one: old.at[page_id].set(one), pages, page)
 
 
@@ -147,7 +186,7 @@ def _group_pages(
     sizes: tuple[int, tuple[int, ...]],
     dtype: DTypeLike,
     xp: Any,
-) -> tuple[Float[Array, "k ranks in"], Float[Array, "k 16 out"]]:
+) -> LoraPages:
     layer, group = where
     features, outs = sizes
     ranks = shape.num_pages * RANK_PAGE
@@ -163,7 +202,7 @@ def _group_pages(
             a, b = xp.zeros((ranks, features), np.float32), xp.zeros((ranks, out), np.float32)
         a_parts.append(a.reshape(-1, RANK_PAGE, features))
         b_parts.append(b.reshape(-1, RANK_PAGE, out))
-    return xp.concatenate(a_parts, axis=1).astype(dtype), xp.concatenate(b_parts, axis=2).astype(dtype)
+    return LoraPages(xp.concatenate(a_parts, axis=1).astype(dtype), xp.concatenate(b_parts, axis=2).astype(dtype))
 
 
 def _modules(shape: LoraShape, spec: DecoderSpec) -> Iterator[tuple[int, str, int, slice, LoraModule]]:

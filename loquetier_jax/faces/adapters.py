@@ -1,32 +1,25 @@
 """The calls about adapters: load, unload, rename, pin, save, all at run time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax.numpy as jnp
 
 from loquetier_jax.adapters.folder import read_folder
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights
 from loquetier_jax.adapters.merge import write_merged
-from loquetier_jax.adapters.pages import pages_of, write_pages
 from loquetier_jax.adapters.peft import write_peft
 from loquetier_jax.adapters.registry import check_name
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
-from loquetier_jax.config import EngineConfig
 from loquetier_jax.errors import AdapterError, ModelError, short
 from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.state import DeviceState
 
 
 class AdapterCalls:
     """Part of Engine."""
 
     spec: DecoderSpec
-    cfg: EngineConfig
-    state: DeviceState
     adapters: AdapterStore
     name: str
     _lock: Any
@@ -112,7 +105,3 @@ class AdapterCalls:
             weights = self.adapters.weights(version)
         write_merged(path, self.name, weights, version.shape)
         return path
-
-    def _write_pages(self, page_ids: Sequence[int], weights: Any, shape: Any) -> None:
-        new = pages_of(weights, shape, self.spec, jnp.dtype(self.cfg.dtype))
-        self.state.pages = write_pages(self.state.pages, page_ids, new)

@@ -184,7 +184,7 @@ class JobCalls:
             if cfg.keeps_best and not state.host["best"] and job.evaluation is not None:
                 job.evaluation.forget_best()  # its weights were not kept, and cannot be had any more
             arrays = jax.tree.map(jax.numpy.asarray, (state.arrays["master"], state.arrays["opt_state"]))
-            rest = {"grads": state.arrays["grads"], "best": state.arrays["best"] or None}
+            rest = {"grads": state.grads, "best": state.arrays["best"] or None}
             return self._enlist(Trainee(job, state.lora, state.shape, *arrays, **rest), state.arrays["master"])
 
     def _check_job(self, name: str) -> None:

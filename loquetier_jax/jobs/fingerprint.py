@@ -13,7 +13,7 @@ from loquetier_jax.models.spec import DecoderSpec
 
 
 def base_fingerprint(spec: DecoderSpec, params: Any) -> str:
-    """Hash of a base model, the same on every device and under every sharding: integer sums are exact.
+    """Hash of a base model, the same on every device: integer sums are exact.
 
     Reads each weight once, on the device. It tells bases apart; it is no defence against somebody who tries.
 
@@ -27,11 +27,20 @@ def base_fingerprint(spec: DecoderSpec, params: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
     entries = [
-        [jax.tree_util.keystr(path), list(leaf.shape), str(leaf.dtype), int(total)]
+        [_name(path), list(leaf.shape), str(leaf.dtype), int(total)]
         for (path, leaf), total in zip(leaves, sums, strict=True)
     ]
     text = json.dumps([asdict(spec), entries], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """A weight's place; that of a Dense is the matrix's, and its bias lies beside it: fingerprints outlive classes."""
+    *above, last = path
+    if isinstance(last, jax.tree_util.GetAttrKey):
+        key = above.pop().key
+        last = jax.tree_util.DictKey(key if last.name == "w" else key.replace("_proj", "_bias"))
+    return jax.tree_util.keystr((*above, last))
 
 
 @jax.jit

@@ -12,14 +12,14 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights
-from loquetier_jax.adapters.pages import Pages, gradients_of, pages_of, put_pages, take_pages
+from loquetier_jax.adapters.pages import AdapterPages, gradients_of, pages_of, put_pages, take_pages
 from loquetier_jax.config import require
 from loquetier_jax.jobs.config import OPTIMIZERS, TrainConfig, learning_rate
 from loquetier_jax.models.spec import DecoderSpec
 
 OptState = Any
 Hyper = dict[str, Any]
-OptimizerStep = Callable[..., tuple[LoraWeights, OptState, Pages, Pages, dict[str, Array]]]
+OptimizerStep = Callable[..., tuple[LoraWeights, OptState, AdapterPages, AdapterPages, dict[str, Array]]]
 
 
 def hyperparams(cfg: TrainConfig, step: int, total_steps: int) -> dict[str, float]:
@@ -109,14 +109,14 @@ def _optimizer_step(
     optimizer: optax.GradientTransformationExtraArgs,
     master: LoraWeights,
     opt_state: OptState,
-    grads: Pages,
-    pages: Pages,
+    grads: AdapterPages,
+    pages: AdapterPages,
     train_page_ids: Int[Array, " k"],
     page_ids: Int[Array, " k"],
     denom: Float[Array, ""],
     max_grad_norm: Float[Array, ""],
     hyper: Hyper,
-) -> tuple[LoraWeights, OptState, Pages, Pages, dict[str, Array]]:
+) -> tuple[LoraWeights, OptState, AdapterPages, AdapterPages, dict[str, Array]]:
     own = take_pages(grads, train_page_ids)
     denom = jnp.asarray(denom, jnp.float32)
     gradient = jax.tree.map(lambda g: g / denom, gradients_of(own, shape, spec))
@@ -139,7 +139,7 @@ def _optimizer_step(
     return new_master, new_state, grads, pages, metrics
 
 
-def served_norm(pages: Pages, dtype: Any) -> Float[Array, ""]:
+def served_norm(pages: AdapterPages, dtype: Any) -> Float[Array, ""]:
     """f32 norm of f32 pages rounded to `dtype`: infinite where the cast or a square overflows, as in a forward."""
     kind = jnp.finfo(dtype)
     # Not a cast there and back: XLA leaves such pairs out.

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from loquetier_jax.models.linear import Linear, Transposed
 from loquetier_jax.models.rope import inverse_frequencies
-from loquetier_jax.models.spec import BIASES, DecoderSpec
+from loquetier_jax.models.spec import DecoderSpec
 
 Params = Mapping[str, Any]
-LayerWeights = Mapping[str, Array]
+LayerWeights = Mapping[str, Array | Linear]
 Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -112,30 +113,25 @@ def gated(spec: DecoderSpec, gate_up: Float[Array, "T FF"]) -> Float[Array, "T F
     return ACTIVATIONS[spec.hidden_act](gate.astype(jnp.float32)).astype(gate.dtype) * up
 
 
-def base_linear(w: LayerWeights, group: str, h: Float[Array, "T in"]) -> Float[Array, "T out"]:
-    """h @ w[group], plus the bias where the layer has one; in the dtype of h."""
-    y = h @ w[group]
-    bias = w.get(BIASES[group])
-    return y if bias is None else y + bias[None]
-
-
 def final_norm(spec: DecoderSpec, params: Params, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """The norm after the last layer."""
     return rms_norm(spec, x, params["norm"])
 
 
+def head(spec: DecoderSpec, params: Params) -> Linear:
+    """The matrix from hidden states to logits: the model's own, or its embedding's transpose."""
+    return Transposed(params["embed_tokens"]) if spec.tie_word_embeddings else params["lm_head"]
+
+
 def logits(spec: DecoderSpec, params: Params, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
     """f32 logits of rows that `final_norm` has been applied to; accumulated in f32, never rounded."""
-    if spec.tie_word_embeddings:
-        return jnp.einsum("td,vd->tv", x, params["embed_tokens"], preferred_element_type=jnp.float32)
-    return jnp.einsum("td,dv->tv", x, params["lm_head"], preferred_element_type=jnp.float32)
+    return head(spec, params).dot(x, jnp.float32)
 
 
 def logits_transpose(spec: DecoderSpec, params: Params, dlogits: Float[Array, "T V"]) -> Float[Array, "T D"]:
-    """d loss / d x of `logits`: its transpose, with the product in the weights' dtype.
+    """d loss / d x of `logits`: its transpose, with the product in the compute dtype.
 
     Autodiff would keep the f32 cotangent and convert the whole vocabulary matrix to f32 for it.
     """
-    weights = params["embed_tokens"] if spec.tie_word_embeddings else params["lm_head"].T
-    narrow = dlogits.astype(weights.dtype)
-    return jnp.einsum("tv,vd->td", narrow, weights, preferred_element_type=jnp.float32).astype(weights.dtype)
+    dtype = params["norm"].dtype
+    return head(spec, params).dot_transpose(dlogits.astype(dtype), jnp.float32).astype(dtype)

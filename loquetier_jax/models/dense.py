@@ -44,7 +44,7 @@ class DenseOps:
 
     def linear(self, group: str, h: Float[Array, "T in"]) -> Float[Array, "T out"]:
         """Base projection plus the adapter's delta of each target."""
-        y = decoder.base_linear(self.weights, group, h)
+        y = self.weights[group].dot(h)
         if not any((self.index, target) in self.lora for target in GROUPS[group]):
             return y
         widths = self.spec.group_shapes[group][1]

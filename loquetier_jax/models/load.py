@@ -10,15 +10,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from loquetier_jax.errors import ModelError
 from loquetier_jax.models.checkpoint import Checkpoint
-from loquetier_jax.models.parameters import Parameter, Tree, param_axes, param_shapes, param_table, shardings
+from loquetier_jax.models.parameters import Parameter, Tree, param_shapes, param_table
 from loquetier_jax.models.spec import DecoderSpec
 
-__all__ = ["init_random", "load_hf", "open_hf", "param_axes", "param_shapes", "shardings"]
+__all__ = ["init_random", "load_hf", "open_hf", "param_shapes"]
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +25,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROTARY_BUFFERS = "rotary_emb.inv_freq"  # written by transformers before 4.32; recomputed here
 
 
-def load_hf(
-    folder: str | os.PathLike[str],
-    dtype: jnp.dtype | str | None = None,
-    sharding: Sharding | Tree | None = None,
-) -> tuple[DecoderSpec, Tree]:
+def load_hf(folder: str | os.PathLike[str], dtype: jnp.dtype | str | None = None) -> tuple[DecoderSpec, Tree]:
     """Loads a HF model folder, tensor by tensor: the host holds one parameter at a time.
 
     Everything is checked from the headers before the first tensor is read. Where a config ties the head to the
@@ -40,7 +35,6 @@ def load_hf(
     Args:
         folder: Holds `config.json` and safetensors.
         dtype: float32, bfloat16 or float16; None takes what the config names (float32 if it names none).
-        sharding: Where parameters go: one Sharding, a tree of them (`shardings`) or None (default device).
 
     Returns:
         (spec, params), params as in `parameters.param_table`.
@@ -51,7 +45,7 @@ def load_hf(
     dtype = None if dtype is None else _compute_dtype(dtype)
     spec, checkpoint = open_hf(folder)
     dtype = dtype or _compute_dtype(spec.dtype or "float32")
-    return spec, _place(param_table(spec), sharding, lambda p, where: _load(checkpoint, p, dtype, where))
+    return spec, _place(param_table(spec), lambda p: _load(checkpoint, p, dtype))
 
 
 def open_hf(folder: str | os.PathLike[str]) -> tuple[DecoderSpec, Checkpoint]:
@@ -86,16 +80,13 @@ def open_hf(folder: str | os.PathLike[str]) -> tuple[DecoderSpec, Checkpoint]:
     return spec, checkpoint
 
 
-def init_random(
-    spec: DecoderSpec, key: Array, dtype: jnp.dtype | str = "float32", sharding: Sharding | Tree | None = None
-) -> Tree:
+def init_random(spec: DecoderSpec, key: Array, dtype: jnp.dtype | str = "float32") -> Tree:
     """Parameters drawn on the device: matrices N(0, 1/in), embeddings N(0, 1/D), norms neutral, biases zero.
 
     Args:
         spec: Architecture.
         key: A jax PRNG key; a leaf's numbers depend on it and on the leaf's place in the tree alone.
         dtype: float32, bfloat16 or float16.
-        sharding: As in `load_hf`.
 
     Raises:
         ModelError: another dtype.
@@ -107,13 +98,13 @@ def init_random(
     keyed = jax.tree.map(lambda p, k: (p, k), table, keys)
     neutral = 0.0 if spec.norm_plus_one else 1.0
 
-    def draw(leaf: tuple[Parameter, Array], where: Sharding | None) -> Array:
+    def draw(leaf: tuple[Parameter, Array]) -> Array:
         p, k = leaf
         fill = {"norm": neutral, "bias": 0.0}.get(p.kind)
         std = spec.hidden_size**-0.5 if p.kind == "embedding" else p.shape[0] ** -0.5
-        return _drawer(p.shape, dtype, fill, std, where)(k)
+        return _drawer(p.shape, dtype, fill, std)(k)
 
-    return _place(keyed, sharding, draw, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return _place(keyed, draw, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def _compute_dtype(dtype: jnp.dtype | str) -> np.dtype:
@@ -127,55 +118,30 @@ def _compute_dtype(dtype: jnp.dtype | str) -> np.dtype:
     return resolved
 
 
-def _place(
-    tree: Tree,
-    sharding: Sharding | Tree | None,
-    make: Callable[..., Array],
-    is_leaf: Callable[[object], bool] | None = None,
-) -> Tree:
-    """tree.map(make(leaf, its sharding)): each leaf is on the device before the next begins."""
-    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
-    if sharding is None or isinstance(sharding, Sharding):
-        places = [sharding] * len(leaves)
-    else:
-        places, given = jax.tree.flatten(sharding)
-        if given != structure:
-            raise ModelError(f"sharding: got a tree of structure {given}, expected that of the parameters")
-    return structure.unflatten(
-        [jax.block_until_ready(make(leaf, place)) for leaf, place in zip(leaves, places, strict=True)]
-    )
+def _place(tree: Tree, make: Callable[..., Array], is_leaf: Callable[[object], bool] | None = None) -> Tree:
+    """tree.map(make): each leaf is on the device before the next begins."""
+    return jax.tree.map(lambda leaf: jax.block_until_ready(make(leaf)), tree, is_leaf=is_leaf)
 
 
-def _load(checkpoint: Checkpoint, parameter: Parameter, dtype: np.dtype, sharding: Sharding | None) -> Array:
+def _load(checkpoint: Checkpoint, parameter: Parameter, dtype: np.dtype) -> Array:
     parts = [checkpoint.read(name) for name, _ in parameter.tensors]
     if len({part.dtype for part in parts}) > 1:
         parts = [part.astype(dtype) for part in parts]
     # Targets are fused by rows, torch's (out, in), a plain copy; the device transposes much faster.
     fused = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    transpose = parameter.kind == "matrix"
-    arrival = _transposed(sharding) if transpose else sharding
-    return _finisher(dtype, transpose, sharding)(jax.device_put(fused, arrival))
-
-
-def _transposed(sharding: Sharding | None) -> Sharding | None:
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    rows, columns = (*sharding.spec, None, None)[:2]
-    return NamedSharding(sharding.mesh, PartitionSpec(columns, rows))
+    return _finisher(dtype, parameter.kind == "matrix")(jax.device_put(fused))
 
 
 @functools.cache
-def _finisher(dtype: np.dtype, transpose: bool, sharding: Sharding | None) -> Callable[[Array], Array]:
-    return jax.jit(lambda x: (x.T if transpose else x).astype(dtype), out_shardings=sharding)
+def _finisher(dtype: np.dtype, transpose: bool) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: (x.T if transpose else x).astype(dtype))
 
 
 @functools.cache
-def _drawer(
-    shape: tuple[int, ...], dtype: np.dtype, fill: float | None, std: float, sharding: Sharding | None
-) -> Callable[[Array], Array]:
+def _drawer(shape: tuple[int, ...], dtype: np.dtype, fill: float | None, std: float) -> Callable[[Array], Array]:
     def draw(key: Array) -> Array:
         if fill is not None:
             return jnp.full(shape, fill, dtype)
         return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
 
-    return jax.jit(draw, out_shardings=sharding)
+    return jax.jit(draw)

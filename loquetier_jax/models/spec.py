@@ -16,9 +16,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Fused projection -> its targets in order along the output: one GEMM and one LoRA launch serve a group."""
 
-BIASES: dict[str, str] = {group: group.replace("_proj", "_bias") for group in GROUPS}
-"""Group -> the name its bias has among a layer's weights, when it has one."""
-
 MODULES: dict[str, str] = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraModule, LoraShape
-from loquetier_jax.adapters.pages import empty_pages
+from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.errors import CheckpointError
 from loquetier_jax.jobs.checkpoint import read_arrays, read_state
 from loquetier_jax.jobs.fingerprint import base_fingerprint
@@ -22,12 +22,18 @@ class JobState:
     """Host copies.
 
     Attributes:
-        arrays: {"master", "opt_state", "grads", "best" ({} where there is none)}, numpy.
+        arrays: {"master", "opt_state", "grads" (see `stored_pages`), "best" ({} where there is none)}, numpy.
         host: JSON data: {"job", "lora", "shape", "base", "best"}, the last one whether there are best weights.
     """
 
     arrays: dict[str, Any]
     host: dict[str, Any]
+
+    @property
+    def grads(self) -> AdapterPages:
+        """The accumulators."""
+        layers = self.arrays["grads"]
+        return AdapterPages([{group: LoraPages(*pair) for group, pair in layer.items()} for layer in layers])
 
     @property
     def lora(self) -> LoraConfig:
@@ -50,6 +56,11 @@ def shape_of(host: dict[str, Any]) -> LoraShape:
     return LoraShape(modules=tuple(LoraModule(*module) for module in host["shape"]))
 
 
+def stored_pages(pages: AdapterPages) -> list[dict[str, tuple[Any, Any]]]:
+    """Pages in the tree that names them in a checkpoint: by layer, group, and 0 for A or 1 for B."""
+    return [{group: (pair.A, pair.B) for group, pair in layer.items()} for layer in pages.layers]
+
+
 def take_job_state(engine: Any, trainee: Trainee) -> JobState:
     """Copies a job's state to the host.
 
@@ -64,7 +75,8 @@ def take_job_state(engine: Any, trainee: Trainee) -> JobState:
         "best": trainee.best is not None,
     }
     arrays = {"master": trainee.master, "opt_state": trainee.opt_state, "best": trainee.best or {}}
-    return JobState(jax.tree.map(np.array, arrays) | {"grads": trainee.accumulators(engine.state)}, host)
+    grads = stored_pages(trainee.accumulators(engine.state))
+    return JobState(jax.tree.map(np.array, arrays) | {"grads": grads}, host)
 
 
 def read_job_state(spec: DecoderSpec, path: Path) -> JobState:
@@ -80,6 +92,6 @@ def read_job_state(spec: DecoderSpec, path: Path) -> JobState:
         for key, arrays in shape.array_shapes(spec).items()
     }
     master, opt_state = init_state(zeros, host["job"]["config"]["optim"])
-    grads = empty_pages(spec, shape.num_pages, np.float32)
+    grads = stored_pages(AdapterPages.empty(spec, shape.num_pages, np.float32))
     like = {"master": master, "opt_state": opt_state, "grads": grads, "best": zeros if host["best"] else {}}
     return JobState(read_arrays(path, like), host)

@@ -140,12 +140,7 @@ class Loop:
         if not self.serving.admit(request, self.clock(), self.epoch):
             return False
         if request.params.level == "full":
-            prompt = np.zeros(self.cfg.max_model_len, np.int32)
-            prompt[: len(request.prompt_ids)] = request.prompt_ids
-            length = np.int32(len(request.prompt_ids))
-            self.state.slots = self.functions.admit()(
-                self.state.slots, np.int32(request.slot), prompt, length
-            )
+            self.state.admit(self.functions.admit(), request.slot, request.prompt_ids, self.cfg.max_model_len)
         return True
 
     def _admitted_only(self, decision: Decision, admitted: list[str]) -> tuple[tuple[str, int], ...]:
@@ -192,10 +187,7 @@ class Loop:
         items.score, tasks = self.scoring.take(score)
         batch = pack_step(items, bucket, self.cfg)
         run = self.functions.forward(bucket, started is not None and started.run.key.dropout)
-        state = self.state
-        state.kv, state.slots, out = run(
-            state.params, state.pages, state.kv, state.slots, jax.device_put(ravel(batch))
-        )
+        out = self.state.run_forward(run, jax.device_put(ravel(batch)))
         if items.decode or items.prefill:  # a second forward of this iteration has none: leave the first one's
             pending.rows, pending.sampled = self.serving.sent(items, bucket), out.sampled
         if tasks:
@@ -206,7 +198,7 @@ class Loop:
         else:
             pending.quanta.append(key)
         if started is not None:
-            started.run.take_fused(out, batch, self.functions, state)
+            started.run.take_fused(out, batch, self.functions, self.state)
             pending.tail.append(started.run.tail)
 
     def _quantum(self, pending: Pending, quantum: Quantum) -> None:

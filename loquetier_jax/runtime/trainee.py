@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights
-from loquetier_jax.adapters.pages import Pages, pages_of, read_pages, write_pages
+from loquetier_jax.adapters.pages import AdapterPages, pages_of, read_pages
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.segments import shapes_of
@@ -50,7 +50,7 @@ class Trainee:
     shape: LoraShape
     master: LoraWeights
     opt_state: Any
-    grads: Pages | None = None
+    grads: AdapterPages | None = None
     pages: tuple[int, ...] = ()
     write_pages: tuple[int, ...] = ()
     grad_pages: tuple[int, ...] = ()
@@ -112,16 +112,16 @@ class Trainee:
         self.grad_pages = grad_pages
         host = jax.tree.map(np.asarray, self.master)
         dtype = jax.tree.leaves(state.pages)[0].dtype
-        state.pages = write_pages(state.pages, pages, pages_of(host, self.shape, spec, dtype))
+        state.write_adapter(pages, pages_of(host, self.shape, spec, dtype))
         grads, self.grads = self.grads, None
-        state.grads = write_pages(state.grads, grad_pages, self._zeros(state) if grads is None else grads)
+        state.write_gradients(grad_pages, self._zeros(state) if grads is None else grads)
 
-    def _zeros(self, state: DeviceState) -> Pages:
+    def _zeros(self, state: DeviceState) -> AdapterPages:
         """Accumulators of a job that has accumulated nothing."""
         count = self.shape.num_pages
         return jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), np.float32), state.grads)
 
-    def compile_optimizer(self, state: Any, spec: DecoderSpec) -> None:
+    def compile_optimizer(self, state: DeviceState, spec: DecoderSpec) -> None:
         """Compiles the optimizer step ahead of time, and what keeps the best weights; jobs of one kind share it.
 
         Args:
@@ -157,11 +157,8 @@ class Trainee:
             self.best = jax.tree.map(np.asarray, self.best)  # on the host by now: an iteration or more has passed
         if self.published is not None:
             store.weights(self.published)  # its own copy, before the masters it was published from change
-        ids = np.asarray(self.grad_pages, np.int32), np.asarray(self.write_pages, np.int32)
-        outs = self.run_optimizer(
-            self.master, self.opt_state, state.grads, state.pages, *ids, *self._numbers()
-        )
-        self.master, self.opt_state, state.grads, state.pages, metrics = outs
+        own = self.master, self.opt_state, self.grad_pages, self.write_pages
+        self.master, self.opt_state, metrics = state.apply_optimizer(self.run_optimizer, *own, *self._numbers())
         self.pages = self.write_pages
         if self.published is not None:
             store.release(self.published, epoch)
@@ -188,7 +185,7 @@ class Trainee:
         self.master = self.host_weights()
         self.opt_state, self.best = jax.tree.map(np.asarray, (self.opt_state, self.best))
 
-    def accumulators(self, state: DeviceState) -> Pages:
+    def accumulators(self, state: DeviceState) -> AdapterPages:
         """What the gradient pool holds for this job, copied to the host."""
         if self.grads is not None:
             return self.grads

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -74,7 +74,7 @@ class Training:
     def add(self, trainee: Trainee) -> None:
         """Queues a job; it starts as soon as there are pages for it. Compiling begins now, in the background."""
         self.trainees[trainee.name] = trainee
-        shapes = DeviceState(**{f.name: shapes_of(getattr(self.state, f.name)) for f in fields(DeviceState)})
+        shapes = shapes_of(self.state)
         self.compiler.request(
             ("optimizer", trainee.number),
             lambda: trainee.compile_optimizer(shapes, self.functions.spec),

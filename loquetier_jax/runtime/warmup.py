@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 import jax
-import numpy as np
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,7 +18,6 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from loquetier_jax.adapters.pages import write_pages
 from loquetier_jax.batch.segments import empty_batch, ravel
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.schedule.latency import FORWARD, LatencyModel
@@ -72,20 +70,12 @@ def compile_serving(
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("compiling", total=len(buckets) + 1)
         functions.admit()
-        warm_page_writes(state)
+        state.warm_page_writes()
         bar.advance(task)
         for bucket in buckets:
             bar.update(task, description=f"compiling {bucket.name}")
             measure_forward(functions, state, cfg, latency, bucket)
             bar.advance(task)
-
-
-def warm_page_writes(state: DeviceState) -> None:
-    """Writes zeros into a page of each stack, all zeros still: the first load of an adapter compiles nothing then."""
-    for name in ("pages", "grads"):
-        stacks = getattr(state, name)
-        zeros = jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), stacks)
-        setattr(state, name, write_pages(stacks, (1,), zeros))
 
 
 def measure_forward(
@@ -102,7 +92,7 @@ def measure_forward(
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        state.kv, state.slots, out = run(state.params, state.pages, state.kv, state.slots, flat)
+        out = state.run_forward(run, flat)
         jax.block_until_ready((state.slots, out))
         times.append(1e3 * (time.perf_counter() - start))
     latency.seed((FORWARD, bucket.name), times[1:], bucket.rows)  # the first run loads the executable

@@ -1,18 +1,17 @@
 """The backward, by replay: train rows only, in slices of layers, gradients of adapters in training only."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.batch.segments import TrainRows, unravel
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.models.decoder import layer, rope_tables
+from loquetier_jax.models.decoder import LayerWeights, Params, layer, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.forward import Kept, Pages, Params
 from loquetier_jax.step.loss import Loss, backward_head, loss_cotangent
 from loquetier_jax.step.loss_batch import LossBatch
 from loquetier_jax.step.replay import ReplayOps
+from loquetier_jax.step.unified import Kept
 from pallas_kernels import scatter_add_pages
 from pallas_kernels.smlm import pack_plan
 
@@ -58,14 +57,14 @@ def backward_slice(
     use_dropout: bool,
     window_layer: int,
     template: TrainRows,
-    layers: list[dict[str, jax.Array]],
-    pages: Pages,
+    layers: list[LayerWeights],
+    pages: AdapterPages,
     kept: Kept,
     dx: jax.Array,
-    grads: Pages,
+    grads: AdapterPages,
     first: jax.Array,
     flat: jax.Array,
-) -> tuple[jax.Array, Pages]:
+) -> tuple[jax.Array, AdapterPages]:
     """Replays some layers, last first, and adds their adapter gradients to the pool.
 
     Args:
@@ -85,14 +84,14 @@ def backward_slice(
     out = []
     for i in reversed(range(len(layers))):
         # Dead code: only their cotangents are read.
-        taps = jax.tree.map(lambda a: jnp.zeros((*pool_ids.shape, *a.shape[1:]), jnp.float32), pages[i])
-        ops = (window_layer + i, first + i, layers[i], pages[i], plan)
+        taps = jax.tree.map(lambda a: jnp.zeros((*pool_ids.shape, *a.shape[1:]), jnp.float32), pages.layers[i])
+        ops = (window_layer + i, first + i, layers[i], pages.layers[i], plan)
 
-        def replay(x: jax.Array, taps: Any, ops=ops, kept=kept[i]) -> jax.Array:
+        def replay(x: jax.Array, taps: dict[str, LoraPages], ops=ops, kept=kept[i]) -> jax.Array:
             window, index, w, *lora = ops
             replaying = ReplayOps(spec, cfg, tokens, window, index, w, *lora, taps, kept, train, use_dropout)
             return layer(spec, w, x, rope, replaying)
 
         dx, delta = jax.vjp(replay, kept[i]["x"], taps)[1](dx)
-        out.append(scatter_add_pages(grads[i], pool_ids, delta, implementation=cfg.smlm))
-    return dx, out[::-1]
+        out.append(scatter_add_pages(grads.layers[i], pool_ids, delta, implementation=cfg.smlm))
+    return dx, AdapterPages(out[::-1])

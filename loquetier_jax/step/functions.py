@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from loquetier_jax.batch.segments import empty_batch, host_tree_size, shapes_of
-from loquetier_jax.config import RANK_PAGE, Bucket, EngineConfig
+from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.jobs.extras import ExtraNames, empty_extras
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step import backward, forward
+from loquetier_jax.step import backward, forward_slices
 from loquetier_jax.step.loss import Loss, loss_value
 from loquetier_jax.step.loss_batch import LossBatch
-from loquetier_jax.step.ops import shrunk
 from loquetier_jax.step.sample import admit_slot
 from loquetier_jax.step.state import DeviceState, head_params
+from loquetier_jax.step.unified import jit_unified_step
 from pallas_kernels.common import cpu_bits
 from pallas_kernels.smlm import FEW_ROWS
 
@@ -38,11 +38,8 @@ def compiler_options(bucket: Bucket) -> dict[str, str]:
     return cpu_bits.compiler_options()
 
 
-def _compile(
-    f: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = (), options: dict[str, str] | None = None
-) -> Callable[..., Any]:
-    lowered = jax.jit(f, donate_argnums=donate).lower(*arguments)
-    return lowered.compile(cpu_bits.compiler_options() if options is None else options)
+def _compile(f: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
+    return jax.jit(f, donate_argnums=donate).lower(*arguments).compile(cpu_bits.compiler_options())
 
 
 @dataclass(frozen=True)
@@ -100,19 +97,14 @@ class StepFunctions:
                 self._compiled[key] = build()
         return self._compiled[key]
 
-    def ready(self, key: Any) -> bool:
-        """Whether the function of this key has been compiled."""
-        return key in self._compiled
-
     def forward(self, bucket: Bucket, dropout: bool = False) -> Callable[..., Any]:
         """(params, pages, kv*, slots*, flat) -> (kv, slots, ForwardOut); * donated."""
 
         def build() -> Callable[..., Any]:
-            template = shapes_of(empty_batch(bucket, self.cfg))
-            f = functools.partial(forward.forward, self.spec, self.cfg, bucket, template, dropout)
-            flat = self._flat(template)
-            arguments = self._params, self._pages, self._kv, self._slots, flat
-            return _compile(f, *arguments, donate=(2, 3), options=compiler_options(bucket))
+            step = jit_unified_step(self.spec, self.cfg, bucket, dropout)
+            flat = self._flat(empty_batch(bucket, self.cfg))
+            lowered = step.lower(self._params, self._pages, self._kv, self._slots, flat)
+            return lowered.compile(compiler_options(bucket))
 
         return self._get(("forward", bucket, dropout), build)
 
@@ -127,7 +119,7 @@ class StepFunctions:
         template = shapes_of(empty_batch(key.bucket, self.cfg))
 
         def build() -> Callable[..., Any]:
-            f = functools.partial(forward.forward_start, self.spec, template)
+            f = functools.partial(forward_slices.forward_start, self.spec, template)
             return _compile(f, self._params, self._flat(template))
 
         return self._get(("forward_start", key.bucket), build)
@@ -142,9 +134,9 @@ class StepFunctions:
 
         def build() -> Callable[..., Any]:
             f = functools.partial(
-                forward.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, start
+                forward_slices.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, start
             )
-            layers, pages = self._params["layers"][start:stop], self._pages[start:stop]
+            layers, pages = self._params["layers"][start:stop], self._pages.cut(start, stop)
             return _compile(f, layers, pages, self._hidden(key), self._flat(template))
 
         where = start if key.dropout else None
@@ -155,7 +147,7 @@ class StepFunctions:
         template = shapes_of(empty_batch(key.bucket, self.cfg))
 
         def build() -> Callable[..., Any]:
-            f = functools.partial(forward.forward_end, self.spec, self.cfg, template)
+            f = functools.partial(forward_slices.forward_end, self.spec, self.cfg, template)
             return _compile(f, head_params(self._params), self._hidden(key), self._flat(template))
 
         return self._get(("forward_end", key.bucket), build)
@@ -203,10 +195,10 @@ class StepFunctions:
             return _compile(
                 f,
                 self._params["layers"][start:stop],
-                self._pages[start:stop],
+                self._pages.cut(start, stop),
                 [self._kept(key)] * (stop - start),
                 self._hidden(key),
-                self._grads[start:stop],
+                self._grads.cut(start, stop),
                 jax.ShapeDtypeStruct((), jnp.int32),
                 self._flat(template),
                 donate=(4,),
@@ -242,14 +234,9 @@ class StepFunctions:
         return jax.ShapeDtypeStruct((key.bucket.train_rows, self.spec.hidden_size), jnp.dtype(self.cfg.dtype))
 
     def _kept(self, key: TrainKey) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of what the forward keeps of one layer."""
-        widths = {group: sum(outs) for group, (_, outs) in self.spec.group_shapes.items()}
-        widths |= {
-            "attention": self.spec.num_attention_heads * self.spec.head_dim,
-            "x": self.spec.hidden_size,
-        }
-        dtype, rows = jnp.dtype(self.cfg.dtype), key.bucket.train_rows
-        kept = {name: (rows, widths[name]) for name in {*self.cfg.keep, "x"}}
-        for group, (_, outs) in self.spec.group_shapes.items():
-            kept[shrunk(group)] = (rows, len(outs), self.cfg.max_lora_pages, RANK_PAGE)
-        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in sorted(kept.items())}
+        """Shapes of what the forward keeps of one layer; of any: layers differ in nothing that is kept."""
+        template = shapes_of(empty_batch(key.bucket, self.cfg))
+        f = functools.partial(forward_slices.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, 0)
+        arrays = self._params["layers"][:1], self._pages.cut(0, 1), self._hidden(key), self._flat(template)
+        _, (kept,) = jax.eval_shape(f, *arrays)
+        return kept

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.pages import LoraPages
 from loquetier_jax.batch.segments import PackRows, SegmentBatch
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
-from loquetier_jax.models.decoder import base_linear
+from loquetier_jax.kv.cache import KVCache
+from loquetier_jax.models.decoder import LayerWeights
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from pallas_kernels import SmlmPlan, pack_attention, paged_attention, smlm_fwd, smlm_glu
@@ -63,7 +65,7 @@ class ForwardOps:
 
     Attributes:
         weights, pages: The layer's base weights and adapter pages.
-        kv: The layer's (k_pages, v_pages); replaced by the written cache.
+        kv: The layer's cache; replaced by the written one.
         plan: `lora_plan` of the batch; replaced by the one for the next layer.
         kept: Filled with the train rows of every named result in `cfg.keep`, and with every group's S.
         use_dropout: Whether train rows have LoRA dropout in this compile.
@@ -73,9 +75,9 @@ class ForwardOps:
     cfg: EngineConfig
     bucket: Bucket
     layer: int
-    weights: dict[str, jax.Array]
-    pages: dict[str, tuple[jax.Array, jax.Array]]
-    kv: tuple[jax.Array, jax.Array] | None
+    weights: LayerWeights
+    pages: dict[str, LoraPages]
+    kv: KVCache | None
     batch: SegmentBatch
     plan: SmlmPlan
     use_dropout: bool = False
@@ -101,10 +103,10 @@ class ForwardOps:
 
     def linear(self, group: str, h: jax.Array) -> jax.Array:
         """Base projection of all rows plus every row's adapter. [T, in] -> [T, out]."""
-        y, x = base_linear(self.weights, group, h), self.lora_input(group, h)
+        y, x, lora = self.weights[group].dot(h), self.lora_input(group, h), self.pages[group]
         outs = self.spec.group_shapes[group][1]
         y, S, self.plan = smlm_fwd(
-            x, *self.pages[group], self.plan, out_features=outs, y=y, implementation=self.cfg.smlm
+            x, lora.A, lora.B, self.plan, out_features=outs, y=y, implementation=self.cfg.smlm
         )
         self.keep_S(group, S)
         return self.keep(group, y)
@@ -112,10 +114,11 @@ class ForwardOps:
     def mlp(self, h: jax.Array) -> jax.Array:
         """The gated MLP of all rows, each with its adapter. [T, D] -> [T, D]."""
         group = "gate_up_proj"
-        y, x = base_linear(self.weights, group, h), self.lora_input(group, h)
+        y, x, lora = self.weights[group].dot(h), self.lora_input(group, h), self.pages[group]
         out, gate_up, S, self.plan = smlm_glu(
             x,
-            *self.pages[group],
+            lora.A,
+            lora.B,
             self.plan,
             y=y,
             activation=self.spec.hidden_act,
@@ -148,14 +151,15 @@ class ForwardOps:
         served = [rows for rows in (self.batch.prefill, self.batch.decode) if rows is not None]
         page = jnp.concatenate([rows.kv_page for rows in served])
         offset = jnp.concatenate([rows.kv_offset for rows in served])
-        self.kv = self.kv[0].at[page, offset].set(k), self.kv[1].at[page, offset].set(v)
+        self.kv = self.kv.write(page, offset, k, v)
         outs, at = [], 0
         for rows, block in ((self.batch.prefill, BLOCK), (self.batch.decode, 1)):
             if rows is not None:
                 size = rows.positions.shape[0]
                 out = paged_attention(
                     q[at : at + size],
-                    *self.kv,
+                    self.kv.k,
+                    self.kv.v,
                     rows.plan,
                     block_rows=block,
                     scale=self.spec.head_dim**-0.5,

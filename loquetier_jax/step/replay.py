@@ -12,16 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.pages import LoraPages
 from loquetier_jax.batch.segments import TrainRows
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.models.decoder import base_linear, gated
+from loquetier_jax.models.decoder import LayerWeights, gated
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
 from loquetier_jax.step.ops import attend_packs, shrunk
 from pallas_kernels import SmlmPlan, smlm_bwd
 from pallas_kernels.smlm import smlm_expand
 
-Pair = tuple[jax.Array, jax.Array]  # of A and of B
 Gradients = tuple[jax.Array, jax.Array, jax.Array]  # of a projection's input, of A and of B
 
 
@@ -44,10 +44,10 @@ class ReplayOps:
     """The same operations for train rows only, under `jax.vjp`.
 
     Attributes:
-        pages: {group: (A, B)}: the layer's adapter pages, which the packs' are read from.
+        pages: The layer's adapter pages by group, which the packs' are read from.
         plan: `pack_plan` of the packs.
-        taps: {group: (A [G, MP, n*16, in], B [G, MP, 16, out])}, float32: what is differentiated beside x, in the place
-            of the packs' own pages. No value depends on them; their cotangents are the gradients of every pack.
+        taps: By group A [G, MP, n*16, in] and B [G, MP, 16, out], float32: what is differentiated beside x, in the
+            place of the packs' own pages. No value depends on them; their cotangents are the gradients of every pack.
         kept: What the forward kept; a name that is missing is recomputed, but for every group's S.
         window_layer: Index whose attention window this layer has (static).
         layer: Index of the layer, traced: only dropout needs it.
@@ -58,23 +58,24 @@ class ReplayOps:
     tokens: int
     window_layer: int
     layer: jax.Array
-    weights: dict[str, jax.Array]
-    pages: dict[str, Pair]
+    weights: LayerWeights
+    pages: dict[str, LoraPages]
     plan: SmlmPlan
-    taps: dict[str, Pair]
+    taps: dict[str, LoraPages]
     kept: dict[str, jax.Array]
     train: TrainRows
     use_dropout: bool = False
 
     def linear(self, group: str, h: jax.Array) -> jax.Array:
         value, transpose = (functools.partial(f, group) for f in (self._project, self._project_transpose))
-        return with_transpose(value, transpose, h, *self.taps[group])
+        return with_transpose(value, transpose, h, self.taps[group].A, self.taps[group].B)
 
     def mlp(self, h: jax.Array) -> jax.Array:
         gate_up = self.linear("gate_up_proj", h)
         if self.use_dropout:  # it lies between the activation and the adapter
             return self.linear("down_proj", gated(self.spec, gate_up))
-        return with_transpose(self._down, self._down_transpose, gate_up, *self.taps["down_proj"])
+        taps = self.taps["down_proj"]
+        return with_transpose(self._down, self._down_transpose, gate_up, taps.A, taps.B)
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         attend = functools.partial(attend_packs, self.spec, self.cfg, self.window_layer, self.train.rows, self.tokens)
@@ -95,12 +96,11 @@ class ReplayOps:
     def _project(self, group: str, h: jax.Array, *taps: jax.Array) -> jax.Array:
         if group in self.kept:
             return self.kept[group]
-        y, outs = base_linear(self.weights, group, h), self.spec.group_shapes[group][1]
-        return y + smlm_expand(self.kept[shrunk(group)], self.pages[group][1], self.plan, out_features=outs)
+        y, outs = self.weights[group].dot(h), self.spec.group_shapes[group][1]
+        return y + smlm_expand(self.kept[shrunk(group)], self.pages[group].B, self.plan, out_features=outs)
 
     def _base_transpose(self, group: str, dy: jax.Array) -> jax.Array:
-        h = jnp.zeros((dy.shape[0], self.spec.group_shapes[group][0]), dy.dtype)  # dead code: the product is linear
-        return jax.vjp(functools.partial(base_linear, self.weights, group), h)[1](dy)[0]
+        return self.weights[group].dot_transpose(dy)
 
     def _adapter_transpose(
         self, group: str, dy: jax.Array, x: jax.Array | None, **options: Any
@@ -108,7 +108,8 @@ class ReplayOps:
         return smlm_bwd(
             self.kept[shrunk(group)],
             x,
-            *self.pages[group],
+            self.pages[group].A,
+            self.pages[group].B,
             self.plan,
             dy,
             out_features=self.spec.group_shapes[group][1],

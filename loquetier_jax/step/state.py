@@ -1,45 +1,137 @@
-"""The arrays of an engine, each with exactly one owner."""
+"""The arrays of an engine, each with exactly one owner, and everything that writes them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from loquetier_jax.adapters.pages import empty_pages
+from loquetier_jax.adapters.lora import LoraWeights
+from loquetier_jax.adapters.pages import AdapterPages, write_pages
 from loquetier_jax.config import EngineConfig
+from loquetier_jax.kv.cache import KVCache
+from loquetier_jax.models.decoder import Params
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.forward import Cache, Pages, Params
 from loquetier_jax.step.sample import SlotState, empty_slots
+from loquetier_jax.step.unified import ForwardOut, Kept
 
 
+@jax.tree_util.register_dataclass
 @dataclass
 class DeviceState:
-    """Everything on the device that outlives a step. Donated arrays are replaced here and nowhere else kept.
+    """Everything on the device that outlives a step.
+
+    Its methods are the only writers: they hand arrays to a compiled function that donates them and take the ones that
+    come back. Nothing else keeps a reference to a donated array across a dispatch. A pytree, so that there is one of
+    shapes, too.
 
     Attributes:
-        params: The frozen base: never donated.
-        pages: Adapter pages [P, ...] per layer and group, compute dtype; page 0 is zeros.
-        grads: Gradient pool [TP + 1, ...], f32; page 0 is trash.
-        kv: Per layer (k_pages, v_pages) [pages, page_size, K, H]; page 0 is trash.
+        params: The frozen base: never donated, never written.
+        pages: P adapter pages, compute dtype; page 0 is zeros.
+        grads: The gradient pool, TP + 1 pages, f32; page 0 is trash.
+        kv: By layer; page 0 is trash.
         slots: Per-request state, see SlotState.
     """
 
     params: Params
-    pages: Pages
-    grads: Pages
-    kv: Cache
+    pages: AdapterPages
+    grads: AdapterPages
+    kv: list[KVCache]
     slots: SlotState
+
+    def run_forward(self, run: Callable[..., Any], flat: jax.Array) -> ForwardOut:
+        """Dispatches one step: the cache and the slots move on.
+
+        Args:
+            run: `StepFunctions.forward` of the batch's bucket.
+            flat: The batch as one int32 buffer on the device.
+        """
+        self.kv, self.slots, out = run(self.params, self.pages, self.kv, self.slots, flat)
+        return out
+
+    def admit(self, run: Callable[..., Any], slot: int, prompt: Sequence[int], max_model_len: int) -> None:
+        """Resets a slot to a request that begins.
+
+        Args:
+            run: `StepFunctions.admit`.
+            slot: Its slot.
+            prompt: Its token ids, at most `max_model_len`.
+            max_model_len: Length that the prompt is padded to.
+        """
+        padded = np.zeros(max_model_len, np.int32)
+        padded[: len(prompt)] = prompt
+        self.slots = run(self.slots, np.int32(slot), padded, np.int32(len(prompt)))
+
+    def write_adapter(self, page_ids: Sequence[int], pages: AdapterPages) -> None:
+        """Writes an adapter's pages, in place; see `adapters.pages.write_pages` for arguments and errors."""
+        self.pages = write_pages(self.pages, page_ids, pages)
+
+    def write_gradients(self, page_ids: Sequence[int], grads: AdapterPages) -> None:
+        """Writes accumulators into pages of the gradient pool, in place; as `write_adapter`, f32."""
+        self.grads = write_pages(self.grads, page_ids, grads)
+
+    def warm_page_writes(self) -> None:
+        """Writes zeros into page 1 of each stack, all zeros still: the first load of an adapter compiles nothing."""
+        zeros = [jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), p) for p in (self.pages, self.grads)]
+        self.write_adapter((1,), zeros[0])
+        self.write_gradients((1,), zeros[1])
+
+    def backward(
+        self, run: Callable[..., Any], start: int, stop: int, kept: Kept, dx: jax.Array, flat: jax.Array
+    ) -> jax.Array:
+        """Dispatches the backward of layers [start, stop): their gradients are added to the pool.
+
+        Args:
+            run: `StepFunctions.backward_slice` of these layers.
+            start, stop: The layers.
+            kept: What the forward kept of them.
+            dx: [T, D] gradient of the last layer's output.
+            flat: The TrainRows as one int32 buffer on the device.
+
+        Returns:
+            Gradient of the first layer's input.
+        """
+        layers, pages = self.params["layers"][start:stop], self.pages.cut(start, stop)
+        dx, new = run(layers, pages, kept, dx, self.grads.cut(start, stop), jnp.int32(start), flat)
+        self.grads = self.grads.spliced(start, new)
+        return dx
+
+    def apply_optimizer(
+        self,
+        run: Callable[..., Any],
+        master: LoraWeights,
+        opt_state: Any,
+        grad_page_ids: Sequence[int],
+        page_ids: Sequence[int],
+        *numbers: Any,
+    ) -> tuple[LoraWeights, Any, dict[str, jax.Array]]:
+        """Dispatches one job's optimizer step: its pages get the new cast, its accumulators are zeros again.
+
+        Args:
+            run: `jobs.optimizer.build_optimizer_step`, compiled or not.
+            master, opt_state: The job's own; donated.
+            grad_page_ids, page_ids: Its pages of the pool, and the adapter pages to write.
+            *numbers: denom, max_grad_norm and hyperparameters.
+
+        Returns:
+            (master, opt_state, metrics).
+        """
+        ids = np.asarray(grad_page_ids, np.int32), np.asarray(page_ids, np.int32)
+        outs = run(master, opt_state, self.grads, self.pages, *ids, *numbers)
+        master, opt_state, self.grads, self.pages, metrics = outs
+        return master, opt_state, metrics
 
 
 def new_state(spec: DecoderSpec, cfg: EngineConfig, params: Params) -> DeviceState:
     """Allocates the state of an engine around `params` (kept by reference)."""
     dtype = jnp.dtype(cfg.dtype)
-    page = (cfg.kv_pages, cfg.kv_page_size, spec.num_key_value_heads, spec.head_dim)
     return DeviceState(
         params=params,
-        pages=empty_pages(spec, cfg.adapter_pages, dtype),
-        grads=empty_pages(spec, cfg.train_pages + 1, jnp.float32),
-        kv=[(jnp.zeros(page, dtype), jnp.zeros(page, dtype)) for _ in range(spec.num_hidden_layers)],
+        pages=AdapterPages.empty(spec, cfg.adapter_pages, dtype),
+        grads=AdapterPages.empty(spec, cfg.train_pages + 1, jnp.float32),
+        kv=[KVCache.empty(spec, cfg, dtype) for _ in range(spec.num_hidden_layers)],
         slots=empty_slots(cfg.max_num_seqs, spec.vocab_size),
     )
 
@@ -47,13 +139,3 @@ def new_state(spec: DecoderSpec, cfg: EngineConfig, params: Params) -> DeviceSta
 def head_params(params: Params) -> Params:
     """The leaves that turn hidden states into logits: a sliced step needs only these besides its layers."""
     return {name: params[name] for name in ("norm", "lm_head", "embed_tokens") if name in params}
-
-
-def take_layers(tree: list, start: int, stop: int) -> list:
-    """Entries [start, stop) of a per-layer list, by reference."""
-    return tree[start:stop]
-
-
-def nbytes(tree: object) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -4,16 +4,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
 from loquetier_jax.batch.segments import SegmentBatch, ravel
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.jobs.extras import pass_extras
-from loquetier_jax.step.forward import ForwardOut, Kept
 from loquetier_jax.step.functions import StepFunctions, TrainKey
 from loquetier_jax.step.state import DeviceState, head_params
+from loquetier_jax.step.unified import ForwardOut, Kept
 
 
 @dataclass
@@ -60,13 +59,6 @@ class TrainPass:
         """Whether every gradient has been dispatched."""
         return self.forward_done and not self.backward
 
-    @property
-    def quantum(self) -> str:
-        """Name of the next quantum: "forward_slice", "backward_slice" or "done"."""
-        if not self.forward_done:
-            return "forward_slice"
-        return "backward_slice" if self.backward else "done"
-
     def take_fused(
         self, out: ForwardOut, batch: SegmentBatch, functions: StepFunctions, state: DeviceState
     ) -> None:
@@ -93,7 +85,7 @@ class TrainPass:
         start, stop = self.forward.pop(0)
         run = functions.forward_slice(self.key, start, stop)
         self._hidden, kept = run(
-            state.params["layers"][start:stop], state.pages[start:stop], self._hidden, self._flat
+            state.params["layers"][start:stop], state.pages.cut(start, stop), self._hidden, self._flat
         )
         self._kept += kept
         if not self.forward:
@@ -124,20 +116,12 @@ class TrainPass:
         return whole
 
     def run_backward_slice(self, functions: StepFunctions, state: DeviceState) -> None:
-        """Dispatches the next slice of the backward: adds to `state.grads`, frees the slice's activations."""
+        """Dispatches the next slice of the backward, which adds to `state.grads`; frees the slice's activations."""
         start, stop = self.backward.pop(0)
         run = functions.backward_slice(self.key, start, stop)
         kept = self._kept[start:stop]
         del self._kept[start:]
-        self._dx, state.grads[start:stop] = run(
-            state.params["layers"][start:stop],
-            state.pages[start:stop],
-            kept,
-            self._dx,
-            state.grads[start:stop],
-            jnp.int32(start),
-            self._flat_train,
-        )
+        self._dx = state.backward(run, start, stop, kept, self._dx, self._flat_train)
         if not self.backward:
             self._flat_train = None
 

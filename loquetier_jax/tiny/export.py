@@ -24,14 +24,14 @@ def to_hf(spec: DecoderSpec, params: dict[str, Any], dtype: Any = jnp.bfloat16) 
     params = jax.tree.map(lambda x: np.asarray(x.astype(dtype)), params)
     tensors = {"model.embed_tokens.weight": params["embed_tokens"], "model.norm.weight": params["norm"]}
     if not spec.tie_word_embeddings:
-        tensors["lm_head.weight"] = params["lm_head"].T
+        tensors["lm_head.weight"] = params["lm_head"].w.T
     for i, layer in enumerate(params["layers"]):
         prefix = f"model.layers.{i}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{norm}.weight"] = layer[norm]
         for group, targets in GROUPS.items():
             cuts = np.cumsum(spec.group_shapes[group][1])[:-1]
-            for target, weight in zip(targets, np.split(layer[group], cuts, axis=1), strict=True):
+            for target, weight in zip(targets, np.split(layer[group].w, cuts, axis=1), strict=True):
                 tensors[f"{prefix}{MODULES[target]}.weight"] = weight.T
     # safetensors writes memory as it lies: a transposed view would be stored transposed back.
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}

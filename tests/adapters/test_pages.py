@@ -7,7 +7,7 @@ import pytest
 
 from loquetier_jax.adapters.lora import LoraShape
 from loquetier_jax.adapters.pages import (
-    empty_pages,
+    AdapterPages,
     gradients_of,
     pages_of,
     put_pages,
@@ -22,9 +22,10 @@ from tests.adapters.cases import MIXED, RANKS, SPEC, random_weights, uniform
 SHAPES = [pytest.param(uniform(r), id=f"r{r}") for r in RANKS] + [pytest.param(MIXED, id="mixed")]
 
 
-def delta_of_pages(pages: list, layer: int, group: str, x: np.ndarray) -> np.ndarray:
+def delta_of_pages(pages: AdapterPages, layer: int, group: str, x: np.ndarray) -> np.ndarray:
     """The kernel's definition, page by page and target by target, f64."""
-    a, b = (np.asarray(leaf, np.float64) for leaf in pages[layer][group])
+    pair = pages.layers[layer][group]
+    a, b = np.asarray(pair.A, np.float64), np.asarray(pair.B, np.float64)
     out = np.zeros((x.shape[0], b.shape[-1]))
     starts = np.cumsum((0, *SPEC.group_shapes[group][1]))
     for page in range(a.shape[0]):
@@ -52,7 +53,7 @@ def test_pages_give_the_deltas_of_the_modules(shape: LoraShape) -> None:
     pages = pages_of(weights, shape, SPEC, np.float32)
     for layer in range(SPEC.num_hidden_layers):
         for group, (features, _) in SPEC.group_shapes.items():
-            assert pages[layer][group][0].shape[0] == shape.num_pages
+            assert pages.layers[layer][group].A.shape[0] == pages.num_pages == shape.num_pages
             x = np.random.default_rng(1).standard_normal((5, features))
             expected = delta_of_weights(weights, shape, layer, group, x)
             # The scaling is rounded into B once, in f32.
@@ -85,7 +86,7 @@ def test_gradients_are_those_of_the_exact_rank_weights() -> None:
 
 
 def test_pages_round_trip_through_the_stacks_and_touch_nothing_else() -> None:
-    stacks = empty_pages(SPEC, 8, jnp.float32)
+    stacks = AdapterPages.empty(SPEC, 8, jnp.float32)
     first, second = random_weights(MIXED, 1), random_weights(uniform(1), 2)
     stacks = write_pages(stacks, (5, 2, 7), pages_of(first, MIXED, SPEC, np.float32))
     before = jax.tree.map(np.asarray, read_pages(stacks, (5, 2, 7)))
@@ -98,7 +99,7 @@ def test_pages_round_trip_through_the_stacks_and_touch_nothing_else() -> None:
 def test_writing_is_in_place_and_compiles_once() -> None:
     from loquetier_jax.adapters.pages import _write_page
 
-    stacks = empty_pages(SPEC, 8, jnp.float32)
+    stacks = AdapterPages.empty(SPEC, 8, jnp.float32)
     stacks = write_pages(stacks, (1,), pages_of(random_weights(uniform(8)), uniform(8), SPEC, np.float32))
     compiled = _write_page._cache_size()
     old = jax.tree.leaves(stacks)
@@ -112,14 +113,24 @@ def test_writing_is_in_place_and_compiles_once() -> None:
 def test_traced_put_and_take() -> None:
     ids = jnp.asarray([3, 1, 2], jnp.int32)
     new = pages_of(random_weights(MIXED), MIXED, SPEC, np.float32)
-    stacks = jax.jit(put_pages, donate_argnums=0)(empty_pages(SPEC, 4, jnp.float32), ids, new)
+    stacks = jax.jit(put_pages, donate_argnums=0)(AdapterPages.empty(SPEC, 4, jnp.float32), ids, new)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(take_pages)(stacks, ids), new)
 
 
 @pytest.mark.parametrize("ids", [(0,), (8,), (-1,), (1, 2), ()])
 def test_bad_page_ids_are_refused(ids: tuple[int, ...]) -> None:
-    stacks = empty_pages(SPEC, 8, jnp.float32)
+    stacks = AdapterPages.empty(SPEC, 8, jnp.float32)
     new = pages_of(random_weights(uniform(8)), uniform(8), SPEC, np.float32)
     with pytest.raises(IntegrityError, match="page_ids"):
         write_pages(stacks, ids, new)
     assert not jax.tree.leaves(stacks)[0].is_deleted()
+
+
+def test_layers_are_cut_and_spliced_by_reference() -> None:
+    pages = AdapterPages.empty(SPEC, 2, jnp.float32)
+    new = jax.tree.map(lambda leaf: leaf + 1, pages.cut(1, 2))
+    spliced = pages.spliced(1, new)
+    assert [len(p.layers) for p in (pages, new, spliced)] == [SPEC.num_hidden_layers, 1, SPEC.num_hidden_layers]
+    expected = [*pages.layers[:1], *new.layers, *pages.layers[2:]]
+    pairs = zip(jax.tree.leaves(spliced), jax.tree.leaves(expected), strict=True)
+    assert all(one is other for one, other in pairs)

@@ -11,7 +11,7 @@ import pytest
 
 from loquetier_jax import Bucket, Engine, EngineConfig, SamplingParams
 from loquetier_jax.serve.output import RequestOutput
-from loquetier_jax.step import forward
+from loquetier_jax.step import unified
 from loquetier_jax.tiny.tokenizer import VOCAB_SIZE, save_tokenizer
 from tests.models.checkpoints import tiny_checkpoint
 
@@ -34,7 +34,7 @@ FULL = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=16
 
 def show_logits(patch: pytest.MonkeyPatch) -> None:
     """Makes forwards traced from now on return the logits of all prefill and decode rows among what is sampled."""
-    rows, head, sample = forward.sample_rows, forward.sample_logits, forward.sample
+    rows, head, sample = unified.sample_rows, unified.sample_logits, unified.sample
     taken: dict[str, Any] = {}
 
     def sample_rows(bucket: Bucket, batch: Any, x: Any) -> Any:
@@ -49,9 +49,9 @@ def show_logits(patch: pytest.MonkeyPatch) -> None:
         slots, out = sample(*args, **kwargs)
         return slots, out | {"logits": taken.pop("logits")}
 
-    patch.setattr(forward, "sample_rows", sample_rows)
-    patch.setattr(forward, "sample_logits", sample_logits)
-    patch.setattr(forward, "sample", sample_and_show)
+    patch.setattr(unified, "sample_rows", sample_rows)
+    patch.setattr(unified, "sample_logits", sample_logits)
+    patch.setattr(unified, "sample", sample_and_show)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loquetier_jax.adapters.peft import write_peft
-from loquetier_jax.faces import adapters as adapter_calls
+from loquetier_jax.models.linear import Dense
 from loquetier_jax.models.load import init_random
 from loquetier_jax.step import state as state_module
 from tests.engine.engines import BUCKETS, SPEC, add_random_adapter, greedy, random_data
@@ -109,15 +109,15 @@ def test_a_merged_adapter_would_be_seen(make_engine, params, monkeypatch):
     """Adds the adapter's product to a weight instead of keeping it apart."""
     engine = build(make_engine, params)
     watch = Watch(engine, params)
-    write = adapter_calls.write_pages
+    write = state_module.write_pages
 
     def merge(pages, ids, new):
         layer = engine.state.params["layers"][0]
-        layer["down_proj"] = layer["down_proj"] + jnp.float32(1e-3)
+        layer["down_proj"] = Dense(layer["down_proj"].w + jnp.float32(1e-3))
         return write(pages, ids, new)
 
     kept = dict(params["layers"][0])
-    monkeypatch.setattr(adapter_calls, "write_pages", merge)
+    monkeypatch.setattr(state_module, "write_pages", merge)
     add_random_adapter(engine, "a", 0)
     serve(engine, "a", max_tokens=2)
     with pytest.raises(AssertionError, match="other buffers"):
@@ -128,7 +128,7 @@ def test_a_merged_adapter_would_be_seen(make_engine, params, monkeypatch):
 def test_a_base_written_in_place_would_be_seen(make_engine, params):
     """The same buffer, another number: as a kernel that writes where it should read would leave it."""
     watch = Watch(build(make_engine, params), params)
-    ctypes.c_float.from_address(params["layers"][1]["o_proj"].unsafe_buffer_pointer()).value += 1
+    ctypes.c_float.from_address(params["layers"][1]["o_proj"].w.unsafe_buffer_pointer()).value += 1
     with pytest.raises(AssertionError, match="the base has changed"):
         watch.check()
 

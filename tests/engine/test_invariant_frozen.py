@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from loquetier_jax.config import Bucket
-from loquetier_jax.step import forward as forward_module
+from loquetier_jax.step import unified
 from loquetier_jax.step.functions import StepFunctions
 from loquetier_jax.step.ops import shrunk
 from tests.engine.engines import PACK, random_data
@@ -44,7 +44,7 @@ def test_forward_keeps_train_rows_and_no_weight(world):
 
 
 def test_keeping_inference_rows_would_be_seen(world, monkeypatch):
-    ops = forward_module.ForwardOps
+    ops = unified.ForwardOps
 
     class Hoarder(ops):
         def keep(self, name, y):
@@ -52,7 +52,7 @@ def test_keeping_inference_rows_would_be_seen(world, monkeypatch):
                 self.kept[name] = y
             return y
 
-    monkeypatch.setattr(forward_module, "ForwardOps", Hoarder)
+    monkeypatch.setattr(unified, "ForwardOps", Hoarder)
     functions = StepFunctions(world.spec, world.cfg, world.state)
     with pytest.raises(AssertionError, match="other rows"):
         check_residuals(world, functions)
@@ -75,7 +75,7 @@ def test_a_job_holds_its_adapter_and_no_gradient_of_the_base(tiny_engine):
     check_job(tiny_engine, job)
     trainee = job._trainee
     kept = trainee.opt_state
-    trainee.opt_state = (kept, [w["down_proj"] for w in tiny_engine.state.params["layers"]])
+    trainee.opt_state = (kept, [w["down_proj"].w for w in tiny_engine.state.params["layers"]])
     with pytest.raises(AssertionError, match="more than its adapter"):
         check_job(tiny_engine, job)
     trainee.opt_state = kept

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loquetier_jax.batch import pack
-from loquetier_jax.faces import adapters as adapter_calls
+from loquetier_jax.step import state as device_state
 from tests.engine.engines import BUCKETS, add_random_adapter, greedy, random_data, random_prompt
 from tests.engine.evidence import (
     LORA,
@@ -151,8 +151,8 @@ def test_loading_training_evicting_and_failing_others_leaves_an_adapter_alone(ma
 def test_a_write_into_foreign_pages_would_be_seen(make_engine, monkeypatch):
     engine = engine_of(make_engine)
     found = [serve(engine, "b")]
-    pages, write = engine.adapters.get("b").pages, adapter_calls.write_pages
-    monkeypatch.setattr(adapter_calls, "write_pages", lambda old, ids, new: write(old, pages[: len(ids)], new))
+    pages, write = engine.adapters.get("b").pages, device_state.write_pages
+    monkeypatch.setattr(device_state, "write_pages", lambda old, ids, new: write(old, pages[: len(ids)], new))
     add_random_adapter(engine, "x", 10, 8)
     engine.generate([[3, 4, 5]], "x", greedy(2))
     found.append(serve(engine, "b"))

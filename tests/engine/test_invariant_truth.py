@@ -9,7 +9,7 @@ from loquetier_jax.config import Bucket
 from loquetier_jax.jobs.data import Dataset, make_sample
 from loquetier_jax.models.decoder import final_norm, logits
 from loquetier_jax.runtime.training import Training
-from loquetier_jax.step import forward
+from loquetier_jax.step import unified
 from tests.engine.engines import PACK, SERVE, add_random_adapter, greedy
 from tests.engine.evidence import LORA, finish, numbers_of, prompts, train_config
 from tests.step.cases import tiny_spec
@@ -137,7 +137,7 @@ def test_a_last_bit_of_the_sampling_head_would_be_seen(make_engine, monkeypatch)
         first = jnp.arange(x.shape[-1]) < x.shape[-1] // 2
         return sum(logits(spec, params, jnp.where(half, x, 0)) for half in (first, ~first))
 
-    monkeypatch.setattr(forward, "sample_logits", halves)
+    monkeypatch.setattr(unified, "sample_logits", halves)
     spec = tiny_spec(num_hidden_layers=1, sliding_window=(None,))
     bucket = Bucket(**SERVE, score_packs=1, score_tokens=PACK)
     engine = make_engine(spec, share=False, buckets=(bucket,))

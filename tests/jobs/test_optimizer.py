@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from loquetier_jax.adapters.lora import LoraShape
-from loquetier_jax.adapters.pages import empty_pages, pages_of
+from loquetier_jax.adapters.pages import AdapterPages, pages_of
 from loquetier_jax.errors import ConfigError
 from loquetier_jax.jobs.checkpoint import CheckpointStore, read_arrays, read_state
 from loquetier_jax.jobs.config import OPTIMIZERS, TrainConfig
@@ -30,7 +30,7 @@ NUMBERS = {
     "lion": {"weight_decay": 0.1, "adam_beta2": 0.99, "learning_rate": 1e-3},
     "adafactor": {"weight_decay": 0.1, "learning_rate": 1e-3},
 }
-ZEROS = jax.tree.map(np.array, empty_pages(SPEC, 4, jnp.float32))
+ZEROS = jax.tree.map(np.array, AdapterPages.empty(SPEC, 4, jnp.float32))
 SEVENS = jax.tree.map(lambda x: np.full((6, *x.shape[1:]), 7, jnp.bfloat16), ZEROS)
 TRAIN_IDS, PAGE_IDS = np.array([2, 1], np.int32), np.array([3, 5], np.int32)
 
@@ -55,8 +55,7 @@ class Run:
         return self.random.standard_normal(shape, np.float32)
 
     def page_gradients(self, scale=1.0):
-        return [{g: tuple(scale * self._array((2, *x.shape[1:])) for x in ab) for g, ab in layer.items()}
-                for layer in self.grads]  # fmt: skip
+        return jax.tree.map(lambda x: scale * self._array((2, *x.shape[1:])), self.grads)
 
     def update(self, page_gradients, denom=10.0, train_ids=TRAIN_IDS, page_ids=PAGE_IDS):
         pool = jax.tree.map(np.array, self.grads)
@@ -172,7 +171,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
     run.update(run.page_gradients())
     before = jax.tree.map(np.array, (run.master, run.opt_state.inner_state))
     gradients = run.page_gradients()
-    gradients[0]["qkv_proj"][0][0, 1, 2] = bad
+    gradients.layers[0]["qkv_proj"].A[0, 1, 2] = bad
     assert not run.update(gradients)["finite"]
     after = (run.master, run.opt_state.inner_state)
     assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(after)))

@@ -57,7 +57,7 @@ def test_an_adapter_equals_merged_weights() -> None:
         end = ends[GROUPS[group].index(target)]
         start = end - SPEC.target_shapes[target][1]
         weights = merged["layers"][index]
-        weights[group][:, start:end] += scaling * (np.asarray(b) @ np.asarray(a)).T
+        weights[group].w[:, start:end] += scaling * (np.asarray(b) @ np.asarray(a)).T
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     expected = forward(SPEC, merged, tokens)
     np.testing.assert_allclose(forward(SPEC, params, tokens, lora), expected, atol=2e-5)

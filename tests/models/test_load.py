@@ -1,4 +1,4 @@
-"""Loading: streamed, strict, placed; and random parameters."""
+"""Loading: streamed and strict; and random parameters."""
 
 import json
 import math
@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from loquetier_jax.errors import ModelError
 from loquetier_jax.models import load
 from loquetier_jax.models.checkpoint import Checkpoint
 from loquetier_jax.models.parameters import param_table
-from loquetier_jax.models.spec import BIASES, GROUPS, DecoderSpec
+from loquetier_jax.models.spec import GROUPS, DecoderSpec
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -63,11 +62,11 @@ def test_every_number_arrives(dtype: str, spec: DecoderSpec, tmp_path: Path) -> 
         lambda a: (a.shape, a.dtype), expected_shapes
     )
     np.testing.assert_array_equal(params["embed_tokens"], tensors["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(params["lm_head"], tensors["lm_head.weight"].T)
+    np.testing.assert_array_equal(params["lm_head"].w, tensors["lm_head.weight"].T)
     attention = "model.layers.1.self_attn."
-    for key, suffix in (("qkv_proj", "weight"), (BIASES["qkv_proj"], "bias")):
+    for key, suffix in (("w", "weight"), ("bias", "bias")):
         parts = [tensors[f"{attention}{target}.{suffix}"].T for target in GROUPS["qkv_proj"]]
-        np.testing.assert_array_equal(params["layers"][1][key], np.concatenate(parts, axis=-1))
+        np.testing.assert_array_equal(getattr(params["layers"][1]["qkv_proj"], key), np.concatenate(parts, axis=-1))
 
 
 def test_single_file_and_default_dtype(spec: DecoderSpec, tmp_path: Path) -> None:
@@ -77,7 +76,7 @@ def test_single_file_and_default_dtype(spec: DecoderSpec, tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "model.safetensors")
     params = load.load_hf(tmp_path)[1]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float16"}
-    np.testing.assert_array_equal(params["layers"][1]["qkv_proj"][:, -8:], tensors[V_PROJ].T)
+    np.testing.assert_array_equal(params["layers"][1]["qkv_proj"].w[:, -8:], tensors[V_PROJ].T)
 
 
 def test_harmless_extras_are_skipped(tmp_path: Path) -> None:
@@ -167,40 +166,7 @@ def test_random_parameters(spec: DecoderSpec) -> None:
     assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(params))
     jax.tree.map(np.testing.assert_array_equal, params, again)
     first, second = params["layers"]
-    assert not np.array_equal(first["o_proj"], second["o_proj"])
-    np.testing.assert_allclose(np.std(np.asarray(first["gate_up_proj"], np.float32)), 16**-0.5, rtol=0.1)
+    assert not np.array_equal(first["o_proj"].w, second["o_proj"].w)
+    np.testing.assert_allclose(np.std(np.asarray(first["gate_up_proj"].w, np.float32)), 16**-0.5, rtol=0.1)
     np.testing.assert_array_equal(first["input_layernorm"], np.ones(16))
-    np.testing.assert_array_equal(first["qkv_bias"], np.zeros(32))
-
-
-def test_sharding_follows_the_rules(spec: DecoderSpec, tmp_path: Path) -> None:
-    tensors = draw_tensors(spec)
-    folder = write(tmp_path, CONFIG, tensors)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
-    tree = load.shardings(spec, mesh)
-    layer = tree["layers"][0]
-    assert layer["qkv_proj"].spec == PartitionSpec(None, "model")
-    assert layer["qkv_bias"].spec == PartitionSpec("model")
-    assert layer["down_proj"].spec == PartitionSpec("model", None)
-    assert jax.tree.structure(tree) == jax.tree.structure(load.param_axes(spec))
-    params = load.load_hf(folder, "float32", tree)[1]
-    assert params["layers"][0]["o_proj"].sharding.is_equivalent_to(layer["o_proj"], 2)
-    plain = load.load_hf(folder, "float32", SingleDeviceSharding(jax.devices()[0]))[1]
-    jax.tree.map(np.testing.assert_array_equal, params, plain)
-    with pytest.raises(ModelError, match="sharding: got a tree of structure"):
-        load.load_hf(folder, "float32", tree["layers"])
-    with pytest.raises(ModelError, match="mesh axis 'data' is unknown"):
-        load.shardings(spec, mesh, (("vocab", "data"),))
-
-
-@pytest.mark.multi_device
-def test_parameters_split_over_two_devices(spec: DecoderSpec, tmp_path: Path) -> None:
-    folder = write(tmp_path, CONFIG, draw_tensors(spec))
-    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
-    params = load.load_hf(folder, "float32", load.shardings(spec, mesh))[1]
-    assert params["layers"][0]["down_proj"].addressable_shards[0].data.shape == (12, 16)
-    jax.tree.map(np.testing.assert_array_equal, params, load.load_hf(folder, "float32")[1])
-    drawn = load.init_random(spec, jax.random.key(0), sharding=load.shardings(spec, mesh))
-    assert drawn["lm_head"].addressable_shards[0].data.shape == (16, 20)
-    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight: shape \(39, 16\) cannot be split"):
-        load.shardings(DecoderSpec.from_hf({**CONFIG, "vocab_size": 39}), mesh)
+    np.testing.assert_array_equal(first["qkv_proj"].bias, np.zeros(32))

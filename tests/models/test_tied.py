@@ -44,7 +44,7 @@ def test_the_files_say_whether_the_head_is_tied(
     assert ("lm_head" in params) == (head == "other")
     assert ("differs from" in caplog.text) == (head == "other")
     theirs = hf_model(folder)
-    ours = params["embed_tokens"], params["lm_head"].T if "lm_head" in params else params["embed_tokens"]
+    ours = params["embed_tokens"], params["lm_head"].w.T if "lm_head" in params else params["embed_tokens"]
     for weight, module in zip(ours, (theirs.get_input_embeddings(), theirs.get_output_embeddings()), strict=True):
         np.testing.assert_array_equal(weight, module.weight.detach().numpy())
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, init_weights, resolve_shape
-from loquetier_jax.adapters.pages import pages_of, write_pages
+from loquetier_jax.adapters.pages import pages_of
 from loquetier_jax.batch.pack import (
     ChunkItem,
     DecodeItem,
@@ -90,10 +90,7 @@ class World:
     def run(self, items: StepItems, bucket: Bucket, dropout: bool = False):
         """Packs and runs one forward; returns (ForwardOut, host batch)."""
         batch = pack_step(items, bucket, self.cfg)
-        run = self.functions.forward(bucket, dropout)
-        self.state.kv, self.state.slots, out = run(
-            self.state.params, self.state.pages, self.state.kv, self.state.slots, jnp.asarray(ravel(batch))
-        )
+        out = self.state.run_forward(self.functions.forward(bucket, dropout), jnp.asarray(ravel(batch)))
         return out, batch
 
 
@@ -115,7 +112,7 @@ def make_world(spec: DecoderSpec | None = None, cfg: EngineConfig | None = None,
         (4,): random_adapter(spec, 3, 16),
     }
     for pages, (shape, weights) in adapters.items():
-        state.pages = write_pages(state.pages, pages, pages_of(weights, shape, spec, np.dtype(cfg.dtype)))
+        state.write_adapter(pages, pages_of(weights, shape, spec, np.dtype(cfg.dtype)))
     return World(spec, cfg, state, step_functions(spec, cfg), adapters)
 
 

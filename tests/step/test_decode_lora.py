@@ -28,7 +28,7 @@ def linear(world, smlm: str, group: str, rows: jax.Array) -> tuple[jax.Array, st
     items = StepItems(decode=mixed_items(np.random.default_rng(0)).decode)
     batch = jax.tree.map(jnp.asarray, pack_step(items, DECODE, world.cfg))
     cfg = dataclasses.replace(world.cfg, smlm=smlm)
-    weights, pages = world.state.params["layers"][0], world.state.pages[0]
+    weights, pages = world.state.params["layers"][0], world.state.pages.layers[0]
 
     def run(weights, pages, batch, rows):
         plan = ops.lora_plan(batch, DECODE)

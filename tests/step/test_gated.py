@@ -25,7 +25,7 @@ def run(world, smlm: str, keep: tuple[str, ...], hidden_act: str) -> tuple[jax.A
     batch = jax.tree.map(jnp.asarray, pack_step(items, MIXED, world.cfg))
     cfg = dataclasses.replace(world.cfg, smlm=smlm, keep=keep)
     spec = dataclasses.replace(world.spec, hidden_act=hidden_act)
-    weights, pages = world.state.params["layers"][0], world.state.pages[0]
+    weights, pages = world.state.params["layers"][0], world.state.pages.layers[0]
     def mlp(weights, pages, batch, h):
         layer_ops = ops.ForwardOps(spec, cfg, MIXED, 0, weights, pages, None, batch, ops.lora_plan(batch, MIXED))
         return layer_ops.mlp(h), layer_ops.kept

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loquetier_jax.config import Bucket
-from loquetier_jax.models.decoder import base_linear
+from loquetier_jax.models.linear import Dense
 from loquetier_jax.step.functions import TrainKey
 from tests.step.cases import PACK, make_world, mixed_items, tiny_config
 
@@ -39,7 +39,7 @@ def backward_text(world) -> str:
 
 
 def weight_shapes(world) -> set[tuple[int, ...]]:
-    return {w.shape for name, w in world.state.params["layers"][0].items() if name.endswith("_proj")}
+    return {w.w.shape for w in world.state.params["layers"][0].values() if isinstance(w, Dense)}
 
 
 def check_backward(world, text: str) -> None:
@@ -76,10 +76,10 @@ def test_backward_runs_each_base_gemm_once(world):
 @pytest.mark.mutation
 def test_weight_gradient_would_be_seen(world):
     """The check bites: a projection whose weight is differentiated shows a dot of the weight's shape."""
-    shape = world.state.params["layers"][0]["o_proj"].shape
+    shape = world.state.params["layers"][0]["o_proj"].w.shape
     text = (
         jax.jit(
-            lambda x, w: jax.vjp(lambda w: base_linear({"o_proj": w}, "o_proj", x), w)[1](
+            lambda x, w: jax.vjp(lambda w: Dense(w).dot(x), w)[1](
                 jnp.ones((3 * PACK, shape[1]))
             )
         )
@@ -105,14 +105,14 @@ def cache_copies(text: str, cache_shape: tuple[int, ...]) -> list[str]:
 
 def test_forward_copies_no_cache_and_no_weight(world):
     text = world.functions.forward(BUCKET).as_text()
-    for shape in {world.state.kv[0][0].shape, world.state.slots.counts.shape, *weight_shapes(world)}:
+    for shape in {world.state.kv[0].k.shape, world.state.slots.counts.shape, *weight_shapes(world)}:
         assert not cache_copies(text, shape), f"a copy of {shape} in the forward"
     assert "input_output_alias" in text
 
 
 @pytest.mark.mutation
 def test_a_cache_that_is_not_donated_would_be_seen(world):
-    cache = world.state.kv[0][0]
+    cache = world.state.kv[0].k
     text = jax.jit(lambda c: c.at[1, 0].set(1.0)).lower(cache).compile().as_text()
     assert cache_copies(text, cache.shape)
 

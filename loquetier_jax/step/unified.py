@@ -1,0 +1,162 @@
+"""The unified step: train, score, prefill and decode rows through one stack of layers, base weights read once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from loquetier_jax.adapters.pages import AdapterPages
+from loquetier_jax.batch.segments import SegmentBatch, empty_batch, positions_of, shapes_of, unravel
+from loquetier_jax.config import PACK_ALIGN, Bucket, EngineConfig
+from loquetier_jax.kv.cache import KVCache
+from loquetier_jax.models.decoder import LayerWeights, Params, Rope, embed, final_norm, layer, logits, rope_tables
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.loss import score_rows
+from loquetier_jax.step.ops import ForwardOps, lora_plan
+from loquetier_jax.step.sample import SlotState, sample
+
+Kept = list[dict[str, Array]]
+"""By layer {"x": [G * L, D] its input, every group's S, the names in `cfg.keep`}, of the train rows."""
+
+
+@flax.struct.dataclass
+class ForwardOut:
+    """What one forward leaves behind, beside the donated state.
+
+    Attributes:
+        sampled: See `step.sample.sample`; {} when the bucket samples nothing.
+        train: {"logp", "correct"} of the train rows, [G * L]; {} without.
+        score: See `step.loss.score_rows`; {} without.
+        kept: See Kept; [] without train rows.
+        hidden: [G * L, D] final hidden states of the train rows, before the norm; None without.
+    """
+
+    sampled: dict[str, Array]
+    train: dict[str, Array]
+    score: dict[str, Array]
+    kept: Kept
+    hidden: Float[Array, "T D"] | None
+
+
+def unified_step(
+    spec: DecoderSpec,
+    cfg: EngineConfig,
+    bucket: Bucket,
+    use_dropout: bool,
+    params: Params,
+    pages: AdapterPages,
+    kv: list[KVCache],
+    slots: SlotState,
+    batch: SegmentBatch,
+) -> tuple[list[KVCache], SlotState, ForwardOut]:
+    """One step over every kind of row; pure.
+
+    Args:
+        spec, cfg, bucket, use_dropout: Static: what is compiled. Dropout is LoRA's, on train rows.
+        params: The frozen base.
+        pages: Adapter pages, read only here.
+        kv: Cache of each layer.
+        slots: Per-request state.
+        batch: The rows, in the shapes of `batch.segments.empty_batch(bucket, cfg)`.
+
+    Returns:
+        The cache with the rows' keys and values, the slots with the sampled tokens, and the rest.
+    """
+    x = embed(spec, params, tokens_of(batch, slots))
+    rope = rope_tables(spec, positions_of(batch))
+    x, kv, kept = run_layers(spec, cfg, bucket, use_dropout, params["layers"], pages, kv, batch, x, rope)
+    t, s = bucket.train_rows, bucket.score_rows
+    train, score, sampled = {}, {}, {}
+    if t:
+        train = score_rows(spec, params, x[:t], batch.train.rows.targets, limit=cfg.logit_chunk, top=0)
+    if s:
+        scored = x[t : t + s]
+        score = score_rows(spec, params, scored, batch.score.targets, limit=cfg.logit_chunk, top=cfg.max_logprobs)
+    if bucket.samples:
+        rows = sample_rows(bucket, batch, x[t + s :])
+        slots, sampled = sample(
+            sample_logits(spec, params, rows),
+            batch.sample,
+            slots,
+            level=bucket.sampling,
+            max_logprobs=cfg.max_logprobs,
+        )
+    out = ForwardOut(sampled=sampled, train=train, score=score, kept=kept, hidden=x[:t] if t else None)
+    return kv, slots, out
+
+
+def jit_unified_step(
+    spec: DecoderSpec, cfg: EngineConfig, bucket: Bucket, use_dropout: bool = False
+) -> Callable[..., Any]:
+    """`unified_step` under jax.jit as the engine calls it: with the batch as one int32 buffer, and donated state.
+
+    Returns:
+        (params, pages, kv*, slots*, flat) -> (kv, slots, ForwardOut); * donated, the returned ones replace them. `flat`
+        is `batch.segments.ravel(batch)`: one copy to the device a step instead of dozens.
+    """
+    template = shapes_of(empty_batch(bucket, cfg))
+
+    def unified_step_of_buffer(
+        params: Params, pages: AdapterPages, kv: list[KVCache], slots: SlotState, flat: Int[Array, " N"]
+    ) -> tuple[list[KVCache], SlotState, ForwardOut]:
+        batch = unravel(template, flat)
+        return unified_step(spec, cfg, bucket, use_dropout, params, pages, kv, slots, batch)
+
+    return jax.jit(unified_step_of_buffer, donate_argnums=(2, 3))
+
+
+def tokens_of(batch: SegmentBatch, slots: SlotState) -> Int[Array, " T"]:
+    """Token ids of all rows in flat order; decode rows take the slot's last token."""
+    parts = [
+        batch.train.rows.tokens if batch.train else None,
+        batch.score.tokens if batch.score else None,
+        batch.prefill.tokens if batch.prefill else None,
+        slots.last_token[batch.decode.slots] if batch.decode else None,
+    ]
+    return jnp.concatenate([p for p in parts if p is not None])
+
+
+def run_layers(
+    spec: DecoderSpec,
+    cfg: EngineConfig,
+    bucket: Bucket,
+    use_dropout: bool,
+    layers: Sequence[LayerWeights],
+    pages: AdapterPages,
+    kv: list[KVCache] | None,
+    batch: SegmentBatch,
+    x: Float[Array, "T D"],
+    rope: Rope,
+    first: int = 0,
+) -> tuple[Float[Array, "T D"], list[KVCache | None], Kept]:
+    """Layers first, first + 1, ... over the rows x; `layers`, `pages` and `kv` hold just those."""
+    kept, written, plan = [], [], lora_plan(batch, bucket)
+    for i, (w, lora) in enumerate(zip(layers, pages.layers, strict=True)):
+        ops = ForwardOps(spec, cfg, bucket, first + i, w, lora, kv[i] if kv else None, batch, plan, use_dropout)
+        y, plan = layer(spec, w, x, rope, ops), ops.plan
+        if bucket.packs:
+            kept.append(dict(ops.kept, x=x[: bucket.train_rows]))
+        written.append(ops.kv)
+        x = y
+    return x, written, kept
+
+
+def sample_rows(bucket: Bucket, batch: SegmentBatch, x: Float[Array, "rows D"]) -> Float[Array, "n D"]:
+    """The rows a token is drawn from: decode rows, then each chunk's last row; of prefill and decode rows x."""
+    decode = x[bucket.prefill :]
+    if batch.prefill is None:
+        return decode
+    return jnp.concatenate([decode, x[batch.prefill.last_row]])
+
+
+def sample_logits(spec: DecoderSpec, params: Params, x: Float[Array, "n D"]) -> Float[Array, "n V"]:
+    """f32 logits of the rows a token is drawn from, as the training forward computes them.
+
+    Filled up to a multiple of PACK_ALIGN rows: fewer rows take another GEMM on the XLA CPU path, whose last bits differ
+    from those of train and score rows.
+    """
+    padded = jnp.pad(x, ((0, -x.shape[0] % PACK_ALIGN), (0, 0)))
+    return logits(spec, params, final_norm(spec, params, padded))[: x.shape[0]]
