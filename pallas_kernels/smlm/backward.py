@@ -32,7 +32,7 @@ def smlm_bwd(
     dx: Float[Array, "K in"] | Callable[[Array], Array] | None = None,
     glu: Glu | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "K in"], Float32[Array, "G GP nR in"], Float32[Array, "G GP R out"]]:
+) -> tuple[Float[Array, "K in_or_FF"], Float32[Array, "G GP nR in"], Float32[Array, "G GP R out"]]:
     """The backward of `smlm` for the plan's train rows: dX, and dA and dB of every pack by itself.
 
     dS = dY B^T, dX = dS A, dA = dS^T X, dB = S^T dY, pack by pack: operands in x's dtype, sums in float32, in an order
