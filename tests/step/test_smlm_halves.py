@@ -111,4 +111,6 @@ def test_every_projection_of_a_step_goes_through_the_halves(monkeypatch: pytest.
         monkeypatch.setattr(module, name, counted)
     world = make_world(tiny_spec(**ONE_LAYER), tiny_config(max_logprobs=5))
     run_pass(world, StepItems(train=mixed_items(np.random.default_rng(0)).train), TRAIN)
-    assert {name: calls.count(name) for name in calls} == {"smlm_fwd": 3, "smlm_glu": 1, "smlm_bwd": 4}
+    traced = calls.count("smlm_glu")  # a forward may be traced more than once
+    assert traced >= 1 and calls.count("smlm_fwd") == 3 * traced
+    assert calls.count("smlm_bwd") == 4
