@@ -48,7 +48,8 @@ def smlm(
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
 
     Returns:
-        y plus the delta; rows without adapter are y's, bit for bit.
+        y plus the delta; rows without adapter are y's, bit for bit. With few rows the kernels may round the delta
+        before the sum (see `smlm_fwd`), but not where the call is differentiated.
 
     Raises:
         ValueError: shapes disagree or are no multiples of 16, or the implementation is unknown.

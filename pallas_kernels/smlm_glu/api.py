@@ -18,15 +18,15 @@ from pallas_kernels.smlm_glu.triton import smlm_glu_triton
 
 def smlm_glu(
     x: Float[Array, "T in"],
-    A: Float[Array, "P 2R in"],
-    B: Float[Array, "P R 2F"],
+    A: Float[Array, "P RR in"],
+    B: Float[Array, "P R FF"],
     plan: SmlmPlan,
     *,
-    y: Float[Array, "T 2F"],
+    y: Float[Array, "T FF"],
     activation: str,
     keep: bool = True,
     implementation: str | None = None,
-) -> tuple[Float[Array, "T F"], Float[Array, "K 2F"] | None, Float[Array, "K 2 MP R"] | None, SmlmPlan]:
+) -> tuple[Float[Array, "T F"], Float[Array, "K FF"] | None, Float[Array, "K n MP R"] | None, SmlmPlan]:
     """act(gate) * up of every row, where gate and up are the halves of y plus the delta of `smlm`.
 
     gate and up are rounded to y's dtype as `smlm_fwd` rounds them, act(gate) is computed in float32 and rounded, and so

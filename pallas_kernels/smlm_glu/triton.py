@@ -22,7 +22,7 @@ from pallas_kernels.smlm.triton_kernels import load_S
 from pallas_kernels.smlm.triton_tiles import CallSizes, Group, Tile
 from pallas_kernels.smlm.tuning import MAX_DECODE_ROWS, SmlmConfig, smlm_config
 
-Found = tuple[Float[Array, "T F"], Float[Array, "K 2F"] | None, Float[Array, "K 2 MP R"] | None, Int32[Array, " C"]]
+Found = tuple[Float[Array, "T F"], Float[Array, "K FF"] | None, Float[Array, "K n MP R"] | None, Int32[Array, " C"]]
 
 
 def glu_config(x: Float[Array, "T in"], half: int, max_pages: int) -> SmlmConfig:
@@ -37,10 +37,10 @@ def glu_config(x: Float[Array, "T in"], half: int, max_pages: int) -> SmlmConfig
 @functools.partial(jax.jit, static_argnames=("activation", "keep_rows", "keep_y", "config", "interpret"))
 def smlm_glu_triton(
     x: Float[Array, "T in"],
-    A: Float[Array, "P 2R in"],
-    B: Float[Array, "P R 2F"],
+    A: Float[Array, "P RR in"],
+    B: Float[Array, "P R FF"],
     plan: SmlmPlan,
-    y: Float[Array, "T 2F"],
+    y: Float[Array, "T FF"],
     activation: str,
     keep_rows: int,
     keep_y: bool = True,

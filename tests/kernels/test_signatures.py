@@ -52,6 +52,17 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 def test_a_call_fits_its_signature(name: str) -> None:
     bound, arrays = CALLS[name]
     checked = jaxtyped(typechecker=beartype)(bound.func)
-    checked(*bound.args, *arrays, **bound.keywords)
+    f = partial(checked, *bound.args, **bound.keywords)
+    jax.eval_shape(lambda *traced: f(*merged(arrays, traced)), *present(arrays))
     with pytest.raises(TypeCheckError):
-        checked(*bound.args, *(None if a is None else np.zeros((2, 2, 2, 2, 2)) for a in arrays), **bound.keywords)
+        f(*merged(arrays, [np.zeros((2, 2, 2, 2, 2))] * len(arrays)))
+
+
+def present(arrays: tuple[Any, ...]) -> list[jax.Array]:
+    return [a for a in arrays if a is not None]
+
+
+def merged(arrays: tuple[Any, ...], others: Any) -> list[Any]:
+    """The others where an array is, None where it is None."""
+    rest = iter(others)
+    return [None if a is None else next(rest) for a in arrays]
