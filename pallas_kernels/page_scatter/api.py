@@ -22,7 +22,7 @@ def scatter_add_pages(pools: Any, ids: Int32[Array, "G MP"], deltas: Any, *, imp
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
 
     Returns:
-        The tree of pools. Page 0 is a bin that nobody reads: the kernel leaves it alone, XLA adds to it.
+        The tree of pools. Page 0 is a bin, never to be read: the kernel leaves it alone, XLA adds to it.
 
     Raises:
         ValueError: shapes disagree, or the implementation is unknown; both values are named.
