@@ -154,7 +154,7 @@ class Bench:
             def turn(_: Any, carried: Any) -> Any:
                 dx, grads = carried
                 now_pages, now_kept, now_hidden, now_flat = fresh((pages, kept, hidden, flat), dx)
-                dx = start(head, now_hidden, logp, now_flat)
+                dx, _ = start(head, now_hidden, logp, now_flat, {})
                 return slices(layers, now_pages, now_kept, dx, grads, zero, now_flat)
 
             return jax.lax.fori_loop(0, steps, turn, (dx, grads))
