@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Groups of tests that share compiled functions (tests/conftest.py), in their order: the longest ones first.
 PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
-GPU_ARGS ?= -n 8 --dist worksteal
+GPU_ARGS ?= -n 12 --dist worksteal
 TESTS ?= tests
 FUZZ ?= --out benchmarks/results
 BIN := $(VENV)/bin
@@ -40,9 +40,10 @@ test-slow: $(VENV)/.dev-$(ACCELERATOR)
 test-all: $(VENV)/.dev-$(ACCELERATOR)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
-# Compiling kernels is work for many cores; the models are tiny, so one GPU serves all processes.
+# Compiling is work for many cores, and trying out GEMMs by many processes at once takes a GPU ten times as long; the
+# models are tiny, so one GPU serves all.
 test-gpu: $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.dev-$(ACCELERATOR))
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python3 -m pytest $(GPU_ARGS) -m gpu $(TESTS)
+	XLA_FLAGS="--xla_gpu_autotune_level=0 $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python3 -m pytest $(GPU_ARGS) -m gpu $(TESTS)
 
 fuzz: $(VENV)/.dev-$(ACCELERATOR)
 	$(BIN)/python -m tests.fuzz $(FUZZ)

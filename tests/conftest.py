@@ -39,6 +39,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 TESTS = Path(__file__).parent
+PLAIN = {TESTS / folder for folder in ("adapters", "jobs", "kernels", "models", "step")}
+"""Where most time goes into compiling what no user runs: references, kernels in interpret mode."""
 PARITY = {"test_parity_families", "test_parity_peft", "test_parity_training"}
 EMBEDDED = {"test_examples", "test_demo"}
 
@@ -89,10 +91,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: min(worker_group(item), "2"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures compile
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Where rows do not keep their bits, tests of bit-identity fail with that reason."""
-    if item.get_closest_marker("bits") and not cpu_bits.rows_keep_their_bits():
+    bits = item.get_closest_marker("bits") is not None
+    optimize(bits or item.path.parent not in PLAIN or jax.default_backend() == "gpu")
+    if bits and not cpu_bits.rows_keep_their_bits():
         pytest.fail(cpu_bits.BROKEN, pytrace=False)
+
+
+def optimize(wanted: bool) -> None:
+    """Compiles from now on as users do, or in two thirds of the time without most of LLVM's optimizations."""
+    if _optimized != [wanted]:
+        _optimized[:] = [wanted]
+        jax.config.update("jax_disable_most_optimizations", not wanted)
+        jax.clear_caches()  # jit would hand out what it compiled the other way
+
+
+_optimized = [True]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,7 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
 
 def nested():
     value = []
-    for _ in range(5000):
+    for _ in range(200_000):  # Python 3.12 writes a depth of 5,000
         value = [value]
     return value
 

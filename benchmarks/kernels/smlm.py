@@ -47,7 +47,7 @@ def check(bench: Bench) -> None:
         raise SystemExit(f"{bench.case.name}: error {error}, expected less than {2**-7}")
 
 
-def timings(case: Case, bench: Bench) -> list[Timing]:
+def timings(case: Case, bench: Bench, *, ours: bool) -> list[Timing]:
     """The default configuration as the peers were timed and all cold, and plain XLA; for a rank mix its parts too."""
     floor, call = {"bound": case.floor_us}, triton_call()
     guess = PEERS.get(case.name, (None, 2 * case.floor_us + 5))[1]
@@ -58,15 +58,21 @@ def timings(case: Case, bench: Bench) -> list[Timing]:
             found.append(Timing(f"{case.name}/rank{rank}", "fwd_us", Bench(case.part(i)), call, 10.0))
         return found
     found.append(Timing(case.name, "fwd_cold_us", Bench(case, cold=True), call, guess, floor))
-    found.append(Timing(case.name, "xla_us", Bench(case, max_calls=32), smlm_xla, 2 * guess, repeats=3))
+    if not ours:
+        found.append(Timing(case.name, "xla_us", Bench(case, max_calls=32), smlm_xla, 2 * guess, repeats=3))
     return found
 
 
-def forward_records(names: list[str]) -> list[dict[str, Any]]:
-    """Checks and compiles all cases side by side, then times them one after the other."""
+def forward_records(names: list[str], *, ours: bool = False) -> list[dict[str, Any]]:
+    """Checks and compiles all cases side by side, then times them one after the other.
+
+    Args:
+        names: Paths of cases.
+        ours: Time the kernels alone, and neither XLA nor torch.
+    """
     cases = [make_case(name) for name in names]
     benches = [Bench(case) for case in cases]
-    todo = [timings(case, bench) for case, bench in zip(cases, benches, strict=True)]
+    todo = [timings(case, bench, ours=ours) for case, bench in zip(cases, benches, strict=True)]
     with ThreadPoolExecutor(16) as pool:
         jobs = [pool.submit(check, bench) for bench in benches]
         jobs += [pool.submit(timing.compile) for some in todo for timing in some]
@@ -78,7 +84,8 @@ def forward_records(names: list[str]) -> list[dict[str, Any]]:
         if len(set(case.ranks)) > 1:
             total = sum(r["value"] for r in new[1:])
             new.append(record(f"smlm/{case.name}", "parts_sum_us", total, "us"))
-        new += [record(f"smlm/{case.name}", metric, value, "us") for metric, value in time_torch(case).items()]
+        peers = {} if ours else time_torch(case)
+        new += [record(f"smlm/{case.name}", metric, value, "us") for metric, value in peers.items()]
         print(case.name, [(r["metric"], round(r["value"], 2)) for r in new], "peer", PEERS.get(case.name), flush=True)
         records += new
     return records
@@ -89,12 +96,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--cases", nargs="*", help="case paths; by default the peers', the 8B groups, the rank mixes")
     parser.add_argument("--forward", action="store_true", help="leave the backward out")
+    parser.add_argument("--ours", action="store_true", help="the kernels alone, to compare two commits")
     options = parser.parse_args()
-    records = forward_records(options.cases or [*PEERS, *GROUP_CASES, *RANK_MIXES])
+    records = forward_records(options.cases or [*PEERS, *GROUP_CASES, *RANK_MIXES], ours=options.ours)
     if not options.forward:
         from benchmarks.kernels.smlm_backward import backward_records
 
-        records += backward_records()
+        records += backward_records(ours=options.ours)
     print(write("smlm", CONFIG, records, options.results))
 
 

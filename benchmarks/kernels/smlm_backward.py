@@ -176,7 +176,7 @@ def time_torch(case: Case, *, cold: bool) -> float | None:
     return graph_us(chain, case.calls)
 
 
-def timings(case: Case) -> list[Timing]:
+def timings(case: Case, *, ours: bool) -> list[Timing]:
     """Checks a case and compiles all of it that jax runs."""
     extra: dict[str, Any] = {"bound": case.floor_us}
     peer = {"peer": "torch matmuls", "peer_value": PEERS[case.name]} if case.name in PEERS else {}
@@ -184,6 +184,8 @@ def timings(case: Case) -> list[Timing]:
     for cold, us in ((False, "us"), (True, "cold_us")):
         guess, more = 1.5 * case.floor_us + 5, extra if cold else extra | peer
         found.append(Timing(case.name, f"bwd_{us}", Bench(case, cold=cold), pack_backward_triton, guess, more))
+        if ours:
+            continue
         few = Bench(case, cold=cold, max_calls=32)  # XLA's compile slowly
         found.append(Timing(case.name, f"bwd_xla_{us}", few, pack_backward_xla, 2 * guess, repeats=3))
     found[0].bench.check()
@@ -192,11 +194,12 @@ def timings(case: Case) -> list[Timing]:
     return found
 
 
-def backward_records(cases: list[Case] | None = None) -> list[dict[str, Any]]:
+def backward_records(cases: list[Case] | None = None, *, ours: bool = False) -> list[dict[str, Any]]:
     """Checks and compiles all cases side by side, then times them one after the other.
 
     Args:
         cases: By default all.
+        ours: Time the kernels alone, and neither XLA nor torch.
 
     Returns:
         Records for smlm.json; prints a line a case.
@@ -204,11 +207,11 @@ def backward_records(cases: list[Case] | None = None) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     cases = make_cases() if cases is None else cases
     with ThreadPoolExecutor(16) as pool:
-        todo = list(pool.map(timings, cases))
+        todo = list(pool.map(partial(timings, ours=ours), cases))
     for case, some in zip(cases, todo, strict=True):
         new = [timing.record() for timing in some]
         for cold, metric in ((False, "bwd_torch_us"), (True, "bwd_torch_cold_us")):
-            us = time_torch(case, cold=cold)
+            us = None if ours else time_torch(case, cold=cold)
             new += [] if us is None else [record(f"smlm/{case.name}", metric, us, "us")]
         print(case.name, [(r["metric"], round(r["value"], 1)) for r in new], f"floor {case.floor_us:.1f}", flush=True)
         records += new

@@ -91,17 +91,16 @@ def finish_here(folder: Path, engine: Engine, reference: list[dict[str, Any]]) -
     assert written == reference, "each step once, whoever wrote it"
 
 
-@pytest.mark.parametrize("points", [FAULT_POINTS[3:5], pytest.param(FAULT_POINTS, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_killed_at_fault_points_of_a_save(
     spawn: Callable[..., BaseProcess],
     reference: list[dict[str, Any]],
     tmp_path: Path,
     engine: Engine,
-    points: tuple[str, ...],
 ):
     """One job, killed at one point after the other, each time on the second save of the process."""
     assert len(FAULT_POINTS) == 7
-    for point in points:
+    for point in FAULT_POINTS:
         before = checkpointed_step(tmp_path)
         process = spawn(tmp_path, point, 2)
         process.join(PATIENCE)

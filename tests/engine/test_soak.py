@@ -199,7 +199,7 @@ class Soak:
         self.engine.drain()
 
 
-@pytest.mark.parametrize("steps", [250, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [120, pytest.param(2000, marks=pytest.mark.slow)])
 def test_nothing_compiles_and_the_books_are_right(
     make_engine: Callable[..., Engine], tmp_path: Path, record_property: Callable[[str, object], None], steps: int
 ):

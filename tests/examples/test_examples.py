@@ -23,6 +23,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     load("01").main({})
     shown = capsys.readouterr().out

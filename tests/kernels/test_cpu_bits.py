@@ -22,6 +22,7 @@ def test_rows_keep_their_bits_here() -> None:
     assert cpu_bits.differing(cpu_bits.SHAPES, cpu_bits.ROWS) == []
 
 
+@pytest.mark.bits
 def test_a_difference_is_seen() -> None:
     """A row alone is multiplied as a vector, which sums in another order."""
     assert cpu_bits.differing(cpu_bits.DEEP_SHAPES, (1,)) == [(1, *cpu_bits.DEEP_SHAPES[0])]
