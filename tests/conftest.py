@@ -22,6 +22,12 @@ for variable in ("CI", "BUILD_NUMBER"):
     os.environ.pop(variable, None)
 
 import jax
+import jaxtyping
+
+from tests.typechecking import PACKAGES
+
+# Before the first of them is imported; in every process of pytest-xdist, too: each reads this file.
+jaxtyping.install_import_hook(PACKAGES, "tests.typechecking.checked")
 
 from pallas_kernels.common import cpu_bits
 from tests.worlds import shared_functions
@@ -116,6 +122,14 @@ def full_precision() -> None:
 def compilation_cache_dir() -> str:
     """The folder of XLA programs shared by all tests and runs; pass it to EngineConfig."""
     return str(CACHE)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Annotations are not enforced: for tests of what a function itself says to a wrong shape or type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ An adapter at exact rank, on the host or on a device, is a plain dict
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from loquetier_jax.adapters.pattern import Steps, parse
 from loquetier_jax.adapters.peft_arguments import PEFT_ARGUMENTS
@@ -28,7 +30,7 @@ from loquetier_jax.config import RANK_PAGE, require
 from loquetier_jax.errors import AdapterError, short
 from loquetier_jax.models.spec import DecoderSpec
 
-LoraWeights = dict[str, dict[str, Any]]
+LoraWeights = dict[str, dict[str, Float[Any, "_ _"]]]
 """An adapter at exact rank, see the module docstring; arrays are numpy (host) or jax (device), f32."""
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's for Llama, Mistral, Qwen and Gemma
@@ -220,7 +222,7 @@ def init_weights(shape: LoraShape, config: LoraConfig, spec: DecoderSpec, seed: 
     return weights
 
 
-def check_weights(weights: LoraWeights, shape: LoraShape, spec: DecoderSpec) -> None:
+def check_weights(weights: Mapping[str, Any], shape: LoraShape, spec: DecoderSpec) -> None:
     """Raises AdapterError unless `weights` has exactly the modules and sizes of `shape` on the base."""
     expected = shape.array_shapes(spec)
     for key in sorted(weights.keys() | expected.keys()):

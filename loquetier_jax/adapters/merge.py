@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
+from jaxtyping import Float
 from safetensors.numpy import save_file
 
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights, check_weights
@@ -100,7 +101,9 @@ def _write_tensors(folder: Path, checkpoint: Checkpoint, weights: LoraWeights, s
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _merged(name: str, weight: np.ndarray, pair: dict[str, np.ndarray], scaling: float) -> np.ndarray:
+def _merged(
+    name: str, weight: Float[np.ndarray, "out in"], pair: dict[str, Float[np.ndarray, "_ _"]], scaling: float
+) -> Float[np.ndarray, "out in"]:
     a, b = (np.asarray(pair[part], np.float32) for part in ("lora_A", "lora_B"))
     with np.errstate(over="ignore", invalid="ignore"):  # looked at below
         merged = (weight.astype(np.float32) + np.float32(scaling) * (b @ a)).astype(weight.dtype)

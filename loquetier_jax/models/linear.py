@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float
 from numpy.typing import DTypeLike
 
 
+@runtime_checkable
 class Linear(Protocol):
     """y = h W + b of rows h [T, in] and a frozen matrix W [in, out], however it is stored."""
 

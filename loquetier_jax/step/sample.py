@@ -1,7 +1,5 @@
 """Sampling on the device with per-row parameters. Order of the transforms as vLLM's."""
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -84,7 +82,7 @@ def truncate(logits: Float[Array, "n V"], rows: SampleRows) -> Float[Array, "n V
 
 def sample(
     logits: Float[Array, "n V"], rows: SampleRows, slots: SlotState, *, level: str, max_logprobs: int
-) -> tuple[SlotState, dict[str, Any]]:
+) -> tuple[SlotState, dict[str, Array]]:
     """Draws one token a row and records it in the row's slot.
 
     The key of a token is f(request seed, output index), so it does not depend on where the row is batched. Returned

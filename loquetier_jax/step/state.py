@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from loquetier_jax.adapters.lora import LoraWeights
 from loquetier_jax.adapters.pages import AdapterPages, write_pages
@@ -41,7 +42,7 @@ class DeviceState:
     kv: list[KVCache]
     slots: SlotState
 
-    def run_forward(self, run: Callable[..., Any], flat: jax.Array) -> ForwardOut:
+    def run_forward(self, run: Callable[..., Any], flat: Int[Array, " N"]) -> ForwardOut:
         """Dispatches one step: the cache and the slots move on.
 
         Args:
@@ -79,8 +80,14 @@ class DeviceState:
         self.write_gradients((1,), zeros[1])
 
     def backward(
-        self, run: Callable[..., Any], start: int, stop: int, kept: Kept, dx: jax.Array, flat: jax.Array
-    ) -> jax.Array:
+        self,
+        run: Callable[..., Any],
+        start: int,
+        stop: int,
+        kept: Kept,
+        dx: Float[Array, "T D"],
+        flat: Int[Array, " N"],
+    ) -> Float[Array, "T D"]:
         """Dispatches the backward of layers [start, stop): their gradients are added to the pool.
 
         Args:
@@ -106,7 +113,7 @@ class DeviceState:
         grad_page_ids: Sequence[int],
         page_ids: Sequence[int],
         *numbers: Any,
-    ) -> tuple[LoraWeights, Any, dict[str, jax.Array]]:
+    ) -> tuple[LoraWeights, Any, dict[str, Array]]:
         """Dispatches one job's optimizer step: its pages get the new cast, its accumulators are zeros again.
 
         Args:

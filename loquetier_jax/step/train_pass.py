@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
 from loquetier_jax.batch.segments import SegmentBatch, ravel
@@ -33,19 +34,19 @@ class TrainPass:
     key: TrainKey
     items: list[TrainItem]
     slice_layers: int = 0
-    logp: jax.Array | None = None
-    correct: jax.Array | None = None
-    losses: jax.Array | None = None
+    logp: Float[Array, " T"] | None = None
+    correct: Bool[Array, " T"] | None = None
+    losses: Float[Array, " G"] | None = None
     backward: list[tuple[int, int]] = field(default_factory=list)
     forward: list[tuple[int, int]] = field(default_factory=list)
     _kept: Kept = field(default_factory=list)
-    _hidden: jax.Array | None = None
-    _flat: jax.Array | None = None  # the whole train-only batch, for forward slices
-    _flat_train: jax.Array | None = None  # the TrainRows, for the backward
-    _dx: jax.Array | None = None
+    _hidden: Float[Array, "T D"] | None = None
+    _flat: Int[Array, " N"] | None = None  # the whole train-only batch, for forward slices
+    _flat_train: Int[Array, " N"] | None = None  # the TrainRows, for the backward
+    _dx: Float[Array, "T D"] | None = None
 
     @property
-    def tail(self) -> jax.Array | None:
+    def tail(self) -> Float[Array, "T D"] | None:
         """What the last dispatched quantum ends in: ready when that quantum has completed."""
         return self._dx if self.forward_done else self._hidden
 

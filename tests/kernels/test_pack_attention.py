@@ -49,7 +49,7 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, positions: np.ndarray, segme
 @pytest.mark.also_gpu
 @pytest.mark.parametrize("window", [None, 11])
 def test_value_and_gradients_are_plain_attentions(window: int | None) -> None:
-    q, k, v, positions, segments = make_packs([[70, 30, 28], [13, 90]], 128, 4, 2, 16)
+    q, k, v, positions, segments = map(jnp.asarray, make_packs([[70, 30, 28], [13, 90]], 128, 4, 2, 16))
     cotangent = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
     run = partial(pack_attention, positions=positions, segments=segments, scale=0.25, window=window)
     out, transpose = jax.vjp(jax.jit(run), q, k, v)
@@ -170,7 +170,7 @@ def test_a_pack_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_queries_in_parts_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, positions, segments = make_packs([[100, 28], [128]], 128, 4, 2, 16)
+    q, k, v, positions, segments = map(jnp.asarray, make_packs([[100, 28], [128]], 128, 4, 2, 16))
     run = partial(pack_attention, q, k, v, positions, segments, scale=0.25)
     whole = jax.jit(run)()
     monkeypatch.setattr(module, "SCORE_BYTES", 1)
@@ -205,9 +205,10 @@ def test_memory_does_not_grow_with_packs_or_length_squared() -> None:
         ({"segments": jnp.zeros((64,), jnp.int32)}, ValueError, "segments: got shape"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_refuses(changes: dict[str, object], error: type[Exception], message: str) -> None:
-    names = ("q", "k", "v", "positions", "segments")
-    arguments: dict[str, object] = dict(zip(names, make_packs([[64]], 64, 4, 2, 16), strict=True), scale=1.0)
+    names, arrays = ("q", "k", "v", "positions", "segments"), map(jnp.asarray, make_packs([[64]], 64, 4, 2, 16))
+    arguments: dict[str, object] = dict(zip(names, arrays, strict=True), scale=1.0)
     with pytest.raises(error, match=message):
         pack_attention(**arguments | changes)
 

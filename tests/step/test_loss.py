@@ -58,7 +58,7 @@ def stacked(packs):
     batches = [loss_batch(pack) for pack in packs]
     extras = pass_extras(EXTRAS, packs, len(packs), ROWS)
     rows = {name: np.stack([getattr(b, name) for b in batches]) for name in ("targets", "positions", "segment_ids")}
-    return np.stack([pack.weights for pack in packs]), LossBatch(**rows, extras=extras)
+    return jax.tree.map(jnp.asarray, (np.stack([pack.weights for pack in packs]), LossBatch(**rows, extras=extras)))
 
 
 def test_a_loss_over_pairs_equals_torch():
@@ -82,12 +82,12 @@ def test_a_loss_over_pairs_equals_torch():
 def test_sums_and_numbers_of_samples():
     rng = np.random.default_rng(1)
     samples, pack = make_pack(rng)
-    batch, x = jax.tree.map(jnp.asarray, loss_batch(pack)), rng.random(ROWS).astype(np.float32)
+    batch, x = jax.tree.map(jnp.asarray, (loss_batch(pack), rng.random(ROWS).astype(np.float32)))
     places = ROWS // 32
     want = [x[pack.segments == i].sum() for i in range(places)]
     np.testing.assert_allclose(batch.sum_by_sample(x), want, rtol=1e-6)
     assert batch.sample_mask.tolist() == [True] * len(samples) + [False] * (places - len(samples))
-    numbers = rng.random(places).astype(np.float32)
+    numbers = jnp.asarray(rng.random(places).astype(np.float32))
     np.testing.assert_array_equal(batch.to_rows(numbers), np.where(pack.segments >= 0, numbers[pack.segments], 0))
     np.testing.assert_array_equal(batch.extras["margin"][:4], [s.extras["margin"] for s in samples])
     one = pack.segments == 3
@@ -119,7 +119,7 @@ def test_ordinary_jax_is_enough():
 def test_what_is_no_loss_is_named(loss):
     _, pack = make_pack(np.random.default_rng(4))
     with pytest.raises(ConfigError, match=r"loss: got a function that returns .*, expected a float scalar"):
-        loss_value(loss, jnp.zeros(ROWS), pack.weights, loss_batch(pack))
+        loss_value(loss, jnp.zeros(ROWS), jnp.asarray(pack.weights), loss_batch(pack))
 
 
 def test_what_a_loss_raises_is_told_with_its_type():
