@@ -40,3 +40,25 @@ def random_weights(shape: LoraShape, seed: int = 0) -> dict:
         key: {name: stream.standard_normal(size).astype(np.float32) for name, size in arrays.items()}
         for key, arrays in shape.array_shapes(SPEC).items()
     }
+
+
+def peft_deltas(model) -> dict[str, np.ndarray]:
+    """{"layers.{i}.{target}": scaling * B @ A} as PEFT computes it."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            parts = name.split(".")
+            layer = parts[parts.index("layers") + 1]
+            found[f"layers.{layer}.{parts[-1]}"] = module.get_delta_weight("default").detach().numpy()
+    return found
+
+
+def our_deltas(weights: dict, shape) -> dict[str, np.ndarray]:
+    scaling = {key: module.scaling for key, module in shape.by_key.items()}
+    return {k: (w["lora_B"].astype(np.float64) @ w["lora_A"]) * scaling[k] for k, w in weights.items()}
+
+
+def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(actual[key], value, rtol=1e-5, atol=1e-5, err_msg=key)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from loquetier_jax.adapters.lora import LoraConfig, resolve_shape
 from loquetier_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, fingerprint, read_peft, write_peft
 from loquetier_jax.errors import AdapterError
-from tests.adapters.cases import MIXED, SPEC, random_weights, uniform
+from tests.adapters.cases import MIXED, SPEC, assert_same, our_deltas, peft_deltas, random_weights, uniform
 
 # PEFT itself reads a property that transformers 5 renames.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -43,48 +43,6 @@ CASES = {
     "gaussian": {"init_lora_weights": "gaussian", "lora_dropout": 0.1},
     "dead_target": {"target_modules": ["q_proj", "query_key_value"]},
 }
-
-
-@pytest.fixture(scope="module")
-def base():
-    """Makes the HF model of SPEC; PEFT changes a model in place, so each test takes a new one."""
-    pytest.importorskip("torch")
-    pytest.importorskip("peft")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=SPEC.hidden_size,
-        num_hidden_layers=SPEC.num_hidden_layers,
-        num_attention_heads=SPEC.num_attention_heads,
-        num_key_value_heads=SPEC.num_key_value_heads,
-        head_dim=SPEC.head_dim,
-        intermediate_size=SPEC.intermediate_size,
-        vocab_size=SPEC.vocab_size,
-        max_position_embeddings=SPEC.max_position_embeddings,
-    )
-    return lambda: LlamaForCausalLM(config)
-
-
-def peft_deltas(model) -> dict[str, np.ndarray]:
-    """{"layers.{i}.{target}": scaling * B @ A} as PEFT computes it."""
-    found = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            parts = name.split(".")
-            layer = parts[parts.index("layers") + 1]
-            found[f"layers.{layer}.{parts[-1]}"] = module.get_delta_weight("default").detach().numpy()
-    return found
-
-
-def our_deltas(weights: dict, shape) -> dict[str, np.ndarray]:
-    scaling = {key: module.scaling for key, module in shape.by_key.items()}
-    return {k: (w["lora_B"].astype(np.float64) @ w["lora_A"]) * scaling[k] for k, w in weights.items()}
-
-
-def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        np.testing.assert_allclose(actual[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,8 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from loquetier_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, read_peft, write_peft
 from loquetier_jax.errors import AdapterError
-from tests.adapters.cases import MIXED, SPEC, random_weights
-from tests.adapters.test_peft import assert_same, base, our_deltas, peft_deltas  # noqa: F401  (base is a fixture)
+from tests.adapters.cases import MIXED, SPEC, assert_same, our_deltas, peft_deltas, random_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -71,7 +70,7 @@ def compiled(model):
 
 
 @pytest.mark.parametrize("saved", ["by PEFT", "as a state dict"])
-def test_a_compiled_model_that_peft_saved(base, tmp_path: Path, saved: str) -> None:  # noqa: F811
+def test_a_compiled_model_that_peft_saved(base, tmp_path: Path, saved: str) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -97,7 +96,7 @@ def test_two_adapters_in_a_file_are_refused(folder: Path) -> None:
         read_peft(folder, SPEC)
 
 
-def test_a_resized_embedding_is_named_as_one(base, tmp_path: Path) -> None:  # noqa: F811
+def test_a_resized_embedding_is_named_as_one(base, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = base()

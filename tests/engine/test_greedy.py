@@ -18,7 +18,7 @@ pytestmark = pytest.mark.bits
 CLOSE = 1e-4  # below this gap of logits, f32 may put either of two tokens first
 
 
-@pytest.fixture(scope="module", params=[40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[20, pytest.param(200, marks=pytest.mark.slow)])
 def crowd(make_engine: Callable[..., Engine], request: pytest.FixtureRequest) -> list[Work]:
     """Requests run beside a job that trains, evaluates and drops out, with adapters evicted all along."""
     engine, rng = busy_engine(make_engine), np.random.default_rng(2024)

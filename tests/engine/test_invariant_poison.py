@@ -15,7 +15,7 @@ from tests.step.cases import random_adapter, tiny_spec
 
 pytestmark = pytest.mark.bits
 
-POISON = [pytest.param(np.nan, id="nan"), pytest.param(np.inf, id="inf")]
+POISON = [pytest.param(np.nan, id="nan"), pytest.param(np.inf, id="inf", marks=pytest.mark.slow)]
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ NUMBERS = {
     "lion": {"weight_decay": 0.1, "adam_beta2": 0.99, "learning_rate": 1e-3},
     "adafactor": {"weight_decay": 0.1, "learning_rate": 1e-3},
 }
+QUICK = [pytest.param(kind, marks=pytest.mark.slow) if kind in ("lion", "sgd") else kind for kind in OPTIMIZERS]
 ZEROS = jax.tree.map(np.array, AdapterPages.empty(SPEC, 4, jnp.float32))
 SEVENS = jax.tree.map(lambda x: np.full((6, *x.shape[1:]), 7, jnp.bfloat16), ZEROS)
 TRAIN_IDS, PAGE_IDS = np.array([2, 1], np.int32), np.array([3, 5], np.int32)
@@ -113,7 +114,7 @@ def test_equals_torch(kind):
     assert_trees_close(run.master, [t.detach().numpy() for t in theirs], 2e-6)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", QUICK)
 def test_equals_plain_optax(kind):
     run = Run(kind)
     rate, decay = NUMBERS[kind]["learning_rate"], NUMBERS[kind]["weight_decay"]
@@ -165,7 +166,7 @@ def test_other_pages_and_numbers_share_the_compile_and_the_bits():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", QUICK)
 def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
     run = Run(kind, max_grad_norm=1.0)
     run.update(run.page_gradients())
@@ -179,7 +180,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
     assert run.update(run.page_gradients())["finite"]
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", QUICK)
 def test_weights_that_are_not_finite_are_not_taken(kind):
     run = Run(kind)
     run.update(run.page_gradients())

@@ -11,6 +11,7 @@ from pallas_kernels.smlm import RANK_PAGE
 from tests.kernels.quick import quick_jit
 
 F32 = jnp.float32
+Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,7 @@ def reference(case: Case, x: jax.Array, A: jax.Array, B: jax.Array, dy: jax.Arra
     """dX, dA, dB of the plain formula, in float32."""
     x, A, B, dy = (a.astype(F32) for a in (x, A, B, dy))
     return jax.vjp(lambda *a: plain(*a, case.outs), x, A, B)[1](dy)
+
+
+def flat(packs: jax.Array) -> jax.Array:
+    return packs.reshape(-1, *packs.shape[2:])

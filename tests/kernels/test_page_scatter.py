@@ -34,7 +34,7 @@ def trees(name: str) -> tuple[Any, jax.Array, Any]:
 
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.also_gpu)])
-@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "an unused pack" else n for n in IDS])
 def test_the_bits_are_those_of_one_pack_after_the_other(name: str, implementation: str) -> None:
     pools, ids, deltas = trees(name)
     got = scatter_add_pages(pools, ids, deltas, implementation=implementation)

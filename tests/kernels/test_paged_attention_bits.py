@@ -51,7 +51,7 @@ def tiled(first: int, step: int) -> list[tuple[int, int]]:
     ("heads", "kv_heads", "dim", "window"),
     [
         (4, 1, 32, None),
-        (8, 2, 64, 21),
+        pytest.param(8, 2, 64, 21, marks=pytest.mark.slow),
         *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((4, 4, 16, None), (2, 1, 80, None))),
     ],
 )

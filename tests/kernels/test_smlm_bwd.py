@@ -11,19 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loquetier_jax.models.decoder import ACTIVATIONS
 from pallas_kernels import smlm_bwd
 from pallas_kernels.smlm import pack_glu as glu_launch
 from pallas_kernels.smlm import pack_plan, smlm_expand
 from pallas_kernels.smlm import pack_triton as launches
 from pallas_kernels.smlm.pack_tuning import Block, DyConfig, GluConfig, XConfig
-from tests.kernels.pack_cases import CASES, F32, Case, ids_of, plain, pool_of, reference, shrink
+from tests.kernels.glu_cases import GLU_CASES, glu_arrays, gradients_glu, reference_glu
+from tests.kernels.pack_cases import CASES, F32, Case, Gradients, flat, ids_of, plain, pool_of, reference, shrink
 from tests.kernels.quick import quick_jit
 from tests.tolerances import assert_close
 
 BOTH = pytest.mark.parametrize("implementation", ["xla", "triton"])
 SLOW = pytest.mark.slow
-Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,10 +42,6 @@ def small_blocks() -> Iterator[None]:
         f.clear_cache()
 
 
-def flat(packs: jax.Array) -> jax.Array:
-    return packs.reshape(-1, *packs.shape[2:])
-
-
 @partial(quick_jit, static_argnames=("case", "implementation"))
 def gradients(
     case: Case, implementation: str, x: jax.Array, A: jax.Array, B: jax.Array, dy: jax.Array,
@@ -63,7 +58,7 @@ def gradients(
 
 @pytest.mark.also_gpu
 @BOTH
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(c, marks=SLOW) if c in ("rank 128", "pages") else c for c in CASES])
 def test_gradients_are_those_of_the_formula(name: str, implementation: str) -> None:
     case = CASES[name]
     x, A, B, dy = case.arrays()
@@ -74,7 +69,7 @@ def test_gradients_are_those_of_the_formula(name: str, implementation: str) -> N
 
 
 @pytest.mark.also_gpu
-@pytest.mark.parametrize("name", ["targets", "all odd"])
+@pytest.mark.parametrize("name", ["targets", pytest.param("all odd", marks=SLOW)])
 def test_the_delta_of_a_kept_S_is_that_of_the_formula(name: str) -> None:
     case = CASES[name]
     x, A, B, _ = case.arrays()
@@ -155,52 +150,6 @@ def test_absent_pages_add_nothing(implementation: str) -> None:
         np.testing.assert_array_equal(one[:, 1:], 0)
 
 
-def down(act: str, gate_up: jax.Array, A: jax.Array, B: jax.Array, W: jax.Array) -> jax.Array:
-    """The projection of act(gate) * up with its adapter, in full."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    full = W[None] + jnp.einsum("gmrf,gmrd->gfd", A, B, precision="highest")
-    return jnp.einsum("glf,gfd->gld", ACTIVATIONS[act](gate) * up, full, precision="highest")
-
-
-@partial(quick_jit, static_argnums=0)
-def reference_glu(act: str, *arrays: jax.Array) -> Gradients:
-    """Gradients of gate_up, A and B, in float32."""
-    gate_up, A, B, W, dy = (a.astype(F32) for a in arrays)
-    return jax.vjp(lambda *a: down(act, *a, W), gate_up, A, B)[1](dy)
-
-
-def glu_arrays(case: Case, dtype: jnp.dtype = F32) -> list[jax.Array]:
-    """gate_up, A, B, W, dy."""
-    x, A, B, dy = case.arrays(dtype)
-    W = 0.1 * jnp.sin(jnp.arange(case.size * case.outs[0], dtype=F32)).reshape(case.size, case.outs[0])
-    return [jnp.concatenate([x, jnp.flip(x)], axis=-1), A, B, W.astype(dtype), dy]
-
-
-@partial(quick_jit, static_argnums=(0, 1))
-def gradients_glu(
-    act: str, implementation: str, gate_up: jax.Array, A: jax.Array, B: jax.Array, W: jax.Array, dy: jax.Array
-) -> Gradients:
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    S = shrink(ACTIVATIONS[act](gate.astype(F32)).astype(gate.dtype) * up, A)
-
-    def base(dy: jax.Array) -> jax.Array:
-        return jnp.einsum("kd,fd->kf", dy.astype(F32), W.astype(F32), precision="highest").astype(dy.dtype)
-
-    plan = pack_plan(ids_of(*A.shape[:2]), dy.shape[1])
-    options = {"out_features": (dy.shape[2],), "implementation": implementation, "glu": (act, flat(gate_up))}
-    d, dA, dB = smlm_bwd(flat(S), None, pool_of(A), pool_of(B), plan, flat(dy), dx=base, **options)
-    return d.reshape(gate_up.shape), dA, dB
-
-
-GLU_CASES = {
-    "one pack": Case(1, 64, 64, (48,), 1),
-    "one row packs": Case(3, 1, 32, (32,), 1),
-    "pages": Case(2, 32, 96, (64,), 3),
-    "all odd": Case(2, 40, 80, (112,), 4),
-    "rank 144": Case(1, 16, 32, (16,), 9),
-}
-
-
 @pytest.mark.also_gpu
 @pytest.mark.parametrize(
     ("name", "act", "implementation"),
@@ -208,7 +157,8 @@ GLU_CASES = {
         *((name, "silu", "triton") for name in ("pages", "all odd")),
         *(pytest.param(name, "silu", "triton", marks=SLOW) for name in ("one pack", "one row packs", "rank 144")),
         ("all odd", "silu", "xla"),
-        *(("one pack", act, "triton") for act in ("gelu_pytorch_tanh", "gelu")),
+        ("one pack", "gelu", "triton"),
+        pytest.param("one pack", "gelu_pytorch_tanh", "triton", marks=SLOW),
         *(pytest.param("one pack", act, "xla", marks=SLOW) for act in ("relu", "gelu_pytorch_tanh", "gelu")),
     ],
 )

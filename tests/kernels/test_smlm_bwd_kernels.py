@@ -12,9 +12,9 @@ from pallas_kernels.smlm import pack_plan
 from pallas_kernels.smlm.pack_glu import pack_glu_triton
 from pallas_kernels.smlm.pack_triton import pack_dy_triton, pack_x_triton
 from pallas_kernels.smlm.pack_tuning import MAX_SHARED_BYTES, Block, GluConfig, default_dy_config, default_x_config
+from tests.kernels.glu_cases import GLU_CASES, glu_arrays, gradients_glu, reference_glu
 from tests.kernels.pack_cases import Case, ids_of, pool_of, reference, shrink
 from tests.kernels.quick import quick_jit
-from tests.kernels.test_smlm_bwd import GLU_CASES, glu_arrays, gradients_glu, reference_glu
 from tests.tolerances import assert_close
 
 KERNEL = "stablehlo.custom_call @__gpu$xla.gpu.triton"

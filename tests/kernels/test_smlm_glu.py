@@ -49,7 +49,9 @@ def run(case: Case, activation: str = "silu", keep_rows: int = KEEP, implementat
 
 @pytest.mark.also_gpu
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
-@pytest.mark.parametrize("name", ["silu", pytest.param("relu", marks=pytest.mark.slow), "gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(
+    "name", ["silu", "gelu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("relu", "gelu_pytorch_tanh"))]
+)
 def test_it_is_the_formula(name: str, implementation: str) -> None:
     case = CASES["two halves"]()
     gate_up = case.y + brute_force(case)
@@ -59,6 +61,7 @@ def test_it_is_the_formula(name: str, implementation: str) -> None:
     assert_close(found.S, brute_S(case, KEEP), "f32")
 
 
+@pytest.mark.slow
 def test_rounds_like_the_kernels_one_after_the_other() -> None:
     """In bfloat16 gate, up, act(gate) and the product are each rounded once: equality, not a tolerance."""
     case = make_case(MIXED, MIXED_ROWS, 64, (96, 96), dtype=jnp.bfloat16)

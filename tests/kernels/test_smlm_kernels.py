@@ -44,7 +44,7 @@ def run(case: Case, config: SmlmConfig) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    "config", [*(pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS[:2]), *CONFIGS[2:]], ids=range(len(CONFIGS))
+    "config", [*(pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS[:3]), *CONFIGS[3:]], ids=range(len(CONFIGS))
 )
 def test_every_configuration_is_the_formula(config: SmlmConfig) -> None:
     case = CASES["long"]()
@@ -70,6 +70,7 @@ def test_rows_without_adapter_never_see_the_delta() -> None:
     assert np.isfinite(got).all()
 
 
+@pytest.mark.slow
 def test_a_bounded_grid_walks_all_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["one target"]()
     config = SmlmConfig(block_n=16)

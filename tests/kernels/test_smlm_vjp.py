@@ -17,6 +17,7 @@ from tests.kernels.quick import quick_jit
 from tests.kernels.smlm_cases import Case, Segments, brute_force, make_case, rows_of_nobody
 from tests.tolerances import assert_close
 
+DTYPES = [pytest.param(np.float32, id="f32"), pytest.param(jnp.bfloat16, id="bf16", marks=pytest.mark.slow)]
 BOTH = pytest.mark.parametrize("implementation", ["xla", "triton"])
 ROWS, SIZE, OUTS, PAGES = 100, 48, (32, 16), 12
 SEGMENTS: dict[str, Segments] = {
@@ -72,7 +73,7 @@ def check(case: Case, implementation: str) -> None:
 
 @pytest.mark.also_gpu
 @BOTH
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_gradients_are_those_of_the_reference(name: str, dtype: Any, implementation: str) -> None:
     check(case_of(SEGMENTS[name], dtype), implementation)
@@ -111,7 +112,7 @@ def packs_of(packs: int = 3, rows: int = 32, dtype: Any = np.float32) -> tuple[C
 
 @pytest.mark.also_gpu
 @BOTH
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_packs_are_the_groups_of_their_plan(dtype: Any, implementation: str) -> None:
     """Bits: what `smlm_fwd` keeps, through `smlm_bwd`, summed pack after pack and rounded once."""
     case, plan = packs_of(dtype=dtype)

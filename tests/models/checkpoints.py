@@ -4,6 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
+from loquetier_jax.models.parameters import param_table
+from loquetier_jax.models.spec import DecoderSpec
+
 _SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -85,3 +91,10 @@ def hf_logits(folder: str | os.PathLike[str], tokens: Any, **config: Any) -> Any
     with torch.no_grad():
         model = hf_model(folder, dtype=torch.float32, **config)
         return model(torch.as_tensor(tokens, dtype=torch.int64)).logits.numpy()
+
+
+def draw_tensors(spec: DecoderSpec, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Checkpoint tensors of a spec, in torch's (out, in) layout."""
+    rng = np.random.default_rng(0)
+    shapes = [tensor for p in jax.tree.leaves(param_table(spec)) for tensor in p.tensors]
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes}

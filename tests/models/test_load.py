@@ -15,21 +15,14 @@ from safetensors.numpy import save_file
 from loquetier_jax.errors import ModelError
 from loquetier_jax.models import load
 from loquetier_jax.models.checkpoint import Checkpoint
-from loquetier_jax.models.parameters import param_table
 from loquetier_jax.models.spec import GROUPS, DecoderSpec
+from tests.models.checkpoints import draw_tensors
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40, "torch_dtype": "float16",
 }  # fmt: skip
 V_PROJ = "model.layers.1.self_attn.v_proj.weight"
-
-
-def draw_tensors(spec: DecoderSpec, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Checkpoint tensors of a spec, in torch's (out, in) layout."""
-    rng = np.random.default_rng(0)
-    shapes = [tensor for p in jax.tree.leaves(param_table(spec)) for tensor in p.tensors]
-    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes}
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], shards: int = 3) -> Path:

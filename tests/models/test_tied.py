@@ -11,8 +11,7 @@ from safetensors.numpy import save_file
 from loquetier_jax.errors import ModelError
 from loquetier_jax.models.load import EMBEDDING, HEAD, load_hf
 from loquetier_jax.models.spec import DecoderSpec
-from tests.models.checkpoints import hf_model, tiny_checkpoint
-from tests.models.test_load import draw_tensors
+from tests.models.checkpoints import draw_tensors, hf_model, tiny_checkpoint
 
 pytest.importorskip("torch")
 

@@ -43,6 +43,7 @@ def test_held_out_loss() -> None:
     assert math.isfinite(loss) and loss < HELD_OUT_LOSS
 
 
+@pytest.mark.slow
 def test_answers_by_heart_and_from_context() -> None:
     told = "Iris lives in Boston. Vera has a black stone.\nQ: Where does Iris live?\nA:"
     prompts = {
