@@ -155,6 +155,10 @@ class LoraShape:
         }
 
 
+class NoModuleError(AdapterError):
+    """The names of a LoraConfig match no module of the base."""
+
+
 def resolve_shape(config: LoraConfig, spec: DecoderSpec, *, strict: bool = True) -> LoraShape:
     """Applies the config's names and patterns to the modules of a base, by PEFT's rules.
 
@@ -165,7 +169,8 @@ def resolve_shape(config: LoraConfig, spec: DecoderSpec, *, strict: bool = True)
             that does match, so folders are read with False.
 
     Raises:
-        AdapterError: nothing matches, something that is not an adaptable projection does (embedding, head),
+        NoModuleError: nothing matches.
+        AdapterError: something that is not an adaptable projection does (embedding, head),
             `strict` is not met, or matching takes too long; the message names it.
     """
     try:
@@ -188,7 +193,7 @@ def _modules(config: LoraConfig, spec: DecoderSpec, strict: bool, steps: Steps) 
             alpha = first_match(config.alpha_pattern, name, config.lora_alpha, steps)
             modules.append(LoraModule(layer, target, r, alpha / (math.sqrt(r) if config.use_rslora else r)))
     if not modules:
-        raise AdapterError(
+        raise NoModuleError(
             f"target_modules: {short(config.target_modules, 500)} (exclude_modules "
             f"{short(config.exclude_modules, 200)}, layers {short(config.layers_to_transform, 200)}) "
             f"matches no module; names are like {module_name(0, 'q_proj')!r}"

@@ -1,10 +1,12 @@
 """PEFT LoRA folders in and out: adapter_config.json and adapter_model.safetensors; nothing is dropped."""
 
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +15,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights, resolve_shape
+from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, NoModuleError, check_weights, resolve_shape
 from loquetier_jax.adapters.peft_config import config_from_peft, config_to_peft
 from loquetier_jax.adapters.targets import TARGETS, module_name, unwrapped, weight_key
 from loquetier_jax.errors import AdapterError
 from loquetier_jax.models.spec import DecoderSpec
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -61,7 +65,9 @@ def read_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> PeftAdapter:
 
     Every key of the config and every tensor is accounted for: the tensors must be exactly those that the
     config's targets and patterns ask for, in PEFT's shapes. float64, float16 and bfloat16 become float32. What wrappers
-    such as torch.compile and DDP add to names is taken off.
+    such as torch.compile and DDP add to names is taken off. A regular expression in target_modules that matches no
+    module of this base (it was written for the names of a wrapper or of a larger model) says nothing about what was
+    trained: then the modules are those that the file has tensors of, and a warning says so.
 
     Raises:
         AdapterError: a file absent or unreadable, or what cannot be honoured; names the key or the tensor.
@@ -71,7 +77,7 @@ def read_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> PeftAdapter:
     _existing(folder, WEIGHTS_FILE)
     try:
         config = config_from_peft(json.loads(path.read_text(encoding="utf-8-sig")))
-        shape = resolve_shape(config, spec, strict=False)
+        config, shape = _resolve(config, spec, folder / WEIGHTS_FILE)
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -79,6 +85,30 @@ def read_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> PeftAdapter:
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
     return PeftAdapter(config, shape, read_weights(folder, shape, spec))
+
+
+def _resolve(config: LoraConfig, spec: DecoderSpec, path: Path) -> tuple[LoraConfig, LoraShape]:
+    """The shape that a config means, and the config with targets that match."""
+    try:
+        return config, resolve_shape(config, spec, strict=False)
+    except NoModuleError:
+        held = sorted(_held_modules(path, spec)) if isinstance(config.target_modules, str) else []
+        if not held:
+            raise
+        log.warning("%s: target_modules matches no module of this base; taking the %d of its tensors", path, len(held))
+        config = replace(config, target_modules=tuple(held))
+        return config, resolve_shape(config, spec, strict=False)
+
+
+def _held_modules(path: Path, spec: DecoderSpec) -> set[str]:
+    """Full names of the base's modules that the file has tensors of; none where it cannot be read."""
+    known = {module_name(i, t) for i in range(spec.num_hidden_layers) for t in TARGETS}
+    try:
+        with safe_open(path, "numpy") as file:
+            found = [_TENSOR.fullmatch(unwrapped(tensor)) for tensor in file.keys()]  # noqa: SIM118  (it is no dict)
+    except (SafetensorError, OSError):
+        return set()
+    return {match[1] for match in found if match} & known
 
 
 def read_weights(folder: str | os.PathLike[str], shape: LoraShape, spec: DecoderSpec) -> LoraWeights:

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from loquetier_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, read_peft, write_peft
 from loquetier_jax.errors import AdapterError
+from loquetier_jax.models.spec import MODULES
 from tests.adapters.cases import MIXED, SPEC, assert_same, our_deltas, peft_deltas, random_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -126,3 +127,23 @@ def test_a_byte_order_mark_is_no_harm_and_depth_is_no_crash(folder: Path) -> Non
     path.write_text("[" * 100_000)
     with pytest.raises(AdapterError, match=rf"{CONFIG_FILE}: not JSON"):
         read_peft(folder, SPEC)
+
+
+@pytest.mark.parametrize("expression", [r"model\.language_model\.layers\.\d+\..*_proj", "(.*)*!"])
+def test_an_expression_for_other_names_leaves_the_modules_to_the_tensors(
+    folder: Path, expression: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rank = {f"model.layers.{m.layer}.{MODULES[m.target]}": m.r for m in MIXED.modules}
+    right = read_peft(folder, SPEC)
+    found = read_peft(rewrite(folder, target_modules=expression, rank_pattern=rank), SPEC)
+    assert found.shape == right.shape
+    for key, pair in right.weights.items():
+        for name, array in pair.items():
+            np.testing.assert_array_equal(found.weights[key][name], array)
+    assert "target_modules matches no module of this base" in caplog.text
+
+
+def test_an_expression_that_matches_nothing_is_refused_where_tensors_do_not_help(folder: Path) -> None:
+    nowhere = rewrite(folder, lambda name: name.replace("layers.", "blocks."), target_modules="(.*)*!")
+    with pytest.raises(AdapterError, match=r"'\(\.\*\)\*!' .*matches no module"):
+        read_peft(nowhere, SPEC)
