@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.batch.segments import TrainRows, unravel
@@ -23,11 +24,11 @@ def backward_start(
     loss: Loss | None,
     template: TrainRows,
     head: Params,
-    hidden: jax.Array,
-    logp: jax.Array,
-    flat: jax.Array,
-    extras: dict[str, jax.Array],
-) -> tuple[jax.Array, jax.Array | None]:
+    hidden: Float[Array, "T D"],
+    logp: Float[Array, " T"],
+    flat: Int[Array, " N"],
+    extras: dict[str, Float[Array, "G _"]],
+) -> tuple[Float[Array, "T D"], Float[Array, " G"] | None]:
     """From the log-probs of the targets to d loss / d hidden.
 
     Args:
@@ -60,11 +61,11 @@ def backward_slice(
     layers: list[LayerWeights],
     pages: AdapterPages,
     kept: Kept,
-    dx: jax.Array,
+    dx: Float[Array, "T D"],
     grads: AdapterPages,
-    first: jax.Array,
-    flat: jax.Array,
-) -> tuple[jax.Array, AdapterPages]:
+    first: Int[Array, ""],
+    flat: Int[Array, " N"],
+) -> tuple[Float[Array, "T D"], AdapterPages]:
     """Replays some layers, last first, and adds their adapter gradients to the pool.
 
     Args:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from loquetier_jax.adapters.pages import LoraPages
 from loquetier_jax.batch.segments import PackRows, SegmentBatch
@@ -25,11 +26,11 @@ def attend_packs(
     layer: int,
     rows: PackRows,
     tokens: int,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-) -> jax.Array:
-    """Causal attention inside packs of `tokens` rows. q [T, N, H], k and v [T, K, H] -> [T, N * H]."""
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+) -> Float[Array, "T NH"]:
+    """Causal attention inside packs of `tokens` rows."""
 
     def packs(a: jax.Array) -> jax.Array:
         return a.reshape(-1, tokens, *a.shape[1:])
@@ -83,16 +84,16 @@ class ForwardOps:
     use_dropout: bool = False
     kept: dict[str, jax.Array] = field(default_factory=dict)
 
-    def keep(self, name: str, y: jax.Array) -> jax.Array:
+    def keep(self, name: str, y: Float[Array, "T out"]) -> Float[Array, "T out"]:
         if name in self.cfg.keep and self.bucket.packs:
             self.kept[name] = y[: self.bucket.train_rows]
         return y
 
-    def keep_S(self, group: str, S: jax.Array | None) -> None:
+    def keep_S(self, group: str, S: Float[Array, "rows n MP R"] | None) -> None:
         if S is not None:
             self.kept[shrunk(group)] = S
 
-    def lora_input(self, group: str, h: jax.Array) -> jax.Array:
+    def lora_input(self, group: str, h: Float[Array, "T in"]) -> Float[Array, "T in"]:
         """h, in its train rows with their adapters' dropout."""
         train, rows = self.batch.train, self.bucket.train_rows
         if not self.use_dropout or train is None:
@@ -101,8 +102,8 @@ class ForwardOps:
         dropped = dropout(h[:rows], train.drop_keys, rates, jnp.int32(self.layer), group)
         return jnp.concatenate([dropped, h[rows:]])
 
-    def linear(self, group: str, h: jax.Array) -> jax.Array:
-        """Base projection of all rows plus every row's adapter. [T, in] -> [T, out]."""
+    def linear(self, group: str, h: Float[Array, "T in"]) -> Float[Array, "T out"]:
+        """Base projection of all rows plus every row's adapter."""
         y, x, lora = self.weights[group].dot(h), self.lora_input(group, h), self.pages[group]
         outs = self.spec.group_shapes[group][1]
         y, S, self.plan = smlm_fwd(
@@ -111,8 +112,8 @@ class ForwardOps:
         self.keep_S(group, S)
         return self.keep(group, y)
 
-    def mlp(self, h: jax.Array) -> jax.Array:
-        """The gated MLP of all rows, each with its adapter. [T, D] -> [T, D]."""
+    def mlp(self, h: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The gated MLP of all rows, each with its adapter."""
         group = "gate_up_proj"
         y, x, lora = self.weights[group].dot(h), self.lora_input(group, h), self.pages[group]
         out, gate_up, S, self.plan = smlm_glu(
@@ -130,8 +131,10 @@ class ForwardOps:
             self.kept[group] = gate_up
         return self.linear("down_proj", out)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Packs attend among themselves; prefill and decode rows write the cache, then read it. -> [T, N * H]."""
+    def attend(
+        self, q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"]
+    ) -> Float[Array, "T NH"]:
+        """Packs attend among themselves; prefill and decode rows write the cache, then read it."""
         b, bucket, parts, at = self.batch, self.bucket, [], 0
         for rows, count, tokens in (
             (b.train.rows if b.train else None, bucket.train_rows, bucket.pack_tokens),

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from loquetier_jax.adapters.pages import LoraPages
 from loquetier_jax.batch.segments import TrainRows
@@ -66,18 +67,20 @@ class ReplayOps:
     train: TrainRows
     use_dropout: bool = False
 
-    def linear(self, group: str, h: jax.Array) -> jax.Array:
+    def linear(self, group: str, h: Float[Array, "T in"]) -> Float[Array, "T out"]:
         value, transpose = (functools.partial(f, group) for f in (self._project, self._project_transpose))
         return with_transpose(value, transpose, h, self.taps[group].A, self.taps[group].B)
 
-    def mlp(self, h: jax.Array) -> jax.Array:
+    def mlp(self, h: Float[Array, "T D"]) -> Float[Array, "T D"]:
         gate_up = self.linear("gate_up_proj", h)
         if self.use_dropout:  # it lies between the activation and the adapter
             return self.linear("down_proj", gated(self.spec, gate_up))
         taps = self.taps["down_proj"]
         return with_transpose(self._down, self._down_transpose, gate_up, taps.A, taps.B)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(
+        self, q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"]
+    ) -> Float[Array, "T NH"]:
         attend = functools.partial(attend_packs, self.spec, self.cfg, self.window_layer, self.train.rows, self.tokens)
         if "attention" not in self.kept:
             return attend(q, k, v)
