@@ -64,6 +64,12 @@ class JobHandle:
         return None if evaluation is None else evaluation.data
 
     @property
+    def output_dir(self) -> Path | None:
+        """Where its metrics.jsonl and checkpoints/ are; None when it writes none."""
+        folder = self._trainee.job.cfg.output_dir
+        return None if folder is None else Path(folder)
+
+    @property
     def best_step(self) -> int | None:
         """Steps before the evaluation with the lowest loss; its weights are the result with load_best_model_at_end."""
         return self._trainee.job.best_step

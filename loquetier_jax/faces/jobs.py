@@ -1,6 +1,7 @@
 """The calls about fine-tuning jobs: start one, resume one."""
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ from loquetier_jax.errors import AdapterError, CheckpointError, JobError, short
 from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.jobs.changes import changed_config
-from loquetier_jax.jobs.checkpoint import CheckpointStore, find_checkpoint
+from loquetier_jax.jobs.checkpoint import CheckpointStore
 from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.data import Data, Dataset, load_dataset
 from loquetier_jax.jobs.extras import check_samples
@@ -30,13 +31,15 @@ from loquetier_jax.jobs.lifecycle import FINISHED
 from loquetier_jax.jobs.metrics import MetricsWriter
 from loquetier_jax.jobs.optimizer import init_state
 from loquetier_jax.jobs.restore import restore_job
+from loquetier_jax.jobs.resumed import find_resumed
+from loquetier_jax.jobs.run_folder import CHECKPOINTS, METRICS
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.runtime.job_state import JobState, read_job_state, take_job_state
 from loquetier_jax.runtime.loop import Loop
 from loquetier_jax.runtime.trainee import Trainee
 from loquetier_jax.step.state import DeviceState
 
-CHECKPOINTS = "checkpoints"  # below a job's output_dir
+log = logging.getLogger(__name__)
 
 
 class JobCalls:
@@ -135,7 +138,9 @@ class JobCalls:
 
         Args:
             path: A checkpoint, or the folder of several (the newest counts), or a job's output_dir: it goes on
-                writing there, wherever that folder was when the job was started.
+                writing there, wherever that folder was when the job was started. A checkpoint that is not the newest
+                of its job's output_dir (an older one, a copy elsewhere) begins a branch, which writes to a new folder
+                beside that one, `<output_dir>-branch-1`: the log and `JobHandle.output_dir` name it.
             data, eval_data: The same data as before; hashes are compared.
             loss: The loss function, if the job had one of its own.
             train: Fields of TrainConfig that change from here on. {"max_steps": 1000} makes a finished run go on: with
@@ -147,11 +152,10 @@ class JobCalls:
             AdapterError, JobError: this engine has no room for it, or a job of its name that has not ended.
         """
         path = path_of(path, "path", "a checkpoint or a folder of them", CheckpointError)
-        home = path if (path / CHECKPOINTS).is_dir() else None
-        state = read_job_state(self.spec, find_checkpoint(home / CHECKPOINTS if home else path))
-        if home:
-            state.host["job"]["config"]["output_dir"] = str(home)
+        found = find_resumed(path)
+        state = read_job_state(self.spec, found.checkpoint)
         saved = state.host["job"]
+        found.settle_folder(saved)
         saved["config"] = changed_config(saved["config"], train or {})
         cfg = TrainConfig.from_dict(saved["config"], loss=loss)
         if train:
@@ -240,12 +244,19 @@ class JobCalls:
         """After an optimizer step or an evaluation: checkpoints that are due."""
         job = trainee.job
         if job.save_due and not self.loop.training.busy(job.name):
-            state = take_job_state(self, trainee)
-            if job.status == "paused":  # as in `JobHandle.checkpoint`: whoever takes it up goes on
-                state.host["job"]["status"] = job.paused_from
-            folder = Path(job.cfg.output_dir) / CHECKPOINTS
-            CheckpointStore(folder, keep=job.cfg.save_total_limit).save(state.arrays, state.host)
-            job.saved()
+            try:
+                self._save(trainee)
+            except (OSError, CheckpointError) as error:  # OSError: of its metrics
+                log.warning("job %s: step %d is not saved; the next save tries again: %s", job.name, job.step, error)
+
+    def _save(self, trainee: Trainee) -> None:
+        job = trainee.job
+        state = take_job_state(self, trainee)
+        if job.status == "paused":  # as in `JobHandle.checkpoint`: whoever takes it up goes on
+            state.host["job"]["status"] = job.paused_from
+        folder = Path(job.cfg.output_dir) / CHECKPOINTS
+        CheckpointStore(folder, keep=job.cfg.save_total_limit).save(state.arrays, state.host)
+        job.saved()
 
     def _job_ended(self, trainee: Trainee) -> None:
         """A job that succeeded serves its result under its name; its masters go to the host."""
@@ -255,6 +266,7 @@ class JobCalls:
             self.loop.training.publish(trainee, self.loop.epoch, fresh=False)
         else:  # its best weights; or those of a checkpoint of a job that was over: it never had pages here
             self.adapters.add(trainee.name, trainee.result(), trainee.shape, config=trainee.lora, replace=True)
+        trainee.job.record.close()
         trainee.start_leaving()
         self._changed.notify_all()
 
@@ -272,6 +284,6 @@ def _metrics(cfg: TrainConfig) -> MetricsWriter | None:
     if cfg.output_dir is None:
         return None
     try:
-        return MetricsWriter(Path(cfg.output_dir) / "metrics.jsonl")
+        return MetricsWriter(Path(cfg.output_dir) / METRICS)
     except (OSError, ValueError) as error:  # ValueError: a null byte
         raise JobError(f"output_dir: got {str(cfg.output_dir)!r}, expected a folder to write to: {error}") from error

@@ -8,6 +8,7 @@ without it does not exist for a reader, and is removed by the next save. One pro
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,8 @@ import orbax.checkpoint as ocp
 
 from loquetier_jax.config import require
 from loquetier_jax.errors import CheckpointError, short
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
 MARKER = "COMMITTED"
@@ -81,17 +84,31 @@ class CheckpointStore:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: two arrays of one name, state that is not JSON; nothing is written.
+            CheckpointError: two arrays of one name, state that is not JSON; nothing is written. Or it cannot be written
+                (a full or a read-only disk): what there is of it is removed, the checkpoints before it stay.
         """
         flat = _flatten(arrays)
         try:
             text = json.dumps({"format": FORMAT, "state": state}, allow_nan=False, indent=1)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"state: {error}; expected JSON data") from error
-        self.folder.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(p.name.rpartition("-")[2]) for p in self._all()), default=0)
         aside, final = self.folder / f"{ASIDE}{number:08d}", self.folder / f"{PREFIX}{number:08d}"
-        aside.mkdir()
+        try:
+            self._write(aside, final, flat, text)
+        except BaseException as error:
+            self._clear(aside, final)
+            if isinstance(error, Exception):  # orbax raises what its writers trip over
+                raise CheckpointError(f"{final}: cannot be written: {error!s:.500}") from error
+            raise
+        try:
+            self._prune()
+        except OSError as error:
+            log.warning("%s: old checkpoints cannot be removed, the next save tries again: %s", self.folder, error)
+        return final
+
+    def _write(self, aside: Path, final: Path, flat: dict[str, np.ndarray], text: str) -> None:
+        aside.mkdir(parents=True)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(aside.absolute() / "arrays", flat)
         (aside / "state.json").write_text(text)
@@ -101,8 +118,13 @@ class CheckpointStore:
         _sync(self.folder)
         self._fault("after_rename")
         self._commit(final)
-        self._prune()
-        return final
+
+    @staticmethod
+    def _clear(aside: Path, final: Path) -> None:
+        """Removes what a save that failed has left: half a checkpoint would fill the disk that had no room for one."""
+        shutil.rmtree(aside, ignore_errors=True)
+        if not (final / MARKER).is_file():
+            shutil.rmtree(final, ignore_errors=True)
 
     def _commit(self, path: Path) -> None:
         digests = {str(f.relative_to(path)): _digest(f) for f in sorted(path.rglob("*")) if f.is_file()}

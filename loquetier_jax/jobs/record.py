@@ -58,6 +58,11 @@ class Record:
         if self.writer is not None:
             self.writer.write(line)
 
+    def close(self) -> None:
+        """Nothing more will be written: other processes may use the folder."""
+        if self.writer is not None:
+            self.writer.close()
+
     def state_dict(self) -> dict[str, Any]:
         """JSON data; the file is flushed to disk, because `position` promises that much of it."""
         if self.writer is not None:

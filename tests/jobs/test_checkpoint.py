@@ -1,5 +1,6 @@
 """Checkpoints: exact, refused when they do not fit, and never spoilt by a kill at any point of a save."""
 
+import errno
 import hashlib
 import json
 import math
@@ -207,3 +208,26 @@ def test_a_kill_leaves_a_good_checkpoint(killed, point):
     store.save({"x": np.full(3, 9, np.float32)}, {"i": 9})  # goes on, and clears what the kill left lying
     assert read_state(store.latest()) == {"i": 9}
     assert len(store.committed()) == len(list((killed / point).iterdir())) == 2
+
+
+@pytest.mark.parametrize("point", [name for name in FAULT_POINTS if name not in ("after_commit", "after_prune")])
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, caplog, point):
+    """Half a checkpoint stayed on the full disk; whatever old ones cannot be removed are no reason to fail."""
+
+    def full(where):
+        if where == point:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    good = CheckpointStore(tmp_path, keep=1).save({"x": np.float32([1])}, {"i": 1})
+    failing = CheckpointStore(tmp_path, keep=1, fault=full)
+    if point.endswith("prune"):
+        newest = failing.save({"x": np.float32([2])}, {"i": 2})
+        assert "old checkpoints cannot be removed, the next save tries again: [Errno 28]" in caplog.text
+    else:
+        newest = good
+        with pytest.raises(CheckpointError, match=r"checkpoint-00000002: cannot be written: \[Errno 28\] No space"):
+            failing.save({"x": np.float32([2])}, {"i": 2})
+        assert list(tmp_path.iterdir()) == [good]
+    assert find_checkpoint(tmp_path) == newest and read_state(newest)["i"] in (1, 2)
+    last = CheckpointStore(tmp_path, keep=1).save({"x": np.float32([3])}, {"i": 3})
+    assert list(tmp_path.iterdir()) == [last]
