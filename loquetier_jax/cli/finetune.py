@@ -2,17 +2,15 @@
 
 import argparse
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loquetier_jax import __version__
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.cli.job_bar import JobBar
+from loquetier_jax.cli.job_options import add_job_options, check_job
 from loquetier_jax.cli.options import (
     TINY,
     add_engine_options,
@@ -23,13 +21,15 @@ from loquetier_jax.cli.options import (
     settings,
     stderr_console,
 )
-from loquetier_jax.config import RANK_PAGE, EngineConfig, require
+from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.config_file import from_dict, read_yaml
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
 from loquetier_jax.jobs.changes import CHANGEABLE, changed_config
-from loquetier_jax.jobs.config import TRUNCATIONS, TrainConfig
+from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.jobs.metrics import read_metrics
 from loquetier_jax.jobs.records import check_records
+from loquetier_jax.jobs.run_folder import CHECKPOINTS, METRICS, RunLock
+from loquetier_jax.runtime.interrupts import interruptible
 
 if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
@@ -41,7 +41,7 @@ checkpoints/, and adapter/, which PEFT, vLLM and `loquetier generate --adapter` 
 
   loquetier finetune data.jsonl --output-dir runs/sql --lora r=16 lora_alpha=32 --train max_steps=500
   loquetier finetune --recipe sql.yaml --output-dir runs/sql
-  loquetier finetune --output-dir runs/sql --resume         after a kill: the next losses are the same
+  loquetier finetune --output-dir runs/sql --resume         after Ctrl-C or a kill: the next losses are the same
   loquetier finetune --output-dir runs/sql --resume --train max_steps=1000         the finished run goes on
 
 A recipe is YAML: data, eval_data, name, lora: {...}, train: {...}; options on the command line win. Data is JSON
@@ -49,7 +49,7 @@ lines or one JSON array: {"messages": [...]}, {"prompt", "completion"}, {"text"}
 ids as {"input_ids", "labels"}; a malformed line is named before the model is loaded. Samples longer than max_length
 tokens (or one pack) are truncated on the right, counted and told; --truncation says otherwise."""
 
-CONFIG, ADAPTER, METRICS = "config.json", "adapter", "metrics.jsonl"
+CONFIG, ADAPTER = "config.json", "adapter"
 TOLD = ("loss", "eval_loss", "num_tokens", "num_truncated", "num_dropped", "num_empty")  # of the metrics, at the end
 SAVE_STEPS = 100  # unless the user says otherwise: a run of the command line can be resumed
 
@@ -79,55 +79,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--name", help="of the job and adapter; default: the name of the folder")
     parser.add_argument("--eval-data", metavar="FILE", help="held-out data, scored at the end or every eval_steps")
     parser.add_argument("--recipe", metavar="FILE", help="YAML with any of: data, eval_data, name, lora, train")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir")
+    goes_on = "go on from the newest checkpoint of --output-dir, or from step 0 where there is none"
+    parser.add_argument("--resume", action="store_true", help=goes_on)
     add_job_options(parser)
     add_engine_options(parser)
     return parser
-
-
-def add_job_options(parser: argparse.ArgumentParser) -> None:
-    """--lora and --train, each KEY=VALUE ..., and --truncation, which is one of --train."""
-    group = parser.add_argument_group("training")
-    for option, cls in (("--lora", LoraConfig), ("--train", TrainConfig)):
-        names = ", ".join(f.name for f in fields(cls) if f.name not in ("loss", "output_dir"))
-        group.add_argument(
-            option,
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="KEY=VALUE",
-            help=f"{cls.__name__}: {names}",
-        )
-    group.add_argument(
-        "--truncation",
-        dest="train",
-        action="append",
-        type="truncation={}".format,
-        metavar="|".join(TRUNCATIONS),
-        help="of samples longer than max_length tokens: cut, drop or refuse them; default: right",
-    )
-
-
-def check_job(cfg: EngineConfig, lora: LoraConfig, train: TrainConfig, data: str, eval_data: str | None = None) -> None:
-    """Refuses what no model could train, before one is loaded.
-
-    Raises:
-        DataError: see `records.check_records`.
-        ConfigError: a rank, a pack or a sample that is larger than the engine's, another dtype than its, or
-            evaluations without eval_data.
-    """
-    for path, name in ((data, "data"), (eval_data, "eval_data")):
-        if path is not None:
-            check_records(path, name)
-    evaluates = eval_data is not None
-    train.check_dtype(cfg.dtype)
-    train.check_evaluation(evaluates=evaluates)
-    train = replace(train, pack_tokens=train.pack_tokens or cfg.longest_pack(scored=evaluates) or train.pack_rows)
-    rank, most = max(lora.r, *lora.rank_pattern.values(), 0), min(cfg.max_lora_rank, RANK_PAGE * cfg.train_pages)
-    require(rank <= most, "lora r", rank, f"<= {most}, by max_lora_rank and train_pages of the engine")
-    held = max((b.score_tokens for b in cfg.buckets), default=0)
-    fits = not evaluates or train.pack_rows <= held
-    require(fits, "train pack_tokens", train.pack_tokens, f"<= {held} beside eval_data: the longest score bucket")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,31 +91,58 @@ def run(args: argparse.Namespace) -> int:
     console = stderr_console()
     folder = Path(args.output_dir)
     recipe, cfg, args.model = _resumed(args, folder) if args.resume else _fresh(args, folder)
-    engine = build_engine(args, console, cfg)
+    with _locked(args, folder):
+        if args.resume and not _has_checkpoint(folder):
+            console.print(f"{folder}: holds no checkpoint yet: the run starts from step 0", highlight=False)
+            (folder / METRICS).unlink(missing_ok=True)
+            recipe = replace(recipe, train=replace(recipe.train, output_dir=str(folder)))
+            args.resume = False
+        engine = build_engine(args, console, cfg)
+        job = _begin(args, engine, recipe, cfg, folder)
+        with JobBar(console) as bar:
+            interrupted = _drive(engine, job, bar)
+        if interrupted:
+            saved = job.checkpoint(folder / CHECKPOINTS)
+            console.print(f"interrupted at step {job.step}: {saved} holds it, --resume goes on", highlight=False)
+            return 128 + interrupted
+        job.save(folder / ADAPTER)
+        _report(args, job, folder)
+    return 0
+
+
+def _locked(args: argparse.Namespace, folder: Path) -> RunLock:
+    """The lock on the run's folder, in which nothing has happened meanwhile.
+
+    Raises:
+        JobError: another process has it.
+        ConfigError: of a new run, it holds one by now.
+    """
+    lock = RunLock(folder)
+    if not args.resume:
+        _check_new(folder)
+    return lock
+
+
+def _begin(args: argparse.Namespace, engine: "Engine", recipe: Recipe, cfg: EngineConfig, folder: Path) -> "JobHandle":
+    """Starts the job, or goes on with it; config.json is there before there is anything to resume."""
     if args.resume:
         changes = _changes(folder, recipe.train) | settings(args.train, "--train")
         job = engine.resume_job(folder, recipe.data, eval_data=recipe.eval_data, train=changes)
-    else:
-        job = engine.finetune(
-            recipe.name, recipe.data, lora=recipe.lora, train=recipe.train, eval_data=recipe.eval_data
-        )
+        _write_config(folder, recipe, cfg, args.model)
+        return job
     _write_config(folder, recipe, cfg, args.model)
-    with JobBar(console) as bar:
-        finished = _drive(engine, job, bar)
-    if not finished:
-        saved = job.checkpoint(folder / "checkpoints")
-        console.print(f"interrupted at step {job.step}: {saved} holds it, --resume goes on", highlight=False)
-        return 130
-    job.save(folder / ADAPTER)
-    _report(args, job, folder)
-    return 0
+    return engine.finetune(recipe.name, recipe.data, lora=recipe.lora, train=recipe.train, eval_data=recipe.eval_data)
+
+
+def _check_new(folder: Path) -> None:
+    if (folder / METRICS).exists():
+        raise ConfigError(f"--output-dir: got {folder}, which holds a run; expected a new folder, or --resume")
 
 
 def _fresh(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig, str]:
     """What a new run does."""
     require(folder.is_dir() or not folder.exists(), "--output-dir", args.output_dir, "a folder")
-    if (folder / METRICS).exists():
-        raise ConfigError(f"--output-dir: got {folder}, which holds a run; expected a new folder, or --resume")
+    _check_new(folder)
     cfg = resolve_config(args)
     data = read_yaml(args.recipe) if args.recipe else {}
     given = {"data": args.data, "eval_data": args.eval_data, "name": args.name}
@@ -206,11 +189,17 @@ def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConf
     return Recipe(**recipe), cfg, saved["model"]
 
 
+def _has_checkpoint(folder: Path) -> bool:
+    from loquetier_jax.jobs.checkpoint import CheckpointStore
+
+    return bool(CheckpointStore(folder / CHECKPOINTS).committed())
+
+
 def _changes(folder: Path, train: TrainConfig) -> dict[str, Any]:
     """What the newest checkpoint does not know: --train of a call that was killed before it wrote another."""
     from loquetier_jax.jobs.checkpoint import find_checkpoint, read_state
 
-    state = read_state(find_checkpoint(folder / "checkpoints"))
+    state = read_state(find_checkpoint(folder / CHECKPOINTS))
     saved, now = TrainConfig.from_dict(state["job"]["config"]).to_dict(), train.to_dict()
     return {key: now[key] for key in CHANGEABLE if now[key] != saved[key]}
 
@@ -234,8 +223,8 @@ def _write_config(folder: Path, recipe: Recipe, cfg: EngineConfig, model: str) -
     (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
 
 
-def _drive(engine: "Engine", job: "JobHandle", bar: JobBar) -> bool:
-    """Runs the job to its end; False when Ctrl-C came first, with the engine between two iterations.
+def _drive(engine: "Engine", job: "JobHandle", bar: JobBar) -> int:
+    """Runs the job to its end; returns 0, or the signal that came first, with the engine between two iterations.
 
     Raises:
         JobError: the job failed.
@@ -248,27 +237,11 @@ def _drive(engine: "Engine", job: "JobHandle", bar: JobBar) -> bool:
 
         engine.wait(done)
     if job.status in ("queued", "running"):
-        return False
+        return interrupted[0]
     job.wait()
     if job.status != "succeeded":
         raise JobError(f"job {job.name!r} was cancelled")
-    return True
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Ctrl-C puts its signal into the list instead of raising; a second one raises."""
-    caught: list[int] = []
-
-    def catch(signum: int, _frame: Any) -> None:
-        caught.append(signum)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, catch)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return 0
 
 
 def _report(args: argparse.Namespace, job: "JobHandle", folder: Path) -> None:

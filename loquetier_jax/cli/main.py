@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 when a replay completed none of its requests, 2 for an input that was refused (one line on
-        stderr says which), 130 after Ctrl-C.
+        stderr says which), 130 after Ctrl-C, 143 after a SIGTERM for which finetune or serve-loop has saved its jobs.
 
     Raises:
         SystemExit: from argparse, for --help (0) and for options it does not know (2).

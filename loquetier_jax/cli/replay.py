@@ -48,6 +48,7 @@ def replay(
     sampling: dict[str, Any] | None = None,
     seed: int = 0,
     on_step: Callable[[list[Served]], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[Served]:
     """Replays a workload in real time; jobs of the engine train meanwhile.
 
@@ -59,10 +60,11 @@ def replay(
         sampling: Fields of SamplingParams for every request, beside the lengths.
         seed: Of made-up prompts.
         on_step: Called after each iteration with all requests so far.
+        stopped: Asked before each iteration whether to leave the rest.
     """
     clock = engine.loop.clock
     start, served, live = clock(), [], []
-    while len(served) < len(arrivals) or live:
+    while not stopped() and (len(served) < len(arrivals) or live):
         while len(served) < len(arrivals) and start + arrivals[len(served)].at <= clock():
             one = _submit(engine, arrivals[len(served)], start, len(served), sampling or {}, seed)
             served.append(one)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loquetier_jax.adapters.lora import LoraConfig
-from loquetier_jax.cli.finetune import add_job_options, check_job
 from loquetier_jax.cli.generate import sampling_params
 from loquetier_jax.cli.job_bar import JobBar
+from loquetier_jax.cli.job_options import add_job_options, check_job
 from loquetier_jax.cli.options import (
     BASE,
     add_adapter_option,
@@ -29,7 +29,9 @@ from loquetier_jax.config import require
 from loquetier_jax.config_file import read_yaml
 from loquetier_jax.errors import ConfigError
 from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.jobs.run_folder import CHECKPOINTS
 from loquetier_jax.presets import preset_path
+from loquetier_jax.runtime.interrupts import interruptible
 
 if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
@@ -96,9 +98,13 @@ def run(args: argparse.Namespace) -> int:
     engine = build_engine(args, console)
     load_adapters(engine, args.adapter)
     handles = [_start_job(engine, name, data, lora, train) for name, data in jobs.items()]
-    with JobBar(console) as bar:
-        _until_they_step(engine, handles, bar)
-        result = measure(engine, asked, handles, sampling, workload.seed, bar, details=bool(args.out))
+    with JobBar(console) as bar, interruptible() as interrupted:
+        _until_they_step(engine, handles, bar, interrupted)
+        result = measure(engine, asked, handles, sampling, workload.seed, bar, interrupted, details=bool(args.out))
+    if interrupted:
+        for job in handles:
+            console.print(_saved(job), highlight=False)
+        return 128 + interrupted[0]
     result = {"workload": args.workload, "model": args.model} | result
     if args.out:
         Path(args.out).write_text(json.dumps(result) + "\n")
@@ -147,13 +153,22 @@ def _start_job(engine: "Engine", name: str, data: str, lora: dict[str, Any], tra
     )
 
 
-def _until_they_step(engine: "Engine", handles: list["JobHandle"], bar: JobBar) -> None:
-    """Waits until every job has made a step, so that no compile falls into the replay."""
+def _saved(job: "JobHandle") -> str:
+    """Saves a job when the replay was interrupted; what to say of it."""
+    if job.status not in ("queued", "running"):
+        return f"job {job.name} is {job.status}"
+    if job.output_dir is None:
+        return f"job {job.name} was interrupted at step {job.step}, and is not saved: it has no output_dir"
+    return f"job {job.name} was interrupted at step {job.step}: {job.checkpoint(job.output_dir / CHECKPOINTS)} holds it"
+
+
+def _until_they_step(engine: "Engine", handles: list["JobHandle"], bar: JobBar, interrupted: list[int]) -> None:
+    """Waits until every job has made a step, so that no compile falls into the replay, or for an interrupt."""
 
     def stepped() -> bool:
         for job in handles:
             bar.update(job)
-        return all(job.step > 0 or job.status not in ("queued", "running") for job in handles)
+        return bool(interrupted) or all(job.step > 0 or job.status not in ("queued", "running") for job in handles)
 
     engine.wait(stepped)
 
@@ -165,9 +180,14 @@ def measure(
     sampling: dict[str, Any],
     seed: int,
     bar: JobBar,
+    interrupted: list[int],
     details: bool = False,
 ) -> dict[str, Any]:
-    """Replays the requests beside the jobs; jobs that outlast them are cancelled. Returns the result."""
+    """Replays the requests beside the jobs; jobs that outlast them are cancelled.
+
+    Returns:
+        The result; {} after an interrupt, with the jobs as they are.
+    """
     before = {job.name: (job.step, _tokens(job)) for job in handles}
     start = shown = engine.loop.clock()
 
@@ -179,7 +199,9 @@ def measure(
             shown = now
             bar.show("requests served", *_progress(served, len(asked), now - start))
 
-    served = replay(engine, asked, sampling=sampling, seed=seed, on_step=on_step)
+    served = replay(engine, asked, sampling=sampling, seed=seed, on_step=on_step, stopped=lambda: bool(interrupted))
+    if interrupted:
+        return {}
     duration = engine.loop.clock() - start
     bar.show("requests served", *_progress(served, len(asked), duration))
     result = summarize(served, duration, engine.cfg.slo, details=details)

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps, never inside one."""
+"""Ctrl-C, and SIGTERM where a command asks for it: between two steps, never inside one."""
 
 import signal
 import threading
@@ -32,3 +32,26 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if held:
         handler(*held[0])
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Ctrl-C or SIGTERM (of `kill`, Slurm, a container that is stopped) puts its signal into the list.
+
+    Whoever runs the block looks there, and saves. A second signal does what the first would have done outside.
+    """
+    caught: list[int] = []
+
+    def restore() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    def catch(signum: int, _frame: Any) -> None:
+        caught.append(signum)
+        restore()
+
+    before = {signum: signal.signal(signum, catch) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        restore()

@@ -3,8 +3,10 @@
 Packs ride alone: GEMMs this narrow change their last bits with the number of rows.
 """
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 
 from loquetier_jax.adapters.lora import LoraConfig, init_weights, resolve_shape
 from loquetier_jax.adapters.peft import write_peft
+from loquetier_jax.cli.job_bar import JobBar
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.tiny import pretrain
@@ -83,3 +86,23 @@ def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     write_peft(folder, weights, shape, spec, config=lora, base_model_name_or_path=None)
     return folder
+
+
+@pytest.fixture
+def stop_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Sends this process a signal once, when the first job that a command shows has made its first step."""
+    waiting: list[int] = []
+    update = JobBar.update
+
+    def updated(bar: JobBar, job: Any) -> None:
+        update(bar, job)
+        if waiting and job.step == 1:
+            signal.raise_signal(waiting.pop())
+
+    def unexpected(signum: int, frame: Any) -> None:
+        raise AssertionError(f"signal {signum} was left to its default")
+
+    monkeypatch.setattr(JobBar, "update", updated)
+    before = signal.signal(signal.SIGTERM, unexpected)
+    yield waiting.append
+    signal.signal(signal.SIGTERM, before)

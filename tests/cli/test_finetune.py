@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +73,24 @@ def test_resumed_after_a_kill_the_next_losses_are_the_same(
     after = read_metrics(metrics)
     assert [{**line, "time": 0} for line in after] == [{**line, "time": 0} for line in before]
     assert (run_folder / "adapter" / "adapter_config.json").is_file()
+
+
+def test_sigterm_saves_and_a_run_that_has_saved_nothing_starts_again(
+    data: Path, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], stop_job: Callable[[int], None]
+) -> None:
+    """It saved nothing: --resume found no checkpoint, and without --resume the folder held a run."""
+    folder = tmp_path / "run"
+    command = ["finetune", "--output-dir", str(folder)]
+    stop_job(signal.SIGTERM)
+    assert main([*command, str(data), *SETTINGS, "save_steps=100", *options]) == 128 + signal.SIGTERM
+    assert "interrupted at step 1: " in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    lines = [{**line, "time": 0} for line in read_metrics(folder / "metrics.jsonl")]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    shutil.rmtree(folder / "checkpoints")  # as if killed before the first one
+    assert main([*command, "--resume"]) == 0
+    assert f"{folder}: holds no checkpoint yet: the run starts from step 0" in capsys.readouterr().err.replace("\n", "")
+    assert [{**line, "time": 0} for line in read_metrics(folder / "metrics.jsonl")] == lines
 
 
 def test_a_finished_run_goes_on(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

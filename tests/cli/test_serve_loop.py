@@ -1,11 +1,14 @@
 """`loquetier serve-loop`: every request of a workload is served, jobs train beside it, the result is vllm bench's."""
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loquetier_jax.cli import main
+from loquetier_jax.jobs.checkpoint import read_state
 from loquetier_jax.tiny.skills import dataset
 from tests.cli.vllm_bench import VLLM
 
@@ -32,6 +35,20 @@ def test_adapters_a_job_and_a_promise(
     assert all(2 <= n <= 9 for n in details["output_lens"])
     assert all(len(gaps) == n - 1 for gaps, n in zip(details["itls"], details["output_lens"], strict=True))
     assert result["mean_ttft_ms"] == pytest.approx(1e3 * sum(details["ttfts"]) / 9)
+
+
+def test_sigterm_saves_the_jobs(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], stop_job: Callable[[int], None]
+) -> None:
+    """They were lost, whatever they had learnt."""
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text("\n".join(json.dumps(r) for r in dataset("shout", 40, 0) if len(r["prompt"]) < 40))
+    settings = ["--train", "pack_tokens=64", "per_device_train_batch_size=2", f"output_dir={run}", "--lora", "r=4"]
+    stop_job(signal.SIGTERM)
+    assert main(["serve-loop", *WORKLOAD, "--job", f"j={data}", *settings, *options]) == 128 + signal.SIGTERM
+    [saved] = (run / "checkpoints").iterdir()
+    assert read_state(saved)["job"]["step"] == 1
+    assert f"job j was interrupted at step 1: {saved} holds it" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_the_promise_and_what_missed_it_are_shown_per_adapter(
