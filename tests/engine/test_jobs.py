@@ -88,7 +88,7 @@ def test_a_loss_of_ones_own(engine: Engine):
 
 
 def test_training_goes_on_from_an_adapter(engine: Engine):
-    add_random_adapter(engine, "begin", 7, 24, target_modules=["q_proj", "down_proj"])
+    add_random_adapter(engine, "begin", 7, 12, target_modules=["q_proj", "down_proj"])
     data = random_data(7, count=5)
     first = engine.finetune("next", data, init_from="begin", train=train(max_steps=2)).wait()
     sequences = [[*s.tokens.tolist(), int(s.targets[-1])] for s in data.samples]
