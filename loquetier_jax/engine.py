@@ -1,13 +1,11 @@
 """Engine: one base on the device, adapters and jobs on it. Composes the managers and drives the loop."""
 
-import atexit
 import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,21 @@ from transformers import PreTrainedTokenizerBase
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights
 from loquetier_jax.adapters.pages import pages_of
 from loquetier_jax.adapters.store import AdapterStore
-from loquetier_jax.config import EngineConfig, require
+from loquetier_jax.config import EngineConfig
 from loquetier_jax.errors import EngineError
 from loquetier_jax.faces.adapters import AdapterCalls
 from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.faces.jobs import JobCalls
 from loquetier_jax.faces.requests import RequestCalls
+from loquetier_jax.jobs.lifecycle import FINISHED
 from loquetier_jax.kv.pages import KVPages
 from loquetier_jax.kv.slots import Slots
 from loquetier_jax.models.load import load_hf
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.presets import engine_config
+from loquetier_jax.presets import engine_config, fitted, overridden
 from loquetier_jax.runtime.interrupts import uninterrupted
 from loquetier_jax.runtime.loop import Loop
+from loquetier_jax.runtime.loop_thread import LoopThread
 from loquetier_jax.runtime.score_requests import ScoreRequests
 from loquetier_jax.runtime.scoring import Scoring
 from loquetier_jax.runtime.serving import Serving
@@ -56,6 +56,7 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
 
     Nothing runs by itself: `generate`, `stream`, `log_probs` and `JobHandle.wait` drive the loop while they wait, and
     jobs train beside them; or `step()` drives it once. `start()` gives the loop a thread of its own instead.
+    `close()`, or the end of a `with` block, ends everything and frees the device; so does dropping the engine.
 
     Args:
         spec: Architecture of the base.
@@ -95,8 +96,8 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         self.jobs: dict[str, JobHandle] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._thread: LoopThread | None = None
+        self._closed = False
         self._failure: BaseException | None = None
         self._driver: int | None = None  # the thread that is inside a step
         self._ids = itertools.count()
@@ -112,16 +113,8 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
     def _new_loop(self, policy: PolicyConfig) -> Loop:
         cfg, scoring = self.cfg, Scoring()
         serving = Serving(self.adapters, KVPages(cfg.kv_pages, cfg.kv_page_size), Slots(cfg.max_num_seqs))
-        training = Training(
-            cfg,
-            self.state,
-            self.functions,
-            self.adapters,
-            self.compiler,
-            scoring,
-            self._job_stepped,
-            self._job_ended,
-        )
+        shared = self.functions, self.adapters, self.compiler, scoring
+        training = Training(cfg, self.state, *shared, self._job_stepped, self._job_ended)
         return Loop(cfg, self.state, self.functions, serving, scoring, training, self.latency, policy, cfg.slo)
 
     @classmethod
@@ -148,22 +141,10 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
             ModelError: see `models.load.load_hf`.
         """
         if not isinstance(config, EngineConfig):
-            preset = config or ("cpu" if jax.default_backend() == "cpu" else "gpu")
-            config = engine_config(preset)
-        known = {f.name for f in fields(EngineConfig)}
-        for key, value in overrides.items():
-            require(key in known, key, value, f"one of {sorted(known)}")
-        cfg = replace(config, **overrides)
+            config = engine_config(config or ("cpu" if jax.default_backend() == "cpu" else "gpu"))
+        cfg = overridden(config, overrides)
         spec, params = load_hf(path, jnp.dtype(cfg.dtype))
-        limit = spec.max_position_embeddings
-        if cfg.max_model_len > limit:
-            require(
-                "max_model_len" not in overrides,
-                "max_model_len",
-                cfg.max_model_len,
-                f"<= {limit} for this model",
-            )
-            cfg = replace(cfg, max_model_len=limit)
+        cfg = fitted(cfg, spec.max_position_embeddings, asked="max_model_len" in overrides)
         return cls(spec, params, cfg, load_tokenizer(path), policy=policy, progress=progress, name=str(path))
 
     # The loop.
@@ -202,7 +183,12 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         if self._driver == threading.get_ident():
             raise RuntimeError("engine: called from a listener, which may submit and cancel, but not wait for steps")
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("engine: it was closed; make a new one, e.g. by Engine.from_pretrained")
+
     def _check_alive(self) -> None:
+        self._check_open()
         if self._failure is not None:
             raise EngineError(f"engine: a step has failed: {self._failure!r}") from self._failure
 
@@ -224,7 +210,7 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         """
         while not done():
             self._refuse_inside_step()
-            if self._thread is not None:
+            if self._thread is not None and self._thread.is_alive():  # it ends before threads that outlive the main one
                 with self._changed:
                     if not done():
                         self._changed.wait(0.1)
@@ -237,30 +223,66 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
                 time.sleep(0.005)
 
     def start(self) -> None:
-        """Gives the loop a thread of its own, so that jobs train while nobody waits; see `stop`."""
-        if self._thread is None:
-            self._stopping = False
-            atexit.register(self.stop)  # a thread on the device at the interpreter's end would abort the process
-            self._thread = threading.Thread(target=self._run, name="loquetier-loop", daemon=True)
-            self._thread.start()
+        """Gives the loop a thread of its own, so that jobs train while nobody waits; see `stop`.
 
-    def _run(self) -> None:
-        with suppress(EngineError):  # those who wait are told
-            while not self._stopping:
-                if self.step():
-                    time.sleep(1e-4)  # a lock is not fair: who wants to submit must get it between two steps
-                else:
-                    with self._changed:
-                        self._changed.wait(0.005)
+        The thread ends with the process, and with the engine when that is dropped.
+        """
+        with self._entered():
+            if self._thread is None:
+                self._thread = LoopThread(self.step, self.loop.is_idle, self._changed)
+                self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread of `start`; what is queued stays queued."""
         self._refuse_inside_step()
         if self._thread is not None:
-            self._stopping = True
-            self._thread.join()
+            self._thread.end()
             self._thread = None
-            atexit.unregister(self.stop)
+
+    def close(self) -> None:
+        """Ends everything and frees the device; calls that need the engine raise EngineError from then on.
+
+        Requests end with an error, jobs as cancelled (`JobHandle.checkpoint` before keeps one). Handles of jobs still
+        tell how they went, and `save` works. Closing again does nothing.
+        """
+        self.stop()
+        with self._lock:
+            if self._closed:
+                return
+            self.loop.serving.fail_all("the engine was closed", self.loop.clock())
+            self.loop.serving.waiting.clear()
+            self.loop.serving.running.clear()
+            for trainee in self.loop.training.trainees.values():
+                if not trainee.job.finished:
+                    trainee.job.cancel()
+            while self._failure is None and self.step():
+                pass
+            self._closed = True
+            self._changed.notify_all()
+        self.compiler.wait()
+        for job in self.jobs.values():
+            job.settle()
+        self.state.free()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        live = len(self.loop.serving.waiting) + len(self.loop.serving.running)
+        unfinished = sum(job.status not in FINISHED for job in self.jobs.values())
+        held = f"{len(self.adapters.names())} adapters, {unfinished} jobs under way, {live} requests"
+        state = "closed" if self._closed else "failed" if self._failure is not None else held
+        return f"<Engine {self.name!r}: {state}>"
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """The lock, of an engine that is open."""
+        with self._lock:
+            self._check_open()
+            yield
 
     def drain(self) -> None:
         """Reads everything dispatched: afterwards the device is idle. Raises what `step` raises."""
@@ -269,6 +291,6 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless pages, slots and versions add up."""
-        with self._lock:
+        with self._entered():
             self.loop.serving.check_integrity()
             self.loop.training.check_integrity()

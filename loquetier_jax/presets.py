@@ -1,10 +1,12 @@
 """The YAML files under configs/, found in a checkout and in an installed wheel alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import loquetier_jax
-from loquetier_jax.config import EngineConfig
+from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.config_file import load_yaml
 from loquetier_jax.errors import ConfigError
 
@@ -48,3 +50,19 @@ def engine_config(name: str, overrides: Sequence[str] = (), slo: str | None = No
     """
     parts = {} if slo is None else {"slo": preset_path("slo", slo)}
     return load_yaml(EngineConfig, preset_path("engine", name), overrides, parts)
+
+
+def overridden(config: EngineConfig, overrides: Mapping[str, Any]) -> EngineConfig:
+    """A config with other values; raises ConfigError for an unknown field, or a value that the config refuses."""
+    known = sorted(f.name for f in fields(EngineConfig))
+    for key, value in overrides.items():
+        require(key in known, key, value, f"one of {known}")
+    return replace(config, **overrides)
+
+
+def fitted(config: EngineConfig, limit: int, *, asked: bool) -> EngineConfig:
+    """A config whose max_model_len is at most a model's limit; raises ConfigError where more was `asked` for."""
+    if config.max_model_len <= limit:
+        return config
+    require(not asked, "max_model_len", config.max_model_len, f"<= {limit} for this model")
+    return replace(config, max_model_len=limit)

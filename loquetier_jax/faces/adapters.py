@@ -1,8 +1,8 @@
 """The calls about adapters: load, unload, rename, pin, save, all at run time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from loquetier_jax.adapters.folder import read_folder
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights
@@ -22,7 +22,7 @@ class AdapterCalls:
     spec: DecoderSpec
     adapters: AdapterStore
     name: str
-    _lock: Any
+    _entered: Callable[[], AbstractContextManager[None]]
 
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> Version:
         """Adds an adapter from a PEFT folder; it serves the next request, nothing recompiles.
@@ -34,7 +34,7 @@ class AdapterCalls:
         path = path_of(path, "path", "a PEFT folder", AdapterError)
         check_name(name)
         found = read_folder(path, self.spec)  # without the lock: everybody else goes on meanwhile
-        with self._lock:
+        with self._entered():
             return self.adapters.take_in(name, found, replace=replace)
 
     def add_adapter(
@@ -48,17 +48,17 @@ class AdapterCalls:
         for argument, value, kind in (("weights", weights, Mapping), ("shape", shape, LoraShape)):
             if not isinstance(value, kind):
                 raise AdapterError(f"{argument}: got {short(value, 200)}, expected a {kind.__name__}")
-        with self._lock:
+        with self._entered():
             return self.adapters.add(name, weights, shape, replace=replace)
 
     def unload_adapter(self, name: str) -> None:
         """Takes a name out of service; requests that have it run to their end."""
-        with self._lock:
+        with self._entered():
             self.adapters.unload(name)
 
     def rename_adapter(self, name: str, new: str) -> None:
         """Gives an adapter another name."""
-        with self._lock:
+        with self._entered():
             self.adapters.rename(name, new)
 
     def pin_adapter(self, name: str, pinned: bool = True) -> None:
@@ -68,13 +68,13 @@ class AdapterCalls:
             AdapterError: unknown name.
             CapacityError: no room now.
         """
-        with self._lock:
+        with self._entered():
             self.adapters.pin(name) if pinned else self.adapters.unpin(name)
 
     def save_adapter(self, name: str, path: str | Path) -> Path:
         """Writes the current version of an adapter as a PEFT folder; raises AdapterError for an unknown one."""
         path = path_of(path, "path", "the folder to write", AdapterError)
-        with self._lock:
+        with self._entered():
             version = self.adapters.get(name)
             weights = self.adapters.weights(version)
         write_peft(
@@ -100,7 +100,7 @@ class AdapterCalls:
         path = path_of(path, "path", "the folder to write", AdapterError)
         if not self.name:
             raise ModelError("export_merged: this engine was not loaded from a folder, expected from_pretrained(path)")
-        with self._lock:
+        with self._entered():
             version = self.adapters.get(name)
             weights = self.adapters.weights(version)
         write_merged(path, self.name, weights, version.shape)

@@ -24,6 +24,9 @@ class JobHandle:
     def __init__(self, engine: "Engine", trainee: Trainee) -> None:
         self._engine, self._trainee = engine, trainee
 
+    def __repr__(self) -> str:
+        return f"<JobHandle {self.name!r}: {self.status}, step {self.step} of {self.total_steps}>"
+
     @property
     def name(self) -> str:
         """Of the job and of the adapter it trains."""
@@ -76,22 +79,27 @@ class JobHandle:
         return list(self._trainee.job.record.lines)
 
     def wait(self) -> "JobHandle":
-        """Drives the engine until the job has ended.
+        """Drives the engine until the job has ended and has left the device: the process may end right after.
 
         Raises:
             JobError: it failed, or it is paused.
         """
         job = self._trainee.job
         self._engine.wait(lambda: (job.finished and self.released) or job.status == "paused")
+        self.settle()
         if job.status == "failed":
             raise JobError(f"job {self.name!r} failed: {job.error}")
         if not job.finished:
             raise JobError(f"job {self.name!r} is {job.status}: resume() it first")
         return self
 
+    def settle(self) -> None:
+        """Returns once what the device had of an ended job is on the host; at once while it has not ended."""
+        self._trainee.settle()
+
     @property
     def released(self) -> bool:
-        """Whether it has ended and given back what it had on the device."""
+        """Whether it has ended and given its pages back."""
         return self._engine.loop.training.trainees.get(self.name) is not self._trainee
 
     def pause(self) -> None:
@@ -112,6 +120,29 @@ class JobHandle:
         with self._engine._lock:
             self._trainee.job.cancel()
 
+    def forget(self) -> None:
+        """Takes the ended job off `Engine.jobs` and frees the weights and the optimizer state that are kept of it.
+
+        What it published goes on serving. The handle still tells how the job went; `save` and `checkpoint` are refused.
+
+        Raises:
+            JobError: the job has not ended.
+        """
+        engine, trainee, job = self._engine, self._trainee, self._trainee.job
+        if not job.finished:
+            raise JobError(f"job {self.name!r}: cannot be forgotten: it is {job.status}; cancel() it first")
+        engine.wait(lambda: self.released)
+        with engine._lock:
+            if trainee.latest in engine.adapters.versions():
+                engine.adapters.weights(trainee.latest)  # its own from here on
+            if engine.jobs.get(self.name) is self:
+                del engine.jobs[self.name]
+        trainee.forget()
+
+    def _check_kept(self) -> None:
+        if self._trainee.master is None:
+            raise JobError(f"job {self.name!r}: its weights were freed by forget()")
+
     def publish(self) -> Version:
         """Makes the present weights serve the next request under the job's name; copies nothing.
 
@@ -125,8 +156,12 @@ class JobHandle:
             return engine.loop.training.publish(trainee, engine.loop.epoch)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the present weights as a PEFT folder; of a job that has succeeded, those that it serves."""
+        """Writes the present weights as a PEFT folder; of a job that has succeeded, those that it serves.
+
+        Raises JobError when it was forgotten.
+        """
         path = path_of(path, "path", "the folder to write", JobError)
+        self._check_kept()
         trainee, engine = self._trainee, self._engine
         with engine._lock:
             weights = trainee.result()
@@ -146,7 +181,7 @@ class JobHandle:
         Between two packs, even in the middle of gradient accumulation.
 
         Raises:
-            JobError: the job has failed or was cancelled.
+            JobError: the job has failed, was cancelled or forgotten.
             CheckpointError: not a path.
         """
         path = path_of(path, "path", "the folder to write", CheckpointError)
@@ -185,7 +220,8 @@ class JobHandle:
         move in opposite directions at once, neither waits for what the other one has.
         """
         engine, job = self._engine, self._trainee.job
-        with engine._lock:
+        self._check_kept()
+        with engine._entered():
             if job.status in ("failed", "cancelled"):
                 raise JobError(f"job {self.name!r}: it is {job.status}")
             held = job.status in ("queued", "running")

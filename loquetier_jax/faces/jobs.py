@@ -16,7 +16,7 @@ from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, init
 from loquetier_jax.adapters.registry import check_name
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig, require
-from loquetier_jax.errors import AdapterError, CheckpointError, JobError
+from loquetier_jax.errors import AdapterError, CheckpointError, JobError, short
 from loquetier_jax.faces.arguments import path_of
 from loquetier_jax.faces.job_handle import JobHandle
 from loquetier_jax.jobs.changes import changed_config
@@ -52,7 +52,7 @@ class JobCalls:
     wait: Callable[[Callable[[], bool]], None]
     _check_alive: Callable[[], None]
     _boundary: Callable[[], AbstractContextManager[None]]
-    _lock: Any
+    _entered: Callable[[], AbstractContextManager[None]]
     _changed: threading.Condition
 
     def finetune(
@@ -103,13 +103,13 @@ class JobCalls:
         own = resolve_shape(lora, self.spec) if init_from is None else None
         evaluates, replace = eval_data is not None, replace or init_from == name
         fits = partial(self._check_room, name, cfg=cfg, evaluates=evaluates, replace=replace)
-        with self._lock:  # before anything is read or initialized: a rank too large would take minutes and gigabytes
+        with self._entered():  # before anything is read or initialized, which may take minutes and gigabytes
             self._check_job(name)
             fits(shape=own or self.adapters.get(init_from).shape)
         now = datetime.now()
         dataset, held_out = self._read(data, eval_data, cfg, now)
         fresh = None if own is None else init_weights(own, lora, self.spec, cfg.seed)
-        with self._lock:
+        with self._entered():
             self._check_job(name)
             shape, weights = own, fresh
             if init_from is not None:
@@ -159,6 +159,16 @@ class JobCalls:
         data_sets = self._read(data, eval_data, cfg, datetime.fromisoformat(saved["tokenized_at"]))
         return self._adopt(state, *data_sets, loss, go_on=bool(train))
 
+    def forget_job(self, name: str) -> None:
+        """Takes a job that has ended off `jobs` and frees its weights and optimizer state; see `JobHandle.forget`.
+
+        Raises:
+            JobError: no job of that name, or one that has not ended.
+        """
+        if name not in self.jobs:
+            raise JobError(f"name: got {short(name)}, expected one of the jobs: {sorted(self.jobs)}")
+        self.jobs[name].forget()
+
     def _read(
         self, data: Data, eval_data: Data | None, cfg: TrainConfig, now: datetime
     ) -> tuple[Dataset, Dataset | None]:
@@ -175,7 +185,7 @@ class JobCalls:
     def _adopt(self, state: JobState, data: Any, eval_data: Any, loss: Any, *, go_on: bool = False) -> JobHandle:
         """A job from its state, here."""
         loss, saved = loss if callable(loss) else None, state.host["job"]
-        with self._lock:
+        with self._entered():
             self._check_job(saved["name"])
             state.check_base(base_fingerprint(self.spec, self.state.params))
             cfg = TrainConfig.from_dict(saved["config"], loss=loss)
@@ -191,11 +201,15 @@ class JobCalls:
         self._check_alive()
         check_name(name)
         if name in self.jobs and self.jobs[name].status in FINISHED:
-            with self._boundary():
-                self.loop.drain()  # what it had in flight is read, and it gives everything back
-                self.loop.training.tick(self.loop.epoch)
+            self._retire_ended()
         if name in self.jobs and name in self.loop.training.trainees:
             raise JobError(f"job {name!r} has not ended: it is {self.jobs[name].status}")
+
+    def _retire_ended(self) -> None:
+        """Reads what is in flight, so that jobs that have ended give everything on the device back."""
+        with self._boundary():
+            self.loop.drain()
+            self.loop.training.tick(self.loop.epoch)
 
     def _check_room(
         self, name: str, shape: LoraShape, cfg: TrainConfig, evaluates: bool, *, replace: bool
@@ -241,8 +255,7 @@ class JobCalls:
             self.loop.training.publish(trainee, self.loop.epoch, fresh=False)
         else:  # its best weights; or those of a checkpoint of a job that was over: it never had pages here
             self.adapters.add(trainee.name, trainee.result(), trainee.shape, config=trainee.lora, replace=True)
-        # Not here: a second of copying would be a second in which nobody's token comes.
-        threading.Thread(target=trainee.leave_device, name="job-to-host", daemon=True).start()
+        trainee.start_leaving()
         self._changed.notify_all()
 
     def _withdraw(self, trainee: Trainee) -> None:

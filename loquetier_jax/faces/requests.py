@@ -4,7 +4,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ class RequestCalls:
     wait: Callable[[Callable[[], bool]], None]
     _check_alive: Callable[[], None]
     _lock: Any
+    _entered: Callable[[], AbstractContextManager[None]]
     _changed: threading.Condition
     _ids: "itertools.count[int]"
     _rng: np.random.Generator
@@ -89,7 +90,7 @@ class RequestCalls:
         Raises:
             RequestError: a prompt that cannot fit or that the chat template refuses, bad parameters, an id in use.
             AdapterError: an unknown adapter. In both cases running requests do not notice.
-            EngineError: a step has failed before.
+            EngineError: a step has failed before, or the engine was closed.
         """
         self._check_alive()
         params = SamplingParams() if params is None else params
@@ -97,7 +98,7 @@ class RequestCalls:
         refuse(isinstance(request_id, (str, type(None))), "request_id", request_id, "some text or None")
         refuse(listener is None or callable(listener), "listener", listener, "a function or None")
         prompt = plain_prompt(prompt)
-        with self._lock, self._seeds_kept():
+        with self._entered(), self._seeds_kept():
             chat = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
             ids = encode_prompt(self.tokenizer, prompt, self.spec.vocab_size, **chat)
             request_id = request_id or self._new_id()
@@ -144,9 +145,7 @@ class RequestCalls:
             self._rng.bit_generator.state = before
             raise
 
-    def _score_prompt(
-        self, submitted: Submitted, ids: Sequence[int], adapter: str | None, count: int
-    ) -> None:
+    def _score_prompt(self, submitted: Submitted, ids: Sequence[int], adapter: str | None, count: int) -> None:
         def done(scores: list[dict[str, np.ndarray]]) -> None:
             result = prompt_logprobs(ids, scores[0], count) if scores else [None]
             for request in submitted.requests:
@@ -199,7 +198,7 @@ class RequestCalls:
         every = one_each(params, len(prompts), "params", (SamplingParams, type(None)))
         chat = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
         submitted: list[Submitted] = []
-        with self._lock, self._seeds_kept():  # no step between them: all are accepted, or none has run
+        with self._entered(), self._seeds_kept():  # no step between them: all are accepted, or none has run
             try:
                 for prompt, name, one in zip(prompts, adapters, every, strict=True):
                     submitted.append(self.submit(prompt, name, one, **chat))
@@ -265,7 +264,7 @@ class RequestCalls:
             errors.append(error)
             finished.set()
 
-        with self._lock:
+        with self._entered():
             ids = [encode_prompt(self.tokenizer, s, self.spec.vocab_size) for s in sequences]
             self.loop.scoring.add(self._scores.task(ids, adapter, done, failed))
             self._changed.notify_all()

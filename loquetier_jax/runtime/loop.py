@@ -11,10 +11,11 @@ import numpy as np
 from loquetier_jax.batch.pack import StepItems, pack_step
 from loquetier_jax.batch.segments import ravel
 from loquetier_jax.config import Bucket, EngineConfig, SLOConfig
+from loquetier_jax.runtime.passes import OptimizerResult, RunningPass
 from loquetier_jax.runtime.scoring import ScoreTask, Scoring
 from loquetier_jax.runtime.serving import SampledRow, Serving
 from loquetier_jax.runtime.snapshot import snapshot
-from loquetier_jax.runtime.training import OptimizerResult, RunningPass, Training
+from loquetier_jax.runtime.training import Training
 from loquetier_jax.schedule.latency import (
     BACKWARD,
     BACKWARD_SLICE,
@@ -104,6 +105,10 @@ class Loop:
     def busy(self) -> bool:
         """Whether dispatched work has not been read."""
         return bool(self._pending)
+
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do, and will be nothing before somebody asks for it."""
+        return not (self.busy or self.serving.waiting or self.serving.running or self.training.trainees or self.scoring)
 
     def iterate(self) -> bool:
         """Dispatches one decision and reads the one before; returns whether there was anything to do."""

@@ -47,6 +47,10 @@ class Scoring:
         self._waiting: dict[str, ScoreTask] = {}
         self._ids = itertools.count()
 
+    def __len__(self) -> int:
+        """Tasks with packs that have not been dispatched."""
+        return len(self._waiting)
+
     def add(self, task: ScoreTask) -> None:
         """Queues a task; one without packs is done at once."""
         if task.packs:

@@ -1,6 +1,7 @@
 """One job on the device: its masters, optimizer state, pages, and its place in the gradient pool."""
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,6 @@ from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights
 from loquetier_jax.adapters.pages import AdapterPages, pages_of, read_pages
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
-from loquetier_jax.batch.segments import shapes_of
 from loquetier_jax.jobs.data import Pack
 from loquetier_jax.jobs.job import Job
 from loquetier_jax.jobs.optimizer import build_optimizer_step, hyperparams
@@ -41,6 +41,8 @@ class Trainee:
         placeholder: The version that the name got when the job was started, if it got one: nothing that was trained.
         best: The masters of the lowest evaluation loss, where the job keeps them; None before the first.
         published: The version that took over `pages`, until the next optimizer step; or None.
+        leaving: The thread in which it leaves the device; None before its end, and once somebody has waited for it.
+        latest: The version it published last; its weights may still be those of `master`.
         run_optimizer, copy_master: The compiled optimizer step and copy of the masters; None until compiled.
         number: Of this trainee alone, in the whole process (an `id` may come again).
     """
@@ -57,6 +59,8 @@ class Trainee:
     placeholder: Version | None = None
     best: LoraWeights | None = None
     published: Version | None = None
+    leaving: threading.Thread | None = field(default=None, repr=False)
+    latest: Version | None = None
     run_optimizer: Callable[..., Any] | None = field(default=None, repr=False)
     copy_master: Callable[..., Any] | None = field(default=None, repr=False)
     number: int = field(default_factory=itertools.count().__next__)
@@ -121,16 +125,16 @@ class Trainee:
         count = self.shape.num_pages
         return jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), np.float32), state.grads)
 
-    def compile_optimizer(self, state: DeviceState, spec: DecoderSpec) -> None:
+    def compile_optimizer(self, state: DeviceState, spec: DecoderSpec, arrays: tuple[Any, Any]) -> None:
         """Compiles the optimizer step ahead of time, and what keeps the best weights; jobs of one kind share it.
 
         Args:
             state: A DeviceState of shapes.
             spec: The base.
+            arrays: Shapes of `master` and `opt_state`; the job may end, and let them go, while this compiles.
         """
         step = build_optimizer_step(spec, self.shape, self.job.cfg.optim)
         ids = np.zeros(self.shape.num_pages, np.int32)
-        arrays = shapes_of((self.master, self.opt_state))
         self.run_optimizer = step.lower(
             *arrays, state.grads, state.pages, ids, ids, *self._numbers()
         ).compile(cpu_bits.compiler_options())
@@ -177,13 +181,39 @@ class Trainee:
         return self.host_weights()
 
     def host_weights(self) -> LoraWeights:
-        """The masters, copied to the host."""
-        return jax.tree.map(lambda a: np.array(a), self.master)
+        """The masters on the host, not to be written to: a copy while they are on the device."""
+        return jax.tree.map(_off_device, self.master)
 
     def leave_device(self) -> None:
-        """Moves masters and optimizer state of an ended job to the host; nothing else may be using them."""
+        """Moves what an ended job still needs to the host, and lets the rest go; nothing else may be using it.
+
+        What has succeeded can be saved and checkpointed, what has not can only be saved.
+        """
         self.master = self.host_weights()
-        self.opt_state, self.best = jax.tree.map(np.asarray, (self.opt_state, self.best))
+        if self.job.status == "succeeded":
+            self.opt_state, self.best = jax.tree.map(_off_device, (self.opt_state, self.best))
+        else:
+            self.opt_state = self.best = self.grads = None
+        self.run_optimizer = self.copy_master = None
+
+    def start_leaving(self) -> None:
+        """`leave_device` in a thread of its own: a second of copying would be a second in which no token comes.
+
+        No daemon: an interpreter that ends while the device is read is aborted.
+        """
+        self.leaving = threading.Thread(target=self.leave_device, name="job-to-host")
+        self.leaving.start()
+
+    def settle(self) -> None:
+        """Returns once an ended job has left the device."""
+        if self.leaving is not None:
+            self.leaving.join()
+            self.leaving = None
+
+    def forget(self) -> None:
+        """Lets the weights and the optimizer state of a job that has left the device go."""
+        self.settle()
+        self.master = self.opt_state = self.best = self.grads = self.latest = None
 
     def accumulators(self, state: DeviceState) -> AdapterPages:
         """What the gradient pool holds for this job, copied to the host."""
@@ -192,3 +222,8 @@ class Trainee:
         if not self.grad_pages:  # it has not started, or is over
             return self._zeros(state)
         return jax.tree.map(np.asarray, read_pages(state.grads, self.grad_pages))
+
+
+def _off_device(array: jax.Array | np.ndarray) -> np.ndarray:
+    """A copy: on the CPU a mere view would keep the device's buffer alive. Host arrays come back as they are."""
+    return np.array(array) if isinstance(array, jax.Array) else array

@@ -5,17 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import jax
-
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.pack import TrainItem
 from loquetier_jax.batch.segments import shapes_of
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.errors import CapacityError, ConfigError, JobError
-from loquetier_jax.jobs.data import Pack
 from loquetier_jax.jobs.optimizer import hyperparams
 from loquetier_jax.kv.pool import EpochPool
+from loquetier_jax.runtime.passes import OptimizerResult, RunningPass
 from loquetier_jax.runtime.scoring import Scores, ScoreTask, Scoring
 from loquetier_jax.runtime.trainee import Trainee
 from loquetier_jax.runtime.warmup import BackgroundCompiler
@@ -23,24 +21,6 @@ from loquetier_jax.schedule.snapshot import JobStatus, JobView, PassView
 from loquetier_jax.step.functions import StepFunctions, TrainKey
 from loquetier_jax.step.state import DeviceState
 from loquetier_jax.step.train_pass import TrainPass
-
-
-@dataclass
-class RunningPass:
-    """A TrainPass and whose packs it carries."""
-
-    run: TrainPass
-    owners: list[Trainee]
-    packs: list[Pack]
-
-
-@dataclass
-class OptimizerResult:
-    """An optimizer step that has been dispatched."""
-
-    trainee: Trainee
-    metrics: dict[str, jax.Array]
-    learning_rate: float
 
 
 @dataclass
@@ -74,10 +54,10 @@ class Training:
     def add(self, trainee: Trainee) -> None:
         """Queues a job; it starts as soon as there are pages for it. Compiling begins now, in the background."""
         self.trainees[trainee.name] = trainee
-        shapes = shapes_of(self.state)
+        shapes, arrays = shapes_of(self.state), shapes_of((trainee.master, trainee.opt_state))
         self.compiler.request(
             ("optimizer", trainee.number),
-            lambda: trainee.compile_optimizer(shapes, self.functions.spec),
+            lambda: trainee.compile_optimizer(shapes, self.functions.spec, arrays),
         )
         for key in self.keys(trainee):
             fused = [b for b in self.cfg.buckets if (b.packs, b.pack_tokens) == (key.packs, key.pack_tokens)]
@@ -264,7 +244,9 @@ class Training:
 
     def _retire(self, trainee: Trainee, epoch: int) -> None:
         self.on_end(trainee)
-        del self.trainees[trainee.job.name]
+        del self.trainees[trainee.name]
+        del self._unread[trainee.name]
+        self.compiler.forget(("optimizer", trainee.number))
         if trainee.published is not None:
             self.store.release(trainee.published, epoch)
             trainee.published = None
@@ -282,7 +264,7 @@ class Training:
             return self.store.add(name, trainee.host_weights(), trainee.shape, config=trainee.lora, replace=True)
         weights, lora = trainee.host_weights, trainee.lora
         made = self.store.publish(name, trainee.shape, trainee.pages, weights, epoch=epoch, fresh=fresh, config=lora)
-        trainee.write_pages = made.pages
+        trainee.write_pages, trainee.latest = made.pages, made.version
         if not fresh:
             trainee.pages = ()
         if made.version.pages is not None and fresh:

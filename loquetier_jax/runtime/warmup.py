@@ -133,6 +133,13 @@ class BackgroundCompiler:
             raise self._errors[key]
         return key in self._ready
 
+    def forget(self, key: Hashable) -> None:
+        """Drops what is known of a key whose build has ended, its error included; it may be asked for again."""
+        if key in self._threads and not self._threads[key].is_alive():
+            del self._threads[key]
+            self._errors.pop(key, None)
+            self._ready.discard(key)
+
     @property
     def busy(self) -> bool:
         """Whether something is being compiled."""

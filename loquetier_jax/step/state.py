@@ -42,6 +42,10 @@ class DeviceState:
     kv: list[KVCache]
     slots: SlotState
 
+    def free(self) -> None:
+        """Lets go of every array; nothing may be called afterwards."""
+        vars(self).clear()
+
     def run_forward(self, run: Callable[..., Any], flat: Int[Array, " N"]) -> ForwardOut:
         """Dispatches one step: the cache and the slots move on.
 
