@@ -5,7 +5,8 @@ from typing import Any
 
 from beartype import BeartypeConf, beartype
 
-PACKAGES = ("loquetier_jax.step", "loquetier_jax.adapters")
+PACKAGES = ("loquetier_jax.step", "loquetier_jax.adapters.pages", "loquetier_jax.adapters.merge")
+"""Where arrays come and go; the public ops of the kernels are checked one by one (tests/kernels/test_signatures.py)."""
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is wanted, as type checkers have it
 

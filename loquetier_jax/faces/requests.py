@@ -131,9 +131,7 @@ class RequestCalls:
 
     def _new_id(self) -> str:
         """One that no caller has given to a live request."""
-        live = (*self.loop.serving.waiting.values(), *self.loop.serving.running.values())
-        taken = {name for r in live for name in (r.id, r.request_id)}
-        return next(name for name in map("request-{}".format, self._ids) if name not in taken)
+        return next(name for name in map("request-{}".format, self._ids) if not self.loop.serving.is_live(name))
 
     @contextmanager
     def _seeds_kept(self) -> Iterator[None]:
@@ -159,13 +157,9 @@ class RequestCalls:
         """Ends all completions of a request at once; returns whether any was alive."""
         with self._lock:
             serving = self.loop.serving
-            live = [
-                r.id
-                for r in (*serving.waiting.values(), *serving.running.values())
-                if r.request_id == request_id
-            ]
-            for name in live:
-                serving.cancel(name, self.loop.clock(), self.loop.epoch)
+            live = serving.completions(request_id)
+            for request in live:
+                serving.cancel(request.id, self.loop.clock(), self.loop.epoch)
             self._changed.notify_all()
         return bool(live)
 
@@ -276,9 +270,7 @@ class RequestCalls:
     def _check(self, requests: Sequence[Request]) -> None:
         """Refuses what this engine cannot run, before anything is queued."""
         request, cfg, params = requests[0], self.cfg, requests[0].params
-        live = (*self.loop.serving.waiting.values(), *self.loop.serving.running.values())
-        taken = {name for r in live for name in (r.id, r.request_id)}
-        in_use = any(r.id in taken for r in requests)
+        in_use = any(self.loop.serving.is_live(r.id) for r in requests)
         refuse(not in_use, "request_id", request.request_id, "an id that no live request has")
         pages, room = self.loop.serving.kv.pages_for(request.num_tokens), self.loop.serving.kv.num_pages
         refuse(pages <= room, "prompt", f"{request.num_tokens} tokens with max_tokens ({pages} KV pages)", f"<= {room}")

@@ -43,6 +43,7 @@ class Serving:
         self.waiting: dict[str, Request] = {}
         self.running: dict[str, Request] = {}
         self.listeners: dict[str, Listener] = {}
+        self._live: dict[str, list[str]] = {}  # request_id -> ids of its completions that have not ended
         self._versions: dict[str, Version] = {}  # request id -> held while it waits, acquired while it runs
         self._pages: dict[str, tuple[int, ...]] = {}  # request id -> its adapter pages
 
@@ -56,8 +57,17 @@ class Serving:
             version = self._versions[request.id] = self.store.hold(request.adapter)
             request.version = version.id
         self.waiting[request.id] = request
+        self._live.setdefault(request.request_id, []).append(request.id)
         if listener is not None:
             self.listeners[request.id] = listener
+
+    def is_live(self, name: str) -> bool:
+        """Whether a request that has not ended has this id, or shares it with other completions."""
+        return name in self.waiting or name in self.running or name in self._live
+
+    def completions(self, request_id: str) -> list[Request]:
+        """Those of a request that have not ended."""
+        return [self.waiting.get(i) or self.running[i] for i in self._live.get(request_id, ())]
 
     def admit(self, request: Request, now: float, epoch: int) -> bool:
         """Gives a waiting request all it needs to finish.
@@ -109,9 +119,15 @@ class Serving:
 
     def _leave_queue(self, request: Request) -> None:
         del self.waiting[request.id]
+        self._end(request)
         version = self._versions.pop(request.id, None)
         if version is not None:
             self.store.drop(version)
+
+    def _end(self, request: Request) -> None:
+        self._live[request.request_id].remove(request.id)
+        if not self._live[request.request_id]:
+            del self._live[request.request_id]
 
     def adapter_pages(self, request: Request) -> tuple[int, ...]:
         """Pages of the version a running request holds; () for the base."""
@@ -218,6 +234,7 @@ class Serving:
 
     def _release(self, request: Request, epoch: int) -> None:
         del self.running[request.id]
+        self._end(request)
         self.kv.free(request.kv_pages, epoch)
         self.slots.release(request.slot, epoch)
         self._pages.pop(request.id, None)

@@ -18,20 +18,21 @@ pytestmark = pytest.mark.bits
 CLOSE = 1e-4  # below this gap of logits, f32 may put either of two tokens first
 
 
-@pytest.fixture(scope="module", params=[20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[24, pytest.param(200, marks=pytest.mark.slow)])
 def crowd(make_engine: Callable[..., Engine], request: pytest.FixtureRequest) -> list[Work]:
-    """Requests run beside a job that trains, evaluates and drops out, with adapters evicted all along."""
+    """Requests run beside a job that trains and evaluates (and drops out), with adapters evicted all along."""
+    lora = LoraConfig(r=8) if request.param < 200 else LoraConfig(r=20, lora_dropout=0.1)
     engine, rng = busy_engine(make_engine), np.random.default_rng(2024)
     add_adapters(engine)
     job = engine.finetune(
         "job",
         random_data(3),
         eval_data=random_data(4, count=6),
-        lora=LoraConfig(r=20, lora_dropout=0.1),
+        lora=lora,
         train=TrainConfig(max_steps=10_000, pack_tokens=64, eval_steps=4, per_device_train_batch_size=4),
     )
     engine.wait(lambda: job.step >= 1)
-    work = [random_work(rng, cancelled=0.15) for _ in range(request.param)]
+    work = [random_work(rng, cancelled=0.15 if request.param == 200 else 0.4) for _ in range(request.param)]
     before = job.step
     run_crowd(engine, work, rng)
     assert job.status == "running" and job.step > before + 2, "the job trained meanwhile"

@@ -39,6 +39,7 @@ def check_residuals(world, functions):
     assert not weights & set(residuals), "frozen weights are kept"
 
 
+@pytest.mark.slow  # step/test_hlo.py looks at the same in the quick suite
 def test_forward_keeps_train_rows_and_no_weight(world):
     check_residuals(world, world.functions)
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.also_gpu
 LENGTHS = (20, 70, 3)  # one chunk; three chunks, longer than every window; so short that it decodes beside them
 
 
-QUICK = ("llama", "gemma")
+QUICK = ("llama",)
 """The other families differ from these in what tests/models/test_parity.py compares for all."""
 
 

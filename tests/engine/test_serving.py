@@ -216,3 +216,29 @@ def test_a_promise_changes_when_things_run_and_nothing_else(tiny_engine: Engine,
         assert losses("with") == want
     finally:
         engine.loop.slo = before
+
+
+class NeverScanned(dict):
+    """Requests by id that may be asked for, and not gone through."""
+
+    def _refuse(self, *_: object) -> None:
+        raise AssertionError("submit and cancel take as long as there are requests")
+
+    __iter__ = keys = values = items = _refuse
+
+
+def test_what_a_submit_costs_does_not_grow_with_the_queue(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """Every submit and every cancel went through all live requests, so 50,000 prompts took minutes."""
+    serving = tiny_engine.loop.serving
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "waiting", NeverScanned())
+        patch.setattr(serving, "running", NeverScanned())
+        pair = tiny_engine.submit([5, 6], None, greedy(2, n=2, temperature=1.0), request_id="pair")
+        for taken in ("pair", "pair-1"):
+            with pytest.raises(RequestError, match="no live request has"):
+                tiny_engine.submit([5, 6], None, greedy(2), request_id=taken)
+        other = tiny_engine.submit([5, 6], None, greedy(2))
+        assert tiny_engine.cancel("pair") and not tiny_engine.cancel("pair")
+        assert pair.finished and not other.finished
+        assert tiny_engine.cancel(other.request_id)
+    assert not tiny_engine.loop.serving.is_live("pair")

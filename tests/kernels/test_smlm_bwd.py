@@ -80,7 +80,7 @@ def test_the_delta_of_a_kept_S_is_that_of_the_formula(name: str) -> None:
 
 @pytest.mark.also_gpu
 @BOTH
-@pytest.mark.parametrize("name", ["all odd", pytest.param("pages", marks=SLOW)])
+@pytest.mark.parametrize("name", ["targets", pytest.param("all odd", marks=SLOW)])
 def test_bfloat16_pages_have_float32_gradients(name: str, implementation: str) -> None:
     case = CASES[name]
     arrays = case.arrays(jnp.bfloat16)
@@ -117,6 +117,7 @@ def test_dx_may_be_a_function_that_is_called_with_dy(implementation: str) -> Non
 
 
 @pytest.mark.also_gpu
+@SLOW
 def test_the_sum_with_a_given_dx_is_rounded_once() -> None:
     case = CASES["one pack"]
     x, A, B, dy = case.arrays(jnp.bfloat16)

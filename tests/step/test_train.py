@@ -34,7 +34,7 @@ def spec():
     ("how", "slice_layers"),
     [
         ("mixed", 0),
-        ("sliced forward", 2),
+        pytest.param("sliced forward", 2, marks=SLOW),
         *(pytest.param(*some, marks=SLOW) for some in (("mixed", 2), ("alone", 0), ("alone", 2))),
     ],
 )
