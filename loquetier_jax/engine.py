@@ -249,9 +249,7 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         with self._lock:
             if self._closed:
                 return
-            self.loop.serving.fail_all("the engine was closed", self.loop.clock())
-            self.loop.serving.waiting.clear()
-            self.loop.serving.running.clear()
+            self.loop.serving.end_all("the engine was closed", self.loop.clock())
             for trainee in self.loop.training.trainees.values():
                 if not trainee.job.finished:
                     trainee.job.cancel()

@@ -28,14 +28,10 @@ FORMAT = 2
 MARKER = "COMMITTED"
 PREFIX = "checkpoint-"
 ASIDE = ".writing-"
+CLEARS = 10  # orbax's writers of a save that failed may still be making files
 FAULT_POINTS = (
-    "before_rename",
-    "after_rename",
-    "before_commit",
-    "after_commit",
-    "before_prune",
-    "during_prune",
-    "after_prune",
+    *("before_rename", "after_rename", "before_commit", "after_commit"),
+    *("before_prune", "during_prune", "after_prune"),
 )
 """Where `CheckpointStore.save` calls its `fault` hook, in order; the prune ones once per pruned folder."""
 
@@ -94,6 +90,8 @@ class CheckpointStore:
             raise CheckpointError(f"state: {error}; expected JSON data") from error
         number = 1 + max((int(p.name.rpartition("-")[2]) for p in self._all()), default=0)
         aside, final = self.folder / f"{ASIDE}{number:08d}", self.folder / f"{PREFIX}{number:08d}"
+        for left in self.folder.glob(f"{ASIDE}*"):  # of a save that was killed, or that failed: room for this one
+            shutil.rmtree(left, ignore_errors=True)
         try:
             self._write(aside, final, flat, text)
         except BaseException as error:
@@ -122,7 +120,10 @@ class CheckpointStore:
     @staticmethod
     def _clear(aside: Path, final: Path) -> None:
         """Removes what a save that failed has left: half a checkpoint would fill the disk that had no room for one."""
-        shutil.rmtree(aside, ignore_errors=True)
+        for _ in range(CLEARS):
+            shutil.rmtree(aside, ignore_errors=True)
+            if not aside.exists():
+                break
         if not (final / MARKER).is_file():
             shutil.rmtree(final, ignore_errors=True)
 

@@ -258,6 +258,12 @@ class Serving:
         for request in [*self.waiting.values(), *self.running.values()]:
             self._tell(request, request.fail(message, now))
 
+    def end_all(self, message: str, now: float) -> None:
+        """Ends every live request with an error and forgets them: the engine is closed."""
+        self.fail_all(message, now)
+        for kept in (self.waiting, self.running, self._live):
+            kept.clear()
+
     def complete(self, epoch: int) -> None:
         """Steps up to `epoch` have completed: what they used may be handed out again."""
         self.kv.complete(epoch)
