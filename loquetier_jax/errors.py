@@ -34,6 +34,10 @@ class AdapterError(LoquetierError, ValueError):
     """An adapter is unknown, malformed, or asks for something that cannot be honoured."""
 
 
+class NoModuleError(AdapterError):
+    """The names of a LoraConfig match no module of the base."""
+
+
 class RequestError(LoquetierError, ValueError):
     """A request is refused before admission."""
 

@@ -27,7 +27,7 @@ from loquetier_jax.adapters.targets import (
 )
 from loquetier_jax.borrowed import borrowing
 from loquetier_jax.config import RANK_PAGE, require
-from loquetier_jax.errors import AdapterError, short
+from loquetier_jax.errors import AdapterError, NoModuleError, short
 from loquetier_jax.models.spec import DecoderSpec
 
 LoraWeights = dict[str, dict[str, Float[Any, "_ _"]]]
@@ -153,10 +153,6 @@ class LoraShape:
             key: {"lora_A": (m.r, sizes[m.target][0]), "lora_B": (sizes[m.target][1], m.r)}
             for key, m in self.by_key.items()
         }
-
-
-class NoModuleError(AdapterError):
-    """The names of a LoraConfig match no module of the base."""
 
 
 def resolve_shape(config: LoraConfig, spec: DecoderSpec, *, strict: bool = True) -> LoraShape:

@@ -15,10 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, NoModuleError, check_weights, resolve_shape
+from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights, resolve_shape
 from loquetier_jax.adapters.peft_config import config_from_peft, config_to_peft
 from loquetier_jax.adapters.targets import TARGETS, module_name, unwrapped, weight_key
-from loquetier_jax.errors import AdapterError
+from loquetier_jax.errors import AdapterError, NoModuleError
 from loquetier_jax.models.spec import DecoderSpec
 
 log = logging.getLogger(__name__)
