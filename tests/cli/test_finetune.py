@@ -75,6 +75,7 @@ def test_resumed_after_a_kill_the_next_losses_are_the_same(
     assert (run_folder / "adapter" / "adapter_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_a_run_that_has_saved_nothing_starts_again(
     data: Path, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], stop_job: Callable[[int], None]
 ) -> None:

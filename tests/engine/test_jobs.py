@@ -169,7 +169,7 @@ def test_replacing_an_adapter_by_a_job(engine: Engine):
     """With `replace` the old version serves until something is published; every published one serves at once."""
     add_random_adapter(engine, "a", 10, 8)
     old = engine.generate([[5, 6]], "a", greedy(6))[0]
-    job = engine.finetune("a", random_data(11), lora=LoraConfig(r=24), train=train(max_steps=30), replace=True)
+    job = engine.finetune("a", random_data(11), lora=LoraConfig(r=12), train=train(max_steps=30), replace=True)
     engine.wait(lambda: job.step >= 1)
     assert engine.generate([[5, 6]], "a", greedy(6))[0].outputs[0].token_ids == old.outputs[0].token_ids
     published = job.publish()

@@ -52,7 +52,7 @@ def assert_rows_shared_steps(recorded: Recording, names: list[str]) -> None:
     assert any(len(ids) >= 2 for ids in prefilled) and set(names) in decoded
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_two_peft_adapters_and_the_base_share_a_batch(
     family_engine: Callable[[str], Engine], family: str, tmp_path: Path
 ) -> None:
