@@ -49,7 +49,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) if f == "qwen3" else f for f in CASES])
 def test_transformers_loads_it_to_the_logits_of_peft(family: str, tmp_path: Path) -> None:
     base = tiny_checkpoint(family, tmp_path / "base")
     weights, shape = adapter_for(base, **CASES[family])

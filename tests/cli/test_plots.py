@@ -9,7 +9,8 @@ from loquetier_jax.plots import save_timeline
 from loquetier_jax.timeline import Timeline
 
 
-@pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [False, True])
 def test_where_nothing_is_trained_yet_it_says_compiling(tmp_path: Path, trained: bool) -> None:
     now = [10.0]
     timeline = Timeline(lambda: now[0], start=10.0)
