@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, UInt16
 
+from loquetier_jax.models.linear import Dense
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.tiny import corpus, evaluate, tokenizer
 from loquetier_jax.tiny.export import save_base
@@ -93,11 +94,12 @@ def init(spec: DecoderSpec, seed: int) -> dict[str, Any]:
     def normal(*shape: int, scale: float = 1.0) -> Array:
         return jnp.asarray(rng.normal(0.0, 0.02 * scale, shape), jnp.float32)
 
-    def layer() -> dict[str, Array]:
+    def layer() -> dict[str, Array | Dense]:
         norms = ("input_layernorm", "post_attention_layernorm")
         weights = {name: jnp.ones(spec.hidden_size, jnp.float32) for name in norms}
         for group, (width, outs) in spec.group_shapes.items():
-            weights[group] = normal(width, sum(outs), scale=deep if group in ("o_proj", "down_proj") else 1.0)
+            scale = deep if group in ("o_proj", "down_proj") else 1.0
+            weights[group] = Dense(normal(width, sum(outs), scale=scale))
         return weights
 
     return {
