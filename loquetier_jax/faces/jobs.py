@@ -247,6 +247,8 @@ class JobCalls:
             try:
                 self._save(trainee)
             except (OSError, CheckpointError) as error:  # OSError: of its metrics
+                if isinstance(error.__cause__, (NotADirectoryError, FileExistsError)):
+                    raise  # a file where the folder should be: no later save could succeed
                 log.warning("job %s: step %d is not saved; the next save tries again: %s", job.name, job.step, error)
 
     def _save(self, trainee: Trainee) -> None:

@@ -205,6 +205,8 @@ def _chat(messages: Any, where: str, name: str = "messages") -> Chat:
         raise DataError(f"{where}: {error}") from error
     says = [any(m.get(key) for key in ("content", "tool_calls", REASONING[0])) for m, _ in parsed]
     train = tuple(t and one for (_, t), one in zip(parsed, says, strict=True))
+    if not any(train) and parsed[-1][1]:  # that there is nothing to say: its end is learnt
+        train = (*train[:-1], True)
     return Chat(tuple(m for m, _ in parsed), train, num_empty=sum(t for _, t in parsed) - sum(train))
 
 

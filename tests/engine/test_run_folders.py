@@ -1,11 +1,14 @@
 """The folder that a run writes to: whose it is, and what a save that fails leaves there."""
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
 
+import orbax.checkpoint
 import pytest
 
+from loquetier_jax.errors import JobError
 from loquetier_jax.jobs.checkpoint import read_state
 from loquetier_jax.jobs.metrics import read_metrics
 from tests.engine.engines import random_data
@@ -42,16 +45,30 @@ def test_a_checkpoint_that_is_not_the_newest_of_its_run_branches(tiny_engine: An
 
 
 def test_a_save_that_fails_is_tried_again_at_the_next(
-    tiny_engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     """The job failed for ever, and with it all that it had learnt: a failed job cannot be checkpointed."""
-    (tmp_path / "checkpoints").write_text("where no folder can be made")
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     cfg = quick(save_steps=1, max_steps=3, output_dir=str(tmp_path))
-    job = tiny_engine.finetune("job", DATA, lora=LORA, train=cfg)
-    tiny_engine.wait(lambda: job.step >= 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax.checkpoint, "PyTreeCheckpointer", full)
+        job = tiny_engine.finetune("job", DATA, lora=LORA, train=cfg)
+        tiny_engine.wait(lambda: job.step >= 1)
     assert "job job: step 1 is not saved; the next save tries again: " in caplog.text
-    (tmp_path / "checkpoints").unlink()
     assert job.wait().status == "succeeded"
     steps = [read_state(path)["job"]["step"] for path in sorted((tmp_path / "checkpoints").iterdir())]
     assert steps == [2, 3]
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_file_in_the_place_of_the_checkpoints_fails_the_job_alone(tiny_engine: Any, tmp_path: Path) -> None:
+    """No later save could succeed."""
+    job = tiny_engine.finetune("job", DATA, lora=LORA, train=quick(save_steps=1, output_dir=str(tmp_path / "run")))
+    (tmp_path / "run" / "checkpoints").write_text("")
+    other = tiny_engine.finetune("other", DATA, lora=LORA, train=quick())
+    with pytest.raises(JobError, match="checkpoints"):
+        job.wait()
+    assert other.wait().status == "succeeded"

@@ -113,7 +113,7 @@ def test_what_is_no_file_or_no_data(tokenizer, tmp_path):
 
 
 def test_records_without_an_answer_are_left_out_and_counted(tokenizer):
-    """Alpaca's 52,002 records hold some whose output is empty: one of them ended it all. Chats learnt their end."""
+    """Alpaca's 52,002 records hold some whose output is empty: one of them ended it all."""
     asked, nothing, answered = (
         {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", ""), ("assistant", "b"))
     )
@@ -122,17 +122,21 @@ def test_records_without_an_answer_are_left_out_and_counted(tokenizer):
         {"prompt": "a", "completion": ""},
         {"question": "a", "answer": ""},
         {"text": ""},
+    ]
+    chats = [  # whose one answer is that there is nothing to say: they learn its end
         {"messages": [asked, nothing]},
         {"messages": [asked, {**answered, "weight": 0}, asked, nothing]},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]},
         {"prompt": [asked, answered, asked], "completion": [nothing]},
     ]
-    data = load_dataset([*empty, *ROWS], tokenizer, CFG)
-    assert len(data) == 2 and data.left_out == {"num_empty": 8}
+    data = load_dataset([*empty, *chats, *ROWS], tokenizer, CFG)
+    assert len(data) == 2 + len(chats) and data.left_out == {"num_empty": 4}
+    for sample in data.samples[: len(chats)]:
+        assert np.flatnonzero(sample.weights).tolist() == [len(sample.weights) - 1]
     for record in ({"completion": ""}, {"prompt": 3, "completion": ""}, {"prompt": [], "completion": ""}):
         with pytest.raises(DataError, match=r"data\[0\]: "):
             load_dataset([record, *ROWS], tokenizer, CFG)
-    with pytest.raises(DataError, match="none of 8 records is left: 0 too long, 8 without an answer"):
+    with pytest.raises(DataError, match="none of 4 records is left: 0 too long, 4 without an answer"):
         load_dataset(empty, tokenizer, CFG)
     (one,) = load_dataset([{"messages": [asked, nothing, asked, answered]}], tokenizer, CFG).samples
     (other,) = load_dataset([{"messages": [asked, {**nothing, "weight": 0}, asked, answered]}], tokenizer, CFG).samples
