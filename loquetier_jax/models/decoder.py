@@ -4,7 +4,7 @@ Dims: T rows (token positions), D hidden_size, N query heads, K key/value heads,
 F intermediate_size, V vocab_size. Parameters are the nested dict described by `parameters.param_shapes`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -15,17 +15,11 @@ from jaxtyping import Array, Float, Int
 from loquetier_jax.models.linear import Linear, Transposed
 from loquetier_jax.models.rope import inverse_frequencies
 from loquetier_jax.models.spec import DecoderSpec
+from pallas_kernels.common import activation
 
 Params = Mapping[str, Any]
 LayerWeights = Mapping[str, Array | Linear]
 Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
 
 
 class LayerOps(Protocol):
@@ -107,10 +101,8 @@ def layer(
 
 
 def gated(spec: DecoderSpec, gate_up: Float[Array, "T FF"]) -> Float[Array, "T F"]:
-    """act(gate) * up, the two side by side in `gate_up`; in its dtype."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    # f32 inside the activation only: a torch kernel rounds once, jnp would after every step of the formula.
-    return ACTIVATIONS[spec.hidden_act](gate.astype(jnp.float32)).astype(gate.dtype) * up
+    """act(gate) * up, the two side by side in `gate_up`; in its dtype, as `smlm_glu` defines it."""
+    return activation.gated(spec.hidden_act, gate_up)
 
 
 def final_norm(spec: DecoderSpec, params: Params, x: Float[Array, "T D"]) -> Float[Array, "T D"]:

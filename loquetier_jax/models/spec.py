@@ -45,7 +45,7 @@ class DecoderSpec:
         vocab_size: V.
         max_position_embeddings: Context length the model was made for, tokens.
         rms_norm_eps: Epsilon of every RMSNorm.
-        hidden_act: Activation of the gate, a key of `decoder.ACTIVATIONS`.
+        hidden_act: Activation of the gate, a key of `pallas_kernels.common.activation.ACTIVATIONS`.
         attention_bias: Whether q, k and v have a bias.
         o_bias: Whether o has one.
         mlp_bias: Whether gate, up and down have one.

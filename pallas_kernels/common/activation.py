@@ -31,6 +31,7 @@ def check_activation(activation: str) -> None:
 def gated(activation: str, gate_up: Float[Array, "T FF"]) -> Float[Array, "T F"]:
     """act(gate) * up, the two side by side in `gate_up`; in its dtype, act(gate) computed in float32 and rounded."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
+    # f32 inside the activation only: a torch kernel rounds once, jnp would after every step of the formula.
     return ACTIVATIONS[activation](gate.astype(jnp.float32)).astype(gate.dtype) * up
 
 

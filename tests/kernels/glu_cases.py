@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from loquetier_jax.models.decoder import ACTIVATIONS
 from pallas_kernels import smlm_bwd
+from pallas_kernels.common.activation import ACTIVATIONS
 from pallas_kernels.smlm import pack_plan
 from tests.kernels.pack_cases import F32, Case, Gradients, flat, ids_of, pool_of, shrink
 from tests.kernels.quick import quick_jit
