@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,23 @@ def smlm_bwd(
     by_pack = partial(_by_pack, plan)
     dy_half = pack_dy_triton if choice == "triton" else pack_dy_xla
     dS, dB = dy_half(b, by_pack(S)[:, :, :, : b.shape[1]], by_pack(dy), out_features)
+    dS, dx = between_halves(dS, dy, dx, like)
+    if glu is not None:
+        d, dA = _x_half_of_glu(glu, a, dS, dx, plan, choice)
+        return d, dA, dB
+    x_half = pack_x_triton if choice == "triton" else pack_x_xla
+    dX, dA = x_half(by_pack(x), a, dS, None if dx is None else by_pack(dx))
+    return dX.reshape(x.shape), dA, dB
+
+
+def between_halves(
+    dS: Any, dy: Array, dx: Array | Callable[[Array], Array] | None, like: Array | jax.ShapeDtypeStruct
+) -> tuple[Any, Array | None]:
+    """dS, and what dX is added to, after the half that reads dy: a function dx is called here.
+
+    Raises:
+        ValueError, TypeError: dx has not the shape or the dtype of `like`, the input.
+    """
     if callable(dx):
         # The adapter first: the base's product would throw dy out of the cache.
         dS, dy = lax.optimization_barrier((dS, dy))
@@ -73,12 +91,7 @@ def smlm_bwd(
     if dx is not None:
         check_shapes(dx=(dx, like.shape))
         check_dtype("dx", dx, "x", like.dtype)
-    if glu is not None:
-        d, dA = _x_half_of_glu(glu, a, dS, dx, plan, choice)
-        return d, dA, dB
-    x_half = pack_x_triton if choice == "triton" else pack_x_xla
-    dX, dA = x_half(by_pack(x), a, dS, None if dx is None else by_pack(dx))
-    return dX.reshape(x.shape), dA, dB
+    return dS, dx
 
 
 def smlm_expand(

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.common.checks import check_dtype, check_rank, check_shapes
 from pallas_kernels.common.implementation import choose
+from pallas_kernels.smlm.backward import between_halves
 from pallas_kernels.smlm.plan import RANK_PAGE, SmlmPlan
 from pallas_kernels.smlm.run_list import runs_of
 from pallas_kernels.smlm.runs_triton import runs_dy_triton, runs_x_triton
@@ -57,8 +57,6 @@ def backward_runs(
     """
     out_features = tuple(int(size) for size in out_features)
     _check(S, x, A, B, plan, dy, out_features)
-    if dx is not None and not callable(dx):
-        _check_dx(x, dx)
     dy_half, x_half = (
         (runs_dy_triton, runs_x_triton)
         if choose(implementation) == "triton"
@@ -66,11 +64,7 @@ def backward_runs(
     )
     runs = runs_of(plan)
     dS, dB = dy_half(B, S, dy, plan, runs, out_features)
-    if callable(dx):
-        # The adapter first: the base's product would throw dy out of the cache.
-        dS, dy = lax.optimization_barrier((dS, dy))
-        dx = dx(dy)
-        _check_dx(x, dx)
+    dS, dx = between_halves(dS, dy, dx, x)
     dX, dA = x_half(x, A, dS, dx, plan, runs)
     return dX, dA, dB, runs.pages
 
@@ -89,9 +83,4 @@ def _check(S: Array, x: Array, A: Array, B: Array, plan: SmlmPlan, dy: Array, ou
     )
     for name, array in (("S", S), ("A", A), ("B", B)):
         check_dtype(name, array, "x", x.dtype)
-
-
-def _check_dx(x: Array, dx: Array) -> None:
-    check_shapes(dx=(dx, x.shape))
-    check_dtype("dx", dx, "x", x.dtype)
 
