@@ -19,9 +19,9 @@ import numpy as np
 
 from loquetier_jax import Engine, LoraConfig, LossBatch, TrainConfig
 from loquetier_jax.config import Bucket
-from loquetier_jax.jobs.data import Dataset, Sample
 from loquetier_jax.tiny import base_path
 from loquetier_jax.tiny.skills import dataset
+from loquetier_jax.train.data import Dataset, Sample
 
 BUCKETS = (
     Bucket(prefill=48, chunks=3, decode=16),

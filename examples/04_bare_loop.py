@@ -13,19 +13,19 @@ import numpy as np
 from loquetier_jax.adapters.lora import LoraConfig, init_weights, resolve_shape
 from loquetier_jax.adapters.pages import pages_of
 from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
-from loquetier_jax.batch.segments import ravel
+from loquetier_jax.batch.rows import ravel
 from loquetier_jax.config import Bucket, EngineConfig
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.jobs.data import load_dataset
-from loquetier_jax.jobs.optimizer import build_optimizer_step, hyperparams, init_state
-from loquetier_jax.jobs.packing import PackStream
 from loquetier_jax.models.load import load_hf
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.tokenizer import load_tokenizer
-from loquetier_jax.step.functions import StepFunctions, TrainKey
+from loquetier_jax.step.compiled import StepFunctions, TrainKey
 from loquetier_jax.step.state import head_params, new_state
 from loquetier_jax.tiny import base_path
 from loquetier_jax.tiny.skills import dataset
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.data import load_dataset
+from loquetier_jax.train.optimizer import build_optimizer_step, hyperparams, init_state
+from loquetier_jax.train.packing import PackStream
 
 PROMPT = "Q: Where does the bear live?\nA:"
 GREEDY = SamplingParams(temperature=0, max_tokens=40)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from loquetier_jax import Engine, LoraConfig, LossBatch, TrainConfig
 from loquetier_jax.config import Bucket
-from loquetier_jax.jobs.data import Dataset, load_dataset
 from loquetier_jax.tiny import base_path
 from loquetier_jax.tiny.skills import dataset
+from loquetier_jax.train.data import Dataset, load_dataset
 
 BETA = 0.1
 BUCKETS = (

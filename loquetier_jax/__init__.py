@@ -48,9 +48,9 @@ from loquetier_jax.errors import (
 if TYPE_CHECKING:
     from loquetier_jax.adapters.lora import LoraConfig
     from loquetier_jax.engine import Engine
-    from loquetier_jax.jobs.config import TrainConfig
-    from loquetier_jax.serve.params import SamplingParams
+    from loquetier_jax.sampling_params import SamplingParams
     from loquetier_jax.step.loss_batch import LossBatch
+    from loquetier_jax.train.config import TrainConfig
 
 __version__ = "0.1.0"
 
@@ -62,8 +62,8 @@ _LAZY = {
     "Engine": "loquetier_jax.engine",
     "LoraConfig": "loquetier_jax.adapters.lora",
     "LossBatch": "loquetier_jax.step.loss_batch",
-    "SamplingParams": "loquetier_jax.serve.params",
-    "TrainConfig": "loquetier_jax.jobs.config",
+    "SamplingParams": "loquetier_jax.sampling_params",
+    "TrainConfig": "loquetier_jax.train.config",
 }
 
 __all__ = [

@@ -1,62 +1,51 @@
-"""Engine: one base on the device, adapters and jobs on it. Composes the managers and drives the loop."""
+"""Engine: one base on the device, adapters and jobs on it. A facade: it composes the parts, which do the work."""
 
-import itertools
-import logging
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights
+from loquetier_jax.adapters.manager import AdapterManager
 from loquetier_jax.adapters.pages import pages_of
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.errors import EngineError
-from loquetier_jax.faces.adapters import AdapterCalls
-from loquetier_jax.faces.job_handle import JobHandle
-from loquetier_jax.faces.jobs import JobCalls
-from loquetier_jax.faces.requests import RequestCalls
-from loquetier_jax.jobs.lifecycle import FINISHED
-from loquetier_jax.kv.pages import KVPages
-from loquetier_jax.kv.slots import Slots
+from loquetier_jax.delegate import delegate
+from loquetier_jax.driver import Driver
 from loquetier_jax.models.load import load_hf
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.pool import IdPool
 from loquetier_jax.presets import engine_config, fitted, overridden
-from loquetier_jax.runtime.interrupts import uninterrupted
 from loquetier_jax.runtime.loop import Loop
-from loquetier_jax.runtime.loop_thread import LoopThread
-from loquetier_jax.runtime.score_requests import ScoreRequests
-from loquetier_jax.runtime.scoring import Scoring
-from loquetier_jax.runtime.serving import Serving
-from loquetier_jax.runtime.training import Training
-from loquetier_jax.runtime.warmup import (
-    BackgroundCompiler,
-    compile_serving,
-    enable_compilation_cache,
-    tell_of_broken_bits,
-)
+from loquetier_jax.runtime.warmup import compile_serving, enable_compilation_cache, tell_of_broken_bits
 from loquetier_jax.schedule.latency import LatencyModel
 from loquetier_jax.schedule.policy import PolicyConfig
+from loquetier_jax.serve.frontend import RequestFrontend
+from loquetier_jax.serve.kv import KVPages
+from loquetier_jax.serve.queue import RequestQueue
+from loquetier_jax.serve.score_requests import ScoreRequests
+from loquetier_jax.serve.scoring import Scoring
 from loquetier_jax.serve.tokenizer import load_tokenizer
-from loquetier_jax.step.functions import StepFunctions
+from loquetier_jax.step.compiled import StepFunctions
+from loquetier_jax.step.compiler import BackgroundCompiler
 from loquetier_jax.step.state import new_state
+from loquetier_jax.train.handle import JobHandle
+from loquetier_jax.train.home import JobHome
+from loquetier_jax.train.lifecycle import FINISHED
+from loquetier_jax.train.manager import JobManager
+from loquetier_jax.train.runner import JobRunner
 
-log = logging.getLogger(__name__)
 
-
-class Engine(AdapterCalls, RequestCalls, JobCalls):
+class Engine:
     """Serves and trains many adapters on one base model.
 
     Nothing runs by itself: `generate`, `stream`, `log_probs` and `JobHandle.wait` drive the loop while they wait, and
     jobs train beside them; or `step()` drives it once. `start()` gives the loop a thread of its own instead.
     `close()`, or the end of a `with` block, ends everything and frees the device; so does dropping the engine.
+    Every method may be called from any thread, and none but those that wait for results waits for a step.
 
     Args:
         spec: Architecture of the base.
@@ -66,6 +55,13 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         policy: Settings of the scheduler.
         progress: Whether compiling shows a progress bar.
         name: What exported adapters name as their base model.
+
+    Attributes:
+        adapters: The adapters, by name.
+        jobs: Handles of the jobs, by name.
+        requests, scores, adapter_manager, job_manager: What the methods belong to.
+        driver: Drives the loop, and carries commands to it.
+        loop: What an iteration is.
     """
 
     def __init__(
@@ -93,18 +89,10 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
             write=self._write_adapter,
             max_host_adapters=cfg.max_host_adapters,
         )
-        self.jobs: dict[str, JobHandle] = {}
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._thread: LoopThread | None = None
-        self._closed = False
-        self._failure: BaseException | None = None
-        self._driver: int | None = None  # the thread that is inside a step
-        self._ids = itertools.count()
-        self._rng = np.random.default_rng(cfg.seed)
         self.loop = self._new_loop(policy or PolicyConfig())
-        score_rows = max((b.score_tokens for b in cfg.buckets), default=0)
-        self._scores = ScoreRequests(self.adapters, score_rows, lambda: self.loop.epoch)
+        self.driver = Driver(self.loop.lock, lambda: self.compiler.busy)
+        self.driver.drive(self.loop)
+        self._compose()
         compile_serving(self.functions, self.state, cfg, self.latency, progress)
 
     def _write_adapter(self, page_ids: Sequence[int], weights: LoraWeights, shape: LoraShape) -> None:
@@ -112,10 +100,26 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
 
     def _new_loop(self, policy: PolicyConfig) -> Loop:
         cfg, scoring = self.cfg, Scoring()
-        serving = Serving(self.adapters, KVPages(cfg.kv_pages, cfg.kv_page_size), Slots(cfg.max_num_seqs))
-        shared = self.functions, self.adapters, self.compiler, scoring
-        training = Training(cfg, self.state, *shared, self._job_stepped, self._job_ended)
+        kv, slots = KVPages(cfg.kv_pages, cfg.kv_page_size), IdPool(range(cfg.max_num_seqs), "slots")
+        serving = RequestQueue(self.adapters, kv, slots)
+        training = JobRunner(cfg, self.state, self.functions, self.adapters, self.compiler, scoring)
         return Loop(cfg, self.state, self.functions, serving, scoring, training, self.latency, policy, cfg.slo)
+
+    def _compose(self) -> None:
+        spec, cfg, loop, driver = self.spec, self.cfg, self.loop, self.driver
+
+        def epoch() -> int:
+            return loop.epoch
+
+        rows = max((b.score_tokens for b in cfg.buckets), default=0)
+        tokenizer = self.tokenizer
+        scores = ScoreRequests(self.adapters, loop.scoring, driver, rows, epoch, tokenizer, spec.vocab_size)
+        parts = driver, loop.serving, loop.scoring, scores
+        home = JobHome(spec, self.state, self.adapters, driver, loop.training, epoch, self.name)
+        self.requests = RequestFrontend(spec, cfg, tokenizer, *parts, lambda: loop.clock(), epoch)
+        self.scores = scores
+        self.adapter_manager = AdapterManager(spec, self.adapters, driver, self.name)
+        self.job_manager = JobManager(home, cfg, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -147,97 +151,43 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         cfg = fitted(cfg, spec.max_position_embeddings, asked="max_model_len" in overrides)
         return cls(spec, params, cfg, load_tokenizer(path), policy=policy, progress=progress, name=str(path))
 
+    # Requests.
+
+    submit = delegate("requests", RequestFrontend.submit)
+    cancel = delegate("requests", RequestFrontend.cancel)
+    generate = delegate("requests", RequestFrontend.generate)
+    stream = delegate("requests", RequestFrontend.stream)
+    log_probs = delegate("scores", ScoreRequests.log_probs)
+
+    # Adapters.
+
+    load_adapter = delegate("adapter_manager", AdapterManager.load_adapter)
+    add_adapter = delegate("adapter_manager", AdapterManager.add_adapter)
+    unload_adapter = delegate("adapter_manager", AdapterManager.unload_adapter)
+    rename_adapter = delegate("adapter_manager", AdapterManager.rename_adapter)
+    pin_adapter = delegate("adapter_manager", AdapterManager.pin_adapter)
+    save_adapter = delegate("adapter_manager", AdapterManager.save_adapter)
+    export_merged = delegate("adapter_manager", AdapterManager.export_merged)
+
+    # Jobs.
+
+    finetune = delegate("job_manager", JobManager.finetune)
+    resume_job = delegate("job_manager", JobManager.resume_job)
+    forget_job = delegate("job_manager", JobManager.forget_job)
+    adopt_job = delegate("job_manager", JobManager.adopt_job)
+
+    @property
+    def jobs(self) -> dict[str, JobHandle]:
+        """Handles of jobs by name, of ended ones too until they are forgotten or their name is used again."""
+        return self.job_manager.home.jobs
+
     # The loop.
 
-    def step(self) -> bool:
-        """Drives the loop once; returns whether there was anything to do.
-
-        Raises:
-            EngineError: a step has failed, now or before. Its requests and jobs have ended with that error.
-            RuntimeError: called from inside a step, i.e. by a listener: tokens of others would come out of order.
-        """
-        with self._lock, self._boundary():
-            worked = self.loop.iterate()
-            self._changed.notify_all()
-        return worked
-
-    @contextmanager
-    def _boundary(self) -> Iterator[None]:
-        """What reads or dispatches steps: as a whole, and whatever ends it in the middle is the engine's end."""
-        self._check_alive()
-        self._refuse_inside_step()
-        self._driver = threading.get_ident()
-        try:
-            with uninterrupted():
-                try:
-                    yield
-                except BaseException as error:  # buffers may be gone, and rows half counted
-                    self._lose(error)
-                    if not isinstance(error, Exception):
-                        raise
-                    self._check_alive()
-        finally:
-            self._driver = None
-
-    def _refuse_inside_step(self) -> None:
-        if self._driver == threading.get_ident():
-            raise RuntimeError("engine: called from a listener, which may submit and cancel, but not wait for steps")
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineError("engine: it was closed; make a new one, e.g. by Engine.from_pretrained")
-
-    def _check_alive(self) -> None:
-        self._check_open()
-        if self._failure is not None:
-            raise EngineError(f"engine: a step has failed: {self._failure!r}") from self._failure
-
-    def _lose(self, error: BaseException) -> None:
-        log.error("a step has failed", exc_info=error)
-        self._failure = error
-        self.loop.serving.fail_all(f"a step of the engine has failed: {error!r}", self.loop.clock())
-        for trainee in self.loop.training.trainees.values():
-            if not trainee.job.finished:
-                trainee.job.fail(f"a step of the engine has failed: {error!r}")
-        self._changed.notify_all()
-
-    def wait(self, done: Callable[[], bool]) -> None:
-        """Drives the loop, or waits for the thread that does, until `done()`.
-
-        Raises:
-            EngineError: a step has failed, whoever drove it.
-            RuntimeError: nothing is left to do and `done()` is still false, or called from inside a step.
-        """
-        while not done():
-            self._refuse_inside_step()
-            if self._thread is not None and self._thread.is_alive():  # it ends before threads that outlive the main one
-                with self._changed:
-                    if not done():
-                        self._changed.wait(0.1)
-                    self._check_alive()  # asked before done(), because a failure ends what was waited for, too
-                continue
-            compiling = self.compiler.busy  # asked first: what it finishes during the step is seen by the next one
-            if not self.step():
-                if not compiling and not done():
-                    raise RuntimeError("engine: nothing is left to do, and what was waited for has not happened")
-                time.sleep(0.005)
-
-    def start(self) -> None:
-        """Gives the loop a thread of its own, so that jobs train while nobody waits; see `stop`.
-
-        The thread ends with the process, and with the engine when that is dropped.
-        """
-        with self._entered():
-            if self._thread is None:
-                self._thread = LoopThread(self.step, self.loop.is_idle, self._changed)
-                self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the thread of `start`; what is queued stays queued."""
-        self._refuse_inside_step()
-        if self._thread is not None:
-            self._thread.end()
-            self._thread = None
+    step = delegate("driver", Driver.step)
+    wait = delegate("driver", Driver.wait)
+    drain = delegate("driver", Driver.drain)
+    start = delegate("driver", Driver.start)
+    stop = delegate("driver", Driver.stop)
 
     def close(self) -> None:
         """Ends everything and frees the device; calls that need the engine raise EngineError from then on.
@@ -245,18 +195,18 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         Requests end with an error, jobs as cancelled (`JobHandle.checkpoint` before keeps one). Handles of jobs still
         tell how they went, and `save` works. Closing again does nothing.
         """
-        self.stop()
-        with self._lock:
-            if self._closed:
-                return
-            self.loop.serving.end_all("the engine was closed", self.loop.clock())
-            for trainee in self.loop.training.trainees.values():
-                if not trainee.job.finished:
-                    trainee.job.cancel()
-            while self._failure is None and self.step():
-                pass
-            self._closed = True
-            self._changed.notify_all()
+        driver, loop = self.driver, self.loop
+        driver.stop()
+        if driver.closed:
+            return
+        with driver.entered():
+            loop.serving.end_all("the engine was closed", loop.clock())
+            for device_job in loop.training.device_jobs.values():
+                if not device_job.job.finished:
+                    device_job.job.cancel()
+        while driver.failure is None and driver.step():
+            pass
+        driver.close()
         self.compiler.wait()
         for job in self.jobs.values():
             job.settle()
@@ -272,23 +222,11 @@ class Engine(AdapterCalls, RequestCalls, JobCalls):
         live = len(self.loop.serving.waiting) + len(self.loop.serving.running)
         unfinished = sum(job.status not in FINISHED for job in self.jobs.values())
         held = f"{len(self.adapters.names())} adapters, {unfinished} jobs under way, {live} requests"
-        state = "closed" if self._closed else "failed" if self._failure is not None else held
+        state = "closed" if self.driver.closed else "failed" if self.driver.failure is not None else held
         return f"<Engine {self.name!r}: {state}>"
-
-    @contextmanager
-    def _entered(self) -> Iterator[None]:
-        """The lock, of an engine that is open."""
-        with self._lock:
-            self._check_open()
-            yield
-
-    def drain(self) -> None:
-        """Reads everything dispatched: afterwards the device is idle. Raises what `step` raises."""
-        with self._lock, self._boundary():
-            self.loop.drain()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless pages, slots and versions add up."""
-        with self._entered():
+        with self.driver.entered():
             self.loop.serving.check_integrity()
             self.loop.training.check_integrity()

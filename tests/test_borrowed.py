@@ -10,8 +10,8 @@ from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.borrowed import absent, borrowing, only, spelled
 from loquetier_jax.config_file import from_dict
 from loquetier_jax.errors import ConfigError, RequestError
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.train.config import TrainConfig
 
 
 def defaults_of(cls):

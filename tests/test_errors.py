@@ -6,12 +6,12 @@ import pytest
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.errors import ConfigError, DataError, LoquetierError, RequestError, short
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.jobs.data import load_dataset
-from loquetier_jax.jobs.formats import parse_record
-from loquetier_jax.jobs.records import check_records
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.tokenizer import encode_prompt
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.data import load_dataset
+from loquetier_jax.train.formats import parse_record
+from loquetier_jax.train.records import check_records
 
 ENDLESS = 10**5000  # Python refuses to write it
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

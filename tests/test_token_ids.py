@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loquetier_jax.errors import RequestError
-from loquetier_jax.faces.arguments import prompts_of
+from loquetier_jax.serve.prompts import prompts_of
 from loquetier_jax.serve.tokenizer import encode_prompt
 from loquetier_jax.token_ids import are_token_ids, listed, plain_prompt
 

@@ -15,7 +15,7 @@ import pytest
 import loquetier_jax.engine as engine_module
 from loquetier_jax.config import Bucket, EngineConfig, SLOConfig
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.functions import StepFunctions
+from loquetier_jax.step.compiled import StepFunctions
 
 ANY = (Bucket(prefill=16, chunks=1, decode=1),)
 

@@ -21,23 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.results import commit, device_name, versions
+from benchmarks.running import running
 from benchmarks.unified.smoke import llama_8b, tiny
 from loquetier_jax import Bucket, EngineConfig, LoraConfig, SamplingParams, TrainConfig
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights, init_weights, resolve_shape
 from loquetier_jax.adapters.pages import pages_of
-from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ScoreItem, ServedItem, StepItems, TrainItem, pack_step
-from loquetier_jax.batch.segments import ravel
-from loquetier_jax.jobs.data import Pack, make_sample
-from loquetier_jax.jobs.optimizer import build_optimizer_step, hyperparams, init_state
-from loquetier_jax.jobs.packing import build_pack
+from loquetier_jax.batch.pack import ScoreItem, StepItems, TrainItem, pack_step
+from loquetier_jax.batch.packs import Pack
+from loquetier_jax.batch.rows import ravel
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.presets import configs_folder, engine_config
 from loquetier_jax.runtime.warmup import enable_compilation_cache
 from loquetier_jax.schedule.table import LatencyTable, Timed
-from loquetier_jax.step.functions import StepFunctions, TrainKey
+from loquetier_jax.serve.request import Request
+from loquetier_jax.step.compiled import StepFunctions, TrainKey
 from loquetier_jax.step.state import DeviceState, new_state
-from loquetier_jax.step.train_pass import TrainPass
+from loquetier_jax.train.data import make_sample
+from loquetier_jax.train.micro_step import MicroStep
+from loquetier_jax.train.optimizer import build_optimizer_step, hyperparams, init_state
+from loquetier_jax.train.packing import build_pack
 
 ADAPTERS = 4
 REPEATS, CHAIN = 5, 4  # medians; calls without train rows are timed in chains, as the engine's follow each other
@@ -104,24 +107,20 @@ class Bench:
         """Full packs of one job."""
         return [TrainItem(self.pack(key.pack_tokens), (1,), (1,))] * key.packs
 
-    def served(self, slot: int, sampling: str, index: int) -> ServedItem:
+    def served(self, slot: int, sampling: str, produced: int) -> Request:
         """A request in a slot, with KV pages of its own."""
         pages = -(-(self.prompt + self.output) // self.cfg.kv_page_size)
         first = 1 + slot * pages
-        kv_pages = list(range(first, first + pages))
-        return ServedItem(slot, (1 + slot % ADAPTERS,), kv_pages, SAMPLING[sampling], slot, index)
+        kv_pages = range(first, first + pages)
+        return running(slot, (1 + slot % ADAPTERS,), kv_pages, SAMPLING[sampling], [5] * self.prompt, produced)
 
     def items(self, bucket: Bucket) -> StepItems:
         """Rows that fill a bucket."""
         chunks = min(bucket.chunks, bucket.prefill // self.prompt)
-        tokens = np.full(self.prompt, 5, np.int32)
         rows = min(bucket.decode, self.cfg.max_num_seqs - chunks)
         items = StepItems(
-            prefill=[ChunkItem(self.served(rows + c, bucket.sampling, 0), tokens, 0, True) for c in range(chunks)],
-            decode=[
-                DecodeItem(self.served(i, bucket.sampling, self.output // 2), self.prompt + self.output // 2)
-                for i in range(rows)
-            ],
+            prefill=[(self.served(rows + c, bucket.sampling, 0), self.prompt) for c in range(chunks)],
+            decode=[self.served(i, bucket.sampling, self.output // 2) for i in range(rows)],
         )
         if bucket.score_packs:
             items.score = [ScoreItem(self.pack(bucket.score_tokens), (2,))] * bucket.score_packs
@@ -131,7 +130,7 @@ class Bench:
         """A forward; one that a pass begins with runs to the head of its backward."""
         if bucket.packs:
             return statistics.median(self.fused_ms(bucket) for _ in range(REPEATS + 1))
-        flat = jax.device_put(ravel(pack_step(self.items(bucket), bucket, self.cfg)))
+        flat = jax.device_put(ravel(pack_step(self.items(bucket), bucket, self.cfg)[0]))
         run, state, times = self.functions.forward(bucket), self.state, []
         for _ in range(REPEATS + 1):
             started = time.perf_counter()
@@ -146,9 +145,9 @@ class Bench:
         key = TrainKey(bucket.packs, bucket.pack_tokens, self.shape.num_pages)
         items = self.items(bucket)
         items.train = self.train_items(key)
-        batch, state = pack_step(items, bucket, self.cfg), self.state
+        batch, state = pack_step(items, bucket, self.cfg)[0], self.state
         flat, run = jax.device_put(ravel(batch)), self.functions.forward(bucket)
-        one = TrainPass(key, items.train, self.cfg.slice_layers)
+        one = MicroStep(key, items.train, self.cfg.slice_layers)
         started = time.perf_counter()
         out = state.run_forward(run, flat)
         one.take_fused(out, batch, self.functions, state)
@@ -159,7 +158,7 @@ class Bench:
         """One slice of a forward, one of a backward (both on average), and a whole backward."""
         found: dict[str, list[float]] = {"forward_slice": [], "backward_slice": [], "backward": []}
         for repeat in range(2 * (REPEATS + 1)):
-            one = TrainPass(key, self.train_items(key), self.cfg.slice_layers)
+            one = MicroStep(key, self.train_items(key), self.cfg.slice_layers)
             slices = len(self.functions.slices(self.cfg.slice_layers))
             started = time.perf_counter()
             one.start_slices(self.cfg, self.functions, self.state)

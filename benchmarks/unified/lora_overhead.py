@@ -24,17 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.results import record, write
+from benchmarks.running import running
 from benchmarks.unified.smoke import llama_8b, tiny
 from loquetier_jax import Bucket, EngineConfig, SamplingParams
 from loquetier_jax.adapters.pages import AdapterPages, LoraPages
-from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
-from loquetier_jax.batch.segments import empty_batch, ravel, shapes_of, unravel
-from loquetier_jax.jobs.data import Pack
+from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
+from loquetier_jax.batch.packs import Pack
+from loquetier_jax.batch.rows import empty_batch, ravel, shapes_of, unravel
 from loquetier_jax.models.decoder import gated
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.serve.request import Request
 from loquetier_jax.step import backward, unified
-from loquetier_jax.step.functions import compiler_options
+from loquetier_jax.step.compiled import compiler_options
 from loquetier_jax.step.ops import ForwardOps
 from loquetier_jax.step.replay import ReplayOps, with_transpose
 from loquetier_jax.step.state import DeviceState, head_params, new_state
@@ -113,7 +115,7 @@ class Bench:
         )
 
     def flat(self, items: StepItems, bucket: Bucket) -> jax.Array:
-        return jnp.asarray(ravel(pack_step(items, bucket, self.cfg)))
+        return jnp.asarray(ravel(pack_step(items, bucket, self.cfg)[0]))
 
     def forward_loop(self, bucket: Bucket, steps: int) -> Callable[[jax.Array], Any]:
         """Compiles `steps` forwards in a loop: flat -> the last ForwardOut; the state is carried and donated."""
@@ -144,7 +146,7 @@ class Bench:
     def backward_loop(self, bucket: Bucket, items: StepItems, out: ForwardOut, steps: int) -> Callable[[], Any]:
         """Compiles `steps` backwards, head and loss included, in a loop; the gradient pool is carried and donated."""
         spec, cfg, state = self.spec, self.cfg, self.state
-        batch = pack_step(items, bucket, cfg)
+        batch, _ = pack_step(items, bucket, cfg)
         train, flat = shapes_of(batch.train), jnp.asarray(ravel(batch.train))
         start = functools.partial(backward.backward_start, spec, cfg, bucket.packs, None, train)
         slices = functools.partial(backward.backward_slice, spec, cfg, bucket.pack_tokens, 1, False, 0, train)
@@ -184,14 +186,16 @@ def timed(call: Callable[..., Any], steps: int, repeats: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def decode_items(cfg: EngineConfig, rows: int, adapters: int, context: int, first_slot: int = 0) -> list[DecodeItem]:
+def decode_items(
+    cfg: EngineConfig, rows: int, adapters: int, context: int, first_slot: int = 0, first_page: int = 1
+) -> list[Request]:
     """`rows` sequences at position context - 1, in equal shares of `adapters` adapters (0: the base)."""
     items, per = [], cfg.max_pages_per_seq
     for i in range(rows):
         slot = first_slot + i
         kv = tuple(range(1 + slot * per, 1 + (slot + 1) * per))
-        pages = (1 + i * adapters // rows,) if adapters else ()
-        items.append(DecodeItem(ServedItem(slot, pages, kv, GREEDY, slot, 1), context - 1))
+        pages = (first_page + i * adapters // rows,) if adapters else ()
+        items.append(running(slot, pages, kv, GREEDY, [5] * (context - 1), 1))
     return items
 
 
@@ -208,13 +212,9 @@ def mixed_items(cfg: EngineConfig, vocab: int, pack: int, prefill: int, rows: in
     per, chunks = cfg.max_pages_per_seq, []
     for c in range(2):
         kv = tuple(range(1 + c * per, 1 + (c + 1) * per))
-        served = ServedItem(c, (2 + c,), kv, GREEDY, c, 0)
-        chunks.append(ChunkItem(served, rng.integers(2, vocab, prefill // 2).astype(np.int32), 0, True))
-    decode = decode_items(cfg, rows, 8, context, first_slot=2)
-    decode = [
-        DecodeItem(ServedItem(d.served.slot, (d.served.pages[0] + 3,), d.served.kv_pages, GREEDY, 0, 1), d.position)
-        for d in decode
-    ]
+        prompt = rng.integers(2, vocab, prefill // 2).tolist()
+        chunks.append((running(c, (2 + c,), kv, GREEDY, prompt), len(prompt)))
+    decode = decode_items(cfg, rows, 8, context, first_slot=2, first_page=4)
     return StepItems(train=[TrainItem(train, (1,), (1,))], prefill=chunks, decode=decode)
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from loquetier_jax import Engine, LoraConfig, SamplingParams, TrainConfig
 from loquetier_jax.adapters.lora import init_weights, resolve_shape
 from loquetier_jax.config import Bucket, EngineConfig
-from loquetier_jax.jobs.data import Dataset, make_sample
-from loquetier_jax.jobs.fingerprint import base_fingerprint
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.train.data import Dataset, make_sample
+from loquetier_jax.train.fingerprint import base_fingerprint
 
 PACK, VOCAB = 64, 272
 SERVE = {"prefill": 48, "chunks": 3, "decode": 16}

@@ -20,9 +20,9 @@ import numpy as np
 from benchmarks.results import record, write
 from loquetier_jax import Bucket, Engine, EngineConfig, LoraConfig, SamplingParams, TrainConfig
 from loquetier_jax.adapters.lora import init_weights, resolve_shape
-from loquetier_jax.jobs.data import Dataset, make_sample
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.train.data import Dataset, make_sample
 
 # vLLM 0.22.1 and PEFT 0.21 on an H200, 2026-11 (bounds of the issue beside them).
 VLLM = {0: 5.82, 4: 8.36, 32: 18.94}

@@ -82,14 +82,14 @@ class Registry:
         self._pinned.discard(name)
         self._forget_unused(version)
 
-    def hold(self, name: str) -> Version:
-        """The current version, for a request that waits: it is kept alive, but may be evicted; see `drop`.
+    def hold(self, name: str, count: int = 1) -> Version:
+        """The current version, for `count` requests that wait: it is kept alive, but may be evicted; see `drop`.
 
         Raises:
             AdapterError: unknown name.
         """
         version = self.get(name)
-        version.holds += 1
+        version.holds += count
         return version
 
     def drop(self, version: Version) -> None:

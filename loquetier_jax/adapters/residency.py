@@ -6,10 +6,10 @@ import numpy as np
 
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights, check_weights
 from loquetier_jax.adapters.peft import fingerprint, read_weights
-from loquetier_jax.adapters.pool import PagePool
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.errors import AdapterError, CapacityError, IntegrityError
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.pool import IdPool
 
 JOBS = "jobs"
 """Owner of the pages that training jobs have; those of a version are owned by its id."""
@@ -37,7 +37,7 @@ class Residency:
     def __init__(
         self,
         spec: DecoderSpec,
-        pool: PagePool,
+        pool: IdPool,
         versions: Mapping[int, Version],
         write: WritePages,
         max_host_adapters: int | None,
@@ -66,7 +66,7 @@ class Residency:
         try:
             self._write(pages, weights, version.shape)
         except BaseException:
-            self._pool.give_back(pages, version.id, 0)
+            self._pool.give_back(pages, 0, version.id)
             raise
         version.pages = pages
         self.trim_host()
@@ -118,7 +118,7 @@ class Residency:
     def free(self, version: Version) -> None:
         """Takes the version's pages, if any; they wait for the last step that read them."""
         if version.pages is not None:
-            self._pool.give_back(version.pages, version.id, version.last_epoch)
+            self._pool.give_back(version.pages, version.last_epoch, version.id)
             version.pages = None
 
     def check_integrity(self) -> None:

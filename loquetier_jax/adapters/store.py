@@ -9,13 +9,13 @@ import numpy as np
 from loquetier_jax.adapters.folder import FoundAdapter, read_folder
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights
 from loquetier_jax.adapters.peft import fingerprint
-from loquetier_jax.adapters.pool import PagePool
 from loquetier_jax.adapters.registry import Registry
 from loquetier_jax.adapters.residency import JOBS, Residency, WritePages, host_copy
 from loquetier_jax.adapters.version import Published, Version
 from loquetier_jax.config import RANK_PAGE
 from loquetier_jax.errors import AdapterError, CapacityError, IntegrityError
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.pool import IdPool
 
 
 class AdapterStore(Registry):
@@ -45,7 +45,7 @@ class AdapterStore(Registry):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.pool = PagePool(num_pages)
+        self.pool = IdPool(range(1, num_pages), "adapter pages")
         self._max_pages = min(max_pages, num_pages - 1)
         self._residency = Residency(
             spec, self.pool, self._versions, write, max_host_adapters, self.is_pinned
@@ -164,6 +164,11 @@ class AdapterStore(Registry):
         """
         return self._residency.load_host(self._alive(version))
 
+    def num_reclaimable(self) -> int:
+        """Pages that are free, or of versions that may be evicted."""
+        idle = [v for v in self.versions() if v.pages and not v.in_flight and not self.is_pinned(v)]
+        return self.pool.num_free + sum(len(v.pages) for v in idle)
+
     def is_finite(self, version: Version) -> bool:
         """Whether the version's weights are all finite numbers; reads them, once.
 
@@ -191,7 +196,7 @@ class AdapterStore(Registry):
         Raises:
             IntegrityError: they are not a job's pages.
         """
-        self.pool.give_back(pages, JOBS, epoch)
+        self.pool.give_back(pages, epoch, JOBS)
 
     def publish(
         self,

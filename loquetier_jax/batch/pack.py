@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from loquetier_jax.batch.segments import MAX_BANNED, SampleRows, SegmentBatch, empty_batch, num_tiles, num_wide
+from loquetier_jax.batch.packs import Pack
+from loquetier_jax.batch.rows import MAX_BANNED, SampleRows, SegmentBatch, empty_batch, num_tiles, num_wide
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
-from loquetier_jax.jobs.data import Pack
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
 from pallas_kernels import build_plan
 
 AdapterPages = tuple[int, ...]
@@ -41,74 +42,69 @@ class ScoreItem:
     pages: AdapterPages
 
 
-@dataclass(frozen=True)
-class ServedItem:
-    """What a request's rows need in any step.
+class ServedRequest(Protocol):
+    """What the rows of a request need to know of it; `serve.request.Request` is one, see its attributes."""
 
-    Attributes:
-        slot: The request's slot.
-        pages: Adapter pages of the version it runs on; () for the base.
-        kv_pages: Its KV pages in order of position.
-        params: Its sampling parameters.
-        seed: Its sampling seed.
-        index: How many tokens it has produced so far (dispatched, not necessarily read).
-        stop_ids: Ids that end it, which min_tokens holds back.
-    """
-
-    slot: int
-    pages: AdapterPages
+    slot: int | None
+    adapter_pages: AdapterPages
     kv_pages: Sequence[int]
     params: SamplingParams
     seed: int
-    index: int
-    stop_ids: tuple[int, ...] = ()
+    prompt_ids: Sequence[int]
+    num_prefilled: int
+    num_dispatched: int
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end it, which min_tokens holds back."""
 
 
-@dataclass(frozen=True)
-class ChunkItem:
-    """A piece of a request's prompt: `tokens` at positions start, start + 1, ...; `final` samples the first token."""
-
-    served: ServedItem
-    tokens: np.ndarray
-    start: int
-    final: bool
-
-
-@dataclass(frozen=True)
-class DecodeItem:
-    """The next token of a request: its last token, at `position`."""
-
-    served: ServedItem
-    position: int
+R = TypeVar("R", bound=ServedRequest)
+Chunk = tuple[R, int]
+"""The next so many tokens of a request's prompt; the last of them samples its first token."""
 
 
 @dataclass
-class StepItems:
-    """Everything one step carries, before it has a shape."""
+class StepItems(Generic[R]):
+    """Everything one step carries, before it has a shape.
+
+    Attributes:
+        train, score: Packs.
+        prefill: Pieces of prompts.
+        decode: Requests that get their next token.
+    """
 
     train: list[TrainItem] = field(default_factory=list)
     score: list[ScoreItem] = field(default_factory=list)
-    prefill: list[ChunkItem] = field(default_factory=list)
-    decode: list[DecodeItem] = field(default_factory=list)
+    prefill: list[Chunk[R]] = field(default_factory=list)
+    decode: list[R] = field(default_factory=list)
 
 
-def pack_step(items: StepItems, bucket: Bucket, cfg: EngineConfig) -> SegmentBatch:
-    """Lays the items out in the rows of `bucket`. Sorts `items.prefill` and `items.decode` by adapter, in place.
+def pack_step(items: StepItems[R], bucket: Bucket, cfg: EngineConfig) -> tuple[SegmentBatch, list[tuple[int, R]]]:
+    """Lays the items out in the rows of `bucket`, requests grouped by adapter.
 
     Returns:
-        A numpy SegmentBatch. Sample row i belongs to items.decode[i], sample row bucket.decode + c to items.prefill[c].
+        A numpy SegmentBatch, and (sample row, request) of every row from which a token is drawn, in order.
     """
-    items.prefill.sort(key=lambda item: item.served.pages)
-    items.decode.sort(key=lambda item: item.served.pages)
+    prefill = sorted(items.prefill, key=lambda chunk: chunk[0].adapter_pages)
+    decode = sorted(items.decode, key=lambda request: request.adapter_pages)
     batch = empty_batch(bucket, cfg)
     segments: list[Segment] = []
     first = _fill_train(items.train, bucket, batch, segments)
     first = _fill_score(items.score, bucket, batch, segments, first)
-    first = _fill_prefill(items.prefill, bucket, cfg, batch, segments, first)
-    _fill_decode(items.decode, bucket, cfg, batch, segments, first)
+    first = _fill_prefill(prefill, bucket, cfg, batch, segments, first)
+    _fill_decode(decode, bucket, cfg, batch, segments, first)
+    owners = [*enumerate(decode), *((bucket.decode + c, r) for c, (r, n) in enumerate(prefill) if ends_prompt(r, n))]
+    for row, request in owners:
+        _fill_sample(batch.sample, row, request)
     used = [s for s in segments if s[2]]
     plan = build_plan(used, bucket.rows, num_tiles(bucket), cfg.max_lora_pages, num_wide(bucket))
-    return batch.replace(lora=plan)
+    return batch.replace(lora=plan), owners
+
+
+def ends_prompt(request: ServedRequest, count: int) -> bool:
+    """Whether the next `count` tokens of its prompt are the last ones."""
+    return request.num_prefilled + count == len(request.prompt_ids)
 
 
 def _fill_pack(rows: SegmentBatch, pack: Pack, at: int) -> None:
@@ -141,7 +137,7 @@ def _fill_score(
 
 
 def _fill_prefill(
-    items: list[ChunkItem],
+    chunks: list[Chunk[R]],
     bucket: Bucket,
     cfg: EngineConfig,
     batch: SegmentBatch,
@@ -149,11 +145,11 @@ def _fill_prefill(
     first: int,
 ) -> int:
     rows, at = batch.prefill, 0
-    for c, item in enumerate(items):
-        n = len(item.tokens)
-        positions = np.arange(item.start, item.start + n, dtype=np.int32)
-        table = np.asarray(item.served.kv_pages, np.int32)
-        rows.tokens[at : at + n] = item.tokens
+    for c, (request, n) in enumerate(chunks):
+        start = request.num_prefilled
+        positions = np.arange(start, start + n, dtype=np.int32)
+        table = np.asarray(request.kv_pages, np.int32)
+        rows.tokens[at : at + n] = request.prompt_ids[start : start + n]
         rows.positions[at : at + n] = positions
         rows.kv_page[at : at + n] = table[positions // cfg.kv_page_size]
         rows.kv_offset[at : at + n] = positions % cfg.kv_page_size
@@ -161,18 +157,16 @@ def _fill_prefill(
         blocks = -(-n // BLOCK)
         b, steps = at // BLOCK, BLOCK * np.arange(blocks, dtype=np.int32)
         rows.plan.block_seq[b : b + blocks] = c
-        rows.plan.block_pos[b : b + blocks] = item.start + steps
+        rows.plan.block_pos[b : b + blocks] = start + steps
         rows.plan.block_len[b : b + blocks] = np.minimum(n - steps, BLOCK)
         rows.last_row[c] = at + n - 1
-        segments.append((first + at, n, item.served.pages))
-        if item.final:
-            _fill_sample(batch.sample, bucket.decode + c, item.served)
+        segments.append((first + at, n, request.adapter_pages))
         at += blocks * BLOCK
     return first + bucket.prefill
 
 
 def _fill_decode(
-    items: list[DecodeItem],
+    requests: list[R],
     bucket: Bucket,
     cfg: EngineConfig,
     batch: SegmentBatch,
@@ -180,28 +174,27 @@ def _fill_decode(
     first: int,
 ) -> None:
     rows = batch.decode
-    for i, item in enumerate(items):
-        table = np.asarray(item.served.kv_pages, np.int32)
-        rows.slots[i] = item.served.slot
-        rows.positions[i] = item.position
-        rows.kv_page[i] = table[item.position // cfg.kv_page_size]
-        rows.kv_offset[i] = item.position % cfg.kv_page_size
+    for i, request in enumerate(requests):
+        table, position = np.asarray(request.kv_pages, np.int32), len(request.prompt_ids) + request.num_dispatched - 1
+        rows.slots[i] = request.slot
+        rows.positions[i] = position
+        rows.kv_page[i] = table[position // cfg.kv_page_size]
+        rows.kv_offset[i] = position % cfg.kv_page_size
         rows.plan.tables[i, : len(table)] = table
-        rows.plan.block_pos[i] = item.position
+        rows.plan.block_pos[i] = position
         rows.plan.block_len[i] = 1
-        _fill_sample(batch.sample, i, item.served)
     if rows is not None:
         rows.plan.block_seq[:] = np.arange(bucket.decode)
     at = first
-    for pages, group in groupby(items, key=lambda item: item.served.pages):
+    for pages, group in groupby(requests, key=lambda request: request.adapter_pages):
         n = len(list(group))
         segments.append((at, n, pages))
         at += n
 
 
-def _fill_sample(rows: SampleRows, i: int, served: ServedItem) -> None:
-    p = served.params
-    rows.slots[i], rows.index[i], rows.seed[i] = served.slot, served.index, served.seed
+def _fill_sample(rows: SampleRows, i: int, request: ServedRequest) -> None:
+    p = request.params
+    rows.slots[i], rows.index[i], rows.seed[i] = request.slot, request.num_dispatched, request.seed
     rows.temperature[i], rows.top_k[i], rows.top_p[i], rows.min_p[i] = (
         p.temperature,
         p.top_k,
@@ -215,6 +208,6 @@ def _fill_sample(rows: SampleRows, i: int, served: ServedItem) -> None:
     rows.frequency_penalty[i] = p.frequency_penalty
     for j, (token, value) in enumerate((p.logit_bias or {}).items()):
         rows.bias_ids[i, j], rows.bias[i, j] = token, value
-    if served.index < p.min_tokens:
-        ids = served.stop_ids[:MAX_BANNED]
+    if request.num_dispatched < p.min_tokens:
+        ids = request.stop_ids[:MAX_BANNED]
         rows.banned_ids[i, : len(ids)] = ids

@@ -24,16 +24,16 @@ from loquetier_jax.cli.options import (
 from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.config_file import from_dict, read_yaml
 from loquetier_jax.errors import CheckpointError, ConfigError, JobError
-from loquetier_jax.jobs.changes import CHANGEABLE, changed_config
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.jobs.metrics import read_metrics
-from loquetier_jax.jobs.records import check_records
-from loquetier_jax.jobs.run_folder import CHECKPOINTS, METRICS, RunLock
-from loquetier_jax.runtime.interrupts import interruptible
+from loquetier_jax.interrupts import interruptible
+from loquetier_jax.train.changes import CHANGEABLE, changed_config
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.metrics import read_metrics
+from loquetier_jax.train.records import check_records
+from loquetier_jax.train.run_folder import CHECKPOINTS, METRICS, RunLock
 
 if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
-    from loquetier_jax.faces.jobs import JobHandle
+    from loquetier_jax.train.manager import JobHandle
 
 DESCRIPTION = """\
 Trains one LoRA adapter and writes a folder: config.json (everything that was set), metrics.jsonl (a line a step),
@@ -190,14 +190,14 @@ def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConf
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    from loquetier_jax.jobs.checkpoint import CheckpointStore
+    from loquetier_jax.train.checkpoint import CheckpointStore
 
     return bool(CheckpointStore(folder / CHECKPOINTS).committed())
 
 
 def _changes(folder: Path, train: TrainConfig) -> dict[str, Any]:
     """What the newest checkpoint does not know: --train of a call that was killed before it wrote another."""
-    from loquetier_jax.jobs.checkpoint import find_checkpoint, read_state
+    from loquetier_jax.train.checkpoint import find_checkpoint, read_state
 
     state = read_state(find_checkpoint(folder / CHECKPOINTS))
     saved, now = TrainConfig.from_dict(state["job"]["config"]).to_dict(), train.to_dict()

@@ -28,9 +28,9 @@ from loquetier_jax.token_ids import are_token_ids
 
 if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
-    from loquetier_jax.faces.requests import Submitted
+    from loquetier_jax.sampling_params import SamplingParams
+    from loquetier_jax.serve.frontend import RequestHandle
     from loquetier_jax.serve.output import RequestOutput, StreamPiece
-    from loquetier_jax.serve.params import SamplingParams
 
 DESCRIPTION = """\
 Completes prompts: the arguments, the lines of --file, or the whole of stdin. All run at once; the texts come in
@@ -57,7 +57,7 @@ class Asked:
     params: "SamplingParams"
     chat: dict[str, Any] = field(default_factory=dict)  # what its template is given besides
     pieces: "deque[StreamPiece]" = field(default_factory=deque)
-    submitted: "Submitted | None" = None
+    submitted: "RequestHandle | None" = None
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -122,7 +122,7 @@ def _check(asked: list[Asked], names: list[str], max_model_len: int) -> None:
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Sampling parameters of the options."""
-    from loquetier_jax.serve.params import SamplingParams
+    from loquetier_jax.sampling_params import SamplingParams
 
     found = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_p", "seed")}
     stop = [text.replace("\\n", "\n") for text in args.stop]
@@ -135,7 +135,7 @@ def sampling_params(values: dict[str, Any], where: str) -> "SamplingParams":
     Raises:
         RequestError: an unknown field, or a value that is refused.
     """
-    from loquetier_jax.serve.params import SamplingParams
+    from loquetier_jax.sampling_params import SamplingParams
 
     known = {f.name for f in fields(SamplingParams)}
     for key in values:
@@ -148,7 +148,7 @@ def sampling_params(values: dict[str, Any], where: str) -> "SamplingParams":
 
 def _own_words(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The arguments of a line in our words, so that they take the place of the options."""
-    from loquetier_jax.serve.params import SamplingParams
+    from loquetier_jax.sampling_params import SamplingParams
 
     try:
         return SamplingParams.in_own_words(values)

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from loquetier_jax.faces.jobs import JobHandle
+    from loquetier_jax.train.manager import JobHandle
 
 COLUMNS = (
     SpinnerColumn(),

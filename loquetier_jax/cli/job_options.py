@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import RANK_PAGE, EngineConfig, require
-from loquetier_jax.jobs.config import TRUNCATIONS, TrainConfig
-from loquetier_jax.jobs.records import check_records
+from loquetier_jax.train.config import TRUNCATIONS, TrainConfig
+from loquetier_jax.train.records import check_records
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:

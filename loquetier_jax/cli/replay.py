@@ -13,7 +13,7 @@ from loquetier_jax.errors import LoquetierError
 
 if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
-    from loquetier_jax.faces.requests import Submitted
+    from loquetier_jax.serve.frontend import RequestHandle
 
 IDLE_S = 0.002  # sleep when there is nothing to do yet
 
@@ -31,7 +31,7 @@ class Served:
 
     arrival: Arrival
     due: float
-    submitted: "Submitted | None" = None
+    submitted: "RequestHandle | None" = None
     error: str | None = None
 
 
@@ -80,7 +80,7 @@ def replay(
 def _submit(
     engine: "Engine", arrival: Arrival, start: float, index: int, sampling: dict[str, Any], seed: int
 ) -> Served:
-    from loquetier_jax.serve.params import SamplingParams
+    from loquetier_jax.sampling_params import SamplingParams
 
     made_up = arrival.prompt is None
     prompt = made_up_prompt(arrival, engine.spec.vocab_size, index, seed) if made_up else arrival.prompt

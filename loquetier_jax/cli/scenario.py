@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.cli.options import BASE
-from loquetier_jax.jobs.config import TrainConfig
 from loquetier_jax.timeline import Timeline
 from loquetier_jax.tiny.skills import dataset
+from loquetier_jax.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
-    from loquetier_jax.faces.jobs import JobHandle
-    from loquetier_jax.faces.requests import Submitted
+    from loquetier_jax.serve.frontend import RequestHandle
     from loquetier_jax.serve.output import StreamPiece
+    from loquetier_jax.train.manager import JobHandle
 
 SKILLS = ("pirate", "shout")
 # Asked before and after: two facts that the base knows by heart, one that the question tells.
@@ -57,7 +57,7 @@ class Lane:
     questions: tuple[str, ...]
     asked: int = 0
     text: str = ""
-    submitted: "Submitted | None" = None
+    submitted: "RequestHandle | None" = None
     heard: list[tuple[int | None, str]] = field(default_factory=list)
 
     @property
@@ -224,6 +224,6 @@ def chat(question: str) -> list[dict[str, str]]:
 
 def sampling() -> Any:
     """Greedy."""
-    from loquetier_jax.serve.params import SamplingParams
+    from loquetier_jax.sampling_params import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)

@@ -28,14 +28,14 @@ from loquetier_jax.cli.workload import Workload, arrivals
 from loquetier_jax.config import require
 from loquetier_jax.config_file import read_yaml
 from loquetier_jax.errors import ConfigError
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.jobs.run_folder import CHECKPOINTS
+from loquetier_jax.interrupts import interruptible
 from loquetier_jax.presets import preset_path
-from loquetier_jax.runtime.interrupts import interruptible
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.run_folder import CHECKPOINTS
 
 if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
-    from loquetier_jax.faces.jobs import JobHandle
+    from loquetier_jax.train.manager import JobHandle
 
 DESCRIPTION = """\
 Replays a workload in real time through the compiled serving loop and reports TTFT, TPOT, ITL, throughput and, with

@@ -3,19 +3,15 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from loquetier_jax.batch.pack import StepItems, pack_step
-from loquetier_jax.batch.segments import ravel
+from loquetier_jax.batch.rows import ravel
 from loquetier_jax.config import Bucket, EngineConfig, SLOConfig
-from loquetier_jax.runtime.passes import OptimizerResult, RunningPass
-from loquetier_jax.runtime.scoring import ScoreTask, Scoring
-from loquetier_jax.runtime.serving import SampledRow, Serving
-from loquetier_jax.runtime.snapshot import snapshot
-from loquetier_jax.runtime.training import Training
+from loquetier_jax.fair_lock import FairLock
+from loquetier_jax.runtime.pending import Forecast, Pending
 from loquetier_jax.schedule.latency import (
     BACKWARD,
     BACKWARD_SLICE,
@@ -23,62 +19,23 @@ from loquetier_jax.schedule.latency import (
     FORWARD_SLICE,
     OPTIMIZER,
     LatencyModel,
-    Run,
 )
 from loquetier_jax.schedule.policy import PolicyConfig, decide
-from loquetier_jax.schedule.snapshot import Decision, Fairness, Quantum
+from loquetier_jax.schedule.types import Decision, Fairness, Quantum, SlicedShape, Snapshot
+from loquetier_jax.serve.queue import RequestQueue
 from loquetier_jax.serve.request import Request
-from loquetier_jax.step.functions import StepFunctions
+from loquetier_jax.serve.scoring import Scoring
+from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.state import DeviceState
-
-
-@dataclass
-class Pending:
-    """What an iteration dispatched and nobody has read yet.
-
-    Attributes:
-        epoch: Number of the iteration.
-        started: When its first dispatch began, seconds.
-        rows, sampled: Tokens and whose they are.
-        tasks, scores, score_rows: Score rows and whose they are.
-        done: A training pass whose last gradient is among the dispatched.
-        optimizers: Optimizer steps.
-        tail: More arrays whose readiness means that the iteration has completed.
-        forward, quanta: What ran, for the latency model.
-        fused: Whether a training pass starts in the forward: the head of its backward follows, as a part of it.
-    """
-
-    epoch: int
-    started: float
-    rows: list[SampledRow] = field(default_factory=list)
-    sampled: dict[str, jax.Array] = field(default_factory=dict)
-    tasks: list[ScoreTask] = field(default_factory=list)
-    scores: dict[str, jax.Array] = field(default_factory=dict)
-    score_rows: int = 0
-    done: RunningPass | None = None
-    optimizers: list[OptimizerResult] = field(default_factory=list)
-    tail: list[Any] = field(default_factory=list)
-    forward: Run | None = None
-    quanta: list[Run] = field(default_factory=list)
-    fused: bool = False
-
-
-class Forecast(NamedTuple):
-    """What is predicted of the work in flight; now, where there is none.
-
-    Attributes:
-        tokens, ready: When its last tokens come, and when all of it is done: seconds.
-        late_ms: By how much later that is once in a hundred times.
-    """
-
-    tokens: float
-    ready: float
-    late_ms: float
+from loquetier_jax.train.runner import JobRunner
 
 
 @dataclass
 class Loop:
     """Runs iterations. The host is at most one iteration ahead of the device.
+
+    One thread at a time calls it. `lock` is held while queues, jobs and pages are looked at and changed, and not while
+    the device is waited for: others may take it then.
 
     Attributes:
         epoch: Iterations dispatched; the epoch of the last one.
@@ -88,13 +45,14 @@ class Loop:
     cfg: EngineConfig
     state: DeviceState
     functions: StepFunctions
-    serving: Serving
+    serving: RequestQueue
     scoring: Scoring
-    training: Training
+    training: JobRunner
     latency: LatencyModel
     policy: PolicyConfig
     slo: SLOConfig
     clock: Callable[[], float] = time.perf_counter
+    lock: FairLock = field(default_factory=FairLock)
     epoch: int = 0
     fairness: Fairness = field(default_factory=Fairness)
     on_iteration: Callable[[Pending, float], None] | None = None
@@ -108,22 +66,49 @@ class Loop:
 
     def is_idle(self) -> bool:
         """Whether there is nothing to do, and will be nothing before somebody asks for it."""
-        return not (self.busy or self.serving.waiting or self.serving.running or self.training.trainees or self.scoring)
+        serving, training = self.serving, self.training
+        return not (self.busy or serving.waiting or serving.running or training.device_jobs or self.scoring)
 
     def iterate(self) -> bool:
         """Dispatches one decision and reads the one before; returns whether there was anything to do."""
+        with self.lock:
+            sent, progress = self._next()
+        if self._pending and (not sent or len(self._pending) > 1):
+            self.read()
+            return True
+        return progress
+
+    def _next(self) -> tuple[bool, bool]:
+        """Decides and dispatches; (whether something was dispatched, whether that or something else has happened)."""
         self.training.tick(self.epoch)
         self.scoring.open()
-        decision = decide(snapshot(self), self.latency, self.policy)
+        decision = decide(self.snapshot(), self.latency, self.policy)
         self.fairness = decision.fairness
         admitted = [r for r in decision.admit if self._admit(self.serving.waiting[r])]
         decision = replace(decision, prefill=self._admitted_only(decision, admitted))
         sent = self._dispatch(decision)
-        if self._pending and (not sent or len(self._pending) > 1):
-            self.read()
-            return True
         # One that could not be admitted after all is no progress: who waits for it would wait for ever.
-        return sent or any(r not in self.serving.waiting for r in decision.admit)
+        return sent, sent or any(r not in self.serving.waiting for r in decision.admit)
+
+    def snapshot(self) -> Snapshot:
+        """What a decision depends on, taken now."""
+        training, cfg, forecast = self.training, self.cfg, self.forecast()
+        train_buckets = training.buckets()
+        slices = len(self.functions.slices(cfg.slice_layers))
+        sliced = [b for b in train_buckets if cfg.slice_layers and b.rows == b.train_rows]
+        return Snapshot(
+            now=forecast.ready,
+            late_ms=forecast.late_ms,
+            buckets=(*(b for b in cfg.buckets if not b.packs), *train_buckets),
+            **self.serving.views(forecast.tokens),
+            jobs=training.views(),
+            train_pass=training.pass_view(),
+            sliced=tuple(SlicedShape(packs=b.packs, pack_tokens=b.pack_tokens, slices=slices) for b in sliced),
+            slices=slices,
+            score=self.scoring.views(),
+            slo=self.slo,
+            fairness=self.fairness,
+        )
 
     def forecast(self) -> Forecast:
         """When the work in flight will be done, as predicted."""
@@ -170,19 +155,14 @@ class Loop:
 
     def _forward(self, pending: Pending, decision: Decision) -> None:
         """Dispatches one forward with everything that the decision puts into it."""
-        bucket, running = decision.bucket, self.serving.running
-        wanted = set(decision.decode)
-        items = StepItems(
-            prefill=[self.serving.chunk(running[name], count) for name, count in decision.prefill],
-            decode=[item for name, item in self.serving.decode_items() if name in wanted],
-        )
-        self._run_forward(pending, bucket, items, decision.packs, decision.score)
+        items = self.serving.items(set(decision.decode), decision.prefill)
+        self._run_forward(pending, decision.bucket, items, decision.packs, decision.score)
 
     def _run_forward(
         self,
         pending: Pending,
         bucket: Bucket,
-        items: StepItems,
+        items: StepItems[Request],
         packs: tuple[str, ...],
         score: tuple[str, ...],
     ) -> None:
@@ -190,11 +170,12 @@ class Loop:
         if started is not None:
             items.train = started.run.items
         items.score, tasks = self.scoring.take(score)
-        batch = pack_step(items, bucket, self.cfg)
+        batch, rows = pack_step(items, bucket, self.cfg)
         run = self.functions.forward(bucket, started is not None and started.run.key.dropout)
         out = self.state.run_forward(run, jax.device_put(ravel(batch)))
         if items.decode or items.prefill:  # a second forward of this iteration has none: leave the first one's
-            pending.rows, pending.sampled = self.serving.sent(items, bucket), out.sampled
+            self.serving.sent(items, rows)
+            pending.rows, pending.sampled = rows, out.sampled
         if tasks:
             pending.tasks, pending.scores, pending.score_rows = tasks, out.score, bucket.score_tokens
         key = (FORWARD, bucket.name), bucket.rows
@@ -237,19 +218,21 @@ class Loop:
 
     def read(self) -> None:
         """Waits for the oldest iteration and hands its results out: tokens as soon as they are there."""
-        pending = self._pending.pop(0)
+        pending = self._pending[0]
         tokens = self._read_tokens(pending)
         scores = {name: np.asarray(value) for name, value in pending.scores.items()}
         jax.block_until_ready((pending.tail, [o.metrics for o in pending.optimizers]))
         more = tokens is None or pending.fused or pending.quanta
-        ms = self._observe(pending, tokens, self.clock() if more else tokens)
-        self.scoring.accept(pending.tasks, scores, pending.score_rows)
-        if pending.done is not None:
-            self.training.accept_pass(pending.done)
-        for result in pending.optimizers:
-            self.training.accept_optimizer(result)
-        self.serving.complete(pending.epoch)
-        self.training.complete(pending.epoch)
+        with self.lock:
+            self._pending.pop(0)
+            ms = self._observe(pending, tokens, self.clock() if more else tokens)
+            self.scoring.accept(pending.tasks, scores, pending.score_rows)
+            if pending.done is not None:
+                self.training.accept_pass(pending.done)
+            for result in pending.optimizers:
+                self.training.accept_optimizer(result)
+            self.serving.complete(pending.epoch)
+            self.training.complete(pending.epoch)
         if self.on_iteration is not None:
             self.on_iteration(pending, ms)
 
@@ -259,8 +242,16 @@ class Loop:
             return None
         sampled = {name: np.asarray(value) for name, value in pending.sampled.items()}
         now = self.clock()
-        self.serving.accept(pending.rows, sampled, now, self.epoch)
+        with self.lock:
+            self.serving.accept(pending.rows, sampled, now, self.epoch)
         return now
+
+    def fail(self, message: str) -> None:
+        """Ends every request and job with an error: the engine is lost. The caller has the lock."""
+        self.serving.fail_all(message, self.clock())
+        for device_job in self.training.device_jobs.values():
+            if not device_job.job.finished:
+                device_job.job.fail(message)
 
     def _observe(self, pending: Pending, tokens: float | None, ready: float) -> float:
         """Keeps the latency table true; returns the milliseconds of the whole iteration."""

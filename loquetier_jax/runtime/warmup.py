@@ -3,9 +3,8 @@
 import functools
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -18,10 +17,10 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from loquetier_jax.batch.segments import empty_batch, ravel
+from loquetier_jax.batch.rows import empty_batch, ravel
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.schedule.latency import FORWARD, LatencyModel
-from loquetier_jax.step.functions import StepFunctions
+from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.state import DeviceState
 from pallas_kernels.common import cpu_bits
 
@@ -96,56 +95,3 @@ def measure_forward(
         jax.block_until_ready((state.slots, out))
         times.append(1e3 * (time.perf_counter() - start))
     latency.seed((FORWARD, bucket.name), times[1:], bucket.rows)  # the first run loads the executable
-
-
-class BackgroundCompiler:
-    """Compiles on threads of its own, so that serving goes on meanwhile."""
-
-    def __init__(self) -> None:
-        self._threads: dict[Hashable, threading.Thread] = {}
-        self._errors: dict[Hashable, Exception] = {}
-        self._ready: set[Hashable] = set()
-
-    def request(self, key: Hashable, build: Callable[[], None]) -> None:
-        """Starts `build` unless it has been asked for under this key before."""
-        if key in self._threads:
-            return
-
-        def run() -> None:
-            try:
-                build()
-                self._ready.add(key)
-            except Exception as error:  # handed to whoever asks: a thread has no caller to raise to
-                log.exception("compiling %s failed", key)
-                self._errors[key] = error
-
-        # No daemon: an interpreter that ends while XLA compiles is aborted.
-        self._threads[key] = threading.Thread(target=run, name="compile")
-        self._threads[key].start()
-
-    def ready(self, key: Hashable) -> bool:
-        """Whether `build` has finished.
-
-        Raises:
-            Exception: what it failed with.
-        """
-        if key in self._errors:
-            raise self._errors[key]
-        return key in self._ready
-
-    def forget(self, key: Hashable) -> None:
-        """Drops what is known of a key whose build has ended, its error included; it may be asked for again."""
-        if key in self._threads and not self._threads[key].is_alive():
-            del self._threads[key]
-            self._errors.pop(key, None)
-            self._ready.discard(key)
-
-    @property
-    def busy(self) -> bool:
-        """Whether something is being compiled."""
-        return any(thread.is_alive() for thread in self._threads.values())
-
-    def wait(self) -> None:
-        """Returns when nothing is being compiled."""
-        for thread in list(self._threads.values()):
-            thread.join()

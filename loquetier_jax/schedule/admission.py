@@ -4,8 +4,8 @@ import functools
 from collections.abc import Iterable
 
 from loquetier_jax.config import SAMPLING_LEVELS, Bucket, Sampling
-from loquetier_jax.schedule.room import Room
-from loquetier_jax.schedule.snapshot import Snapshot, Waiting
+from loquetier_jax.schedule.deadlines import Reservations
+from loquetier_jax.schedule.types import Snapshot, Waiting
 
 EXAMINED = 64  # of the waiting requests, so many are looked at for not fitting
 
@@ -55,7 +55,7 @@ class Admission:
         # Who has no room, or has been overtaken so often that nobody may take it from him: how often.
         self._blocked: dict[str, int] = {}
         self._lack_adapter_pages: set[str] = set()
-        self._reservations = Room(snapshot) if snapshot.slo.ttft_ms is not None else None
+        self._reservations = Reservations(snapshot) if snapshot.slo.ttft_ms is not None else None
         self._spare: dict[str, list[int]] = {}  # slots and KV pages beside the reservation of who has one
         for request in snapshot.waiting[:EXAMINED]:
             if not self._room(request) or self._before.get(request.id, 0) >= max_overtakes:

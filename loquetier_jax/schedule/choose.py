@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from loquetier_jax.schedule.fairness import FairShare
 from loquetier_jax.schedule.inference import Plan
 from loquetier_jax.schedule.latency import LatencyModel
-from loquetier_jax.schedule.progress import after
-from loquetier_jax.schedule.snapshot import Snapshot
 from loquetier_jax.schedule.training import Option, score_options, train_options
+from loquetier_jax.schedule.types import JobView, PassView, Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ def choose(
         return [], any(kinds)
     chosen = [first]
     while budget.promised and not chosen[-1].scored:
-        snapshot = after(snapshot, chosen[-1])
+        snapshot = _after(snapshot, chosen[-1])
         budget = dataclasses.replace(budget, slack=budget.slack - budget.cost(chosen[-1]), credit=0.0)
         if snapshot.train_pass is None and all(job.status != "optimizer" for job in snapshot.jobs):
             break
@@ -89,3 +88,51 @@ def _allowed(options: Sequence[Option], budget: Budget, forward: float) -> list[
     prices = [budget.cost(o) if budget.idle else o.ms for o in options]
     longest = max([budget.longest, *sorted(prices)[:1]])
     return [o for o, price in zip(options, prices, strict=True) if price <= longest]
+
+
+def _after(snapshot: Snapshot, option: Option) -> Snapshot:
+    """`snapshot` as it will be for training after `option`; nothing else in it changes."""
+    quantum = option.quantum
+    if option.scored:
+        return snapshot
+    if quantum is not None and quantum.kind == "optimizer":
+        return _replace(snapshot, [j for j in snapshot.jobs if j.name not in quantum.jobs], None)
+    if option.charged:
+        jobs = [_started(job, option.charged.count(job.name)) for job in snapshot.jobs]
+        shape = option.fused or quantum.bucket
+        sliced = quantum is not None and quantum.kind == "forward_slice"
+        slices = next(
+            (s.slices for s in snapshot.sliced if (s.packs, s.pack_tokens) == (shape.packs, shape.pack_tokens)),
+            0,
+        )
+        left = slices - quantum.count if sliced else 0
+        view = _view(shape.packs, shape.pack_tokens, snapshot.slices, left, slices)
+        return _replace(snapshot, jobs, view)
+    view = snapshot.train_pass
+    left = view.slices_left - quantum.count
+    if left == 0 and view.stage == "backward":
+        return _replace(snapshot, [_done(job) for job in snapshot.jobs], None)
+    if view.stage == "backward":
+        return _replace(snapshot, snapshot.jobs, dataclasses.replace(view, slices_left=left))
+    return _replace(snapshot, snapshot.jobs, _view(view.packs, view.pack_tokens, snapshot.slices, left, view.slices))
+
+
+def _view(packs: int, pack_tokens: int, backward: int, forward_left: int, forward: int) -> PassView:
+    """A pass with forward slices left, or else at the start of its backward."""
+    stage, slices, left = ("forward", forward, forward_left) if forward_left else ("backward", backward, backward)
+    return PassView(packs=packs, pack_tokens=pack_tokens, stage=stage, slices=slices, slices_left=left)
+
+
+def _started(job: JobView, packs: int) -> JobView:
+    return dataclasses.replace(job, status="in_pass", packs=job.packs - packs) if packs else job
+
+
+def _done(job: JobView) -> JobView:
+    """After the pass: the optimizer step is due, or it is for the engine to say what comes."""
+    if job.status != "in_pass":
+        return job
+    return dataclasses.replace(job, status="waiting" if job.packs else "optimizer")
+
+
+def _replace(snapshot: Snapshot, jobs: Sequence[JobView], view: PassView | None) -> Snapshot:
+    return dataclasses.replace(snapshot, jobs=tuple(jobs), train_pass=view)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from loquetier_jax.schedule.snapshot import JobView
+from loquetier_jax.schedule.types import JobView
 
 
 class FairShare:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from loquetier_jax.config import BLOCK, Bucket, require
 from loquetier_jax.schedule.admission import highest
+from loquetier_jax.schedule.buckets import cheapest, forward_late, forward_ms, serving_need
 from loquetier_jax.schedule.choose import Budget, choose
+from loquetier_jax.schedule.deadlines import arrival_budget, first_token_budget, step_slack, token_budget
 from loquetier_jax.schedule.inference import Plan, plan_inference, prefill_buckets
 from loquetier_jax.schedule.latency import LatencyModel
-from loquetier_jax.schedule.lattice import cheapest, forward_late, forward_ms, serving_need
-from loquetier_jax.schedule.slack import arrival_budget, first_token_budget, step_slack, token_budget
-from loquetier_jax.schedule.snapshot import Decision, Fairness, Snapshot
 from loquetier_jax.schedule.training import Option, job_share
+from loquetier_jax.schedule.types import Decision, Fairness, Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import yaml
 from loquetier_jax.config import Bucket, is_number, require
 from loquetier_jax.config_file import load_yaml
 from loquetier_jax.schedule.latency import BACKWARD, BACKWARD_SLICE, FORWARD, FORWARD_SLICE, OPTIMIZER, LatencyModel
-from loquetier_jax.schedule.snapshot import SlicedShape
+from loquetier_jax.schedule.types import SlicedShape
 
 
 @dataclass(frozen=True, kw_only=True)

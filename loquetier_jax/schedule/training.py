@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loquetier_jax.config import Bucket
+from loquetier_jax.schedule.buckets import cheapest, forward_late, forward_ms, pass_shape, slices_times
 from loquetier_jax.schedule.fairness import FairShare, pack_order
 from loquetier_jax.schedule.inference import Plan
 from loquetier_jax.schedule.latency import OPTIMIZER, LatencyModel
-from loquetier_jax.schedule.lattice import cheapest, forward_late, forward_ms, pass_shape, slices_times
-from loquetier_jax.schedule.snapshot import JobView, Quantum, Snapshot
+from loquetier_jax.schedule.types import JobView, Quantum, Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.errors import RequestError
+from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.output import (
     CompletionOutput,
     FinishReason,
@@ -17,7 +18,6 @@ from loquetier_jax.serve.output import (
     RequestOutput,
     StreamPiece,
 )
-from loquetier_jax.serve.params import SamplingParams
 from loquetier_jax.serve.text import Detokenizer, StopChecker
 
 Status = Literal["waiting", "running", "finished"]
@@ -27,7 +27,7 @@ Status = Literal["waiting", "running", "finished"]
 class Request:
     """One completion of one prompt (a request with n > 1 is n of these, see `make_requests`).
 
-    The engine writes slot, kv_pages, num_prefilled, num_dispatched, version and prompt_logprobs;
+    The engine writes slot, kv_pages, adapter_pages, num_prefilled, num_dispatched, version and prompt_logprobs;
     everything about tokens, text and the end happens in `accept`, `abort` and `fail`.
 
     Attributes:
@@ -43,6 +43,7 @@ class Request:
         eos_token_ids: Ids that end a sequence of this model.
         slot: Where its state lives on the device; None while it waits.
         kv_pages: Its KV pages in order of position.
+        adapter_pages: Pages of the version it runs on; () for the base, and while it waits.
         num_prefilled: Prompt tokens dispatched.
         num_dispatched: Output tokens dispatched, read or not.
         output_ids: Output tokens read.
@@ -67,7 +68,8 @@ class Request:
     prompt: str | None = None
     eos_token_ids: frozenset[int] = frozenset()
     slot: int | None = None
-    kv_pages: list[int] = field(default_factory=list)
+    kv_pages: tuple[int, ...] = ()
+    adapter_pages: tuple[int, ...] = ()
     num_prefilled: int = 0
     num_dispatched: int = 0
     output_ids: list[int] = field(default_factory=list)

@@ -136,7 +136,7 @@ def encode_chat(
 ) -> list[int]:
     """Returns the token ids of a chat with the opening of the assistant's turn appended.
 
-    Training renders a conversation by the same code (`jobs.tokenize`).
+    Training renders a conversation by the same code (`train.tokenize`).
 
     Args:
         tokenizer: Must have a chat template.

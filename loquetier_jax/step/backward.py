@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from loquetier_jax.adapters.pages import AdapterPages, LoraPages
-from loquetier_jax.batch.segments import TrainRows, unravel
+from loquetier_jax.batch.rows import TrainRows, unravel
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.models.decoder import LayerWeights, Params, layer, rope_tables
 from loquetier_jax.models.spec import DecoderSpec

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from loquetier_jax.adapters.pages import AdapterPages
-from loquetier_jax.batch.segments import SegmentBatch, unravel
+from loquetier_jax.batch.rows import SegmentBatch, unravel
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.models.decoder import LayerWeights, Params, embed, rope_tables
 from loquetier_jax.models.spec import DecoderSpec

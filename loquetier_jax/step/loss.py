@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from loquetier_jax.config import PACK_ALIGN
 from loquetier_jax.errors import ConfigError
-from loquetier_jax.jobs.loss_function import takes_batch
 from loquetier_jax.models.decoder import final_norm, logits, logits_transpose
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.loss_batch import LossBatch
+from loquetier_jax.step.loss_function import takes_batch
 
 Loss = Callable[..., Float[Array, ""]]  # (logp [L], weights [L]) or (logp [L], weights [L], LossBatch)
 

@@ -4,8 +4,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from loquetier_jax.jobs.data import Pack
-from loquetier_jax.jobs.packing import SAMPLE_ALIGN
+from loquetier_jax.batch.packs import SAMPLE_ALIGN, Pack
 
 
 @flax.struct.dataclass

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from loquetier_jax.adapters.pages import LoraPages
-from loquetier_jax.batch.segments import PackRows, SegmentBatch
+from loquetier_jax.batch.rows import PackRows, SegmentBatch
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
-from loquetier_jax.kv.cache import KVCache
 from loquetier_jax.models.decoder import LayerWeights
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.dropout import dropout
+from loquetier_jax.step.kv_cache import KVCache
 from pallas_kernels import SmlmPlan, pack_attention, paged_attention, smlm_fwd, smlm_glu
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from loquetier_jax.adapters.pages import LoraPages
-from loquetier_jax.batch.segments import TrainRows
+from loquetier_jax.batch.rows import TrainRows
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.models.decoder import LayerWeights, gated
 from loquetier_jax.models.spec import DecoderSpec

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from loquetier_jax.batch.segments import SampleRows
+from loquetier_jax.batch.rows import SampleRows
 
 NEGATIVE = -1e30
 

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from loquetier_jax.adapters.lora import LoraWeights
 from loquetier_jax.adapters.pages import AdapterPages, write_pages
 from loquetier_jax.config import EngineConfig
-from loquetier_jax.kv.cache import KVCache
 from loquetier_jax.models.decoder import Params
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.kv_cache import KVCache
 from loquetier_jax.step.sample import SlotState, empty_slots
 from loquetier_jax.step.unified import ForwardOut, Kept
 
@@ -121,7 +121,7 @@ class DeviceState:
         """Dispatches one job's optimizer step: its pages get the new cast, its accumulators are zeros again.
 
         Args:
-            run: `jobs.optimizer.build_optimizer_step`, compiled or not.
+            run: `train.optimizer.build_optimizer_step`, compiled or not.
             master, opt_state: The job's own; donated.
             grad_page_ids, page_ids: Its pages of the pool, and the adapter pages to write.
             *numbers: denom, max_grad_norm and hyperparameters.

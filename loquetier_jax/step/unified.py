@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from loquetier_jax.adapters.pages import AdapterPages
-from loquetier_jax.batch.segments import SegmentBatch, empty_batch, positions_of, shapes_of, unravel
+from loquetier_jax.batch.rows import SegmentBatch, empty_batch, positions_of, shapes_of, unravel
 from loquetier_jax.config import PACK_ALIGN, Bucket, EngineConfig
-from loquetier_jax.kv.cache import KVCache
 from loquetier_jax.models.decoder import LayerWeights, Params, Rope, embed, final_norm, layer, logits, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.kv_cache import KVCache
 from loquetier_jax.step.loss import score_rows
 from loquetier_jax.step.ops import ForwardOps, lora_plan
 from loquetier_jax.step.sample import SlotState, sample
@@ -60,7 +60,7 @@ def unified_step(
         pages: Adapter pages, read only here.
         kv: Cache of each layer.
         slots: Per-request state.
-        batch: The rows, in the shapes of `batch.segments.empty_batch(bucket, cfg)`.
+        batch: The rows, in the shapes of `batch.rows.empty_batch(bucket, cfg)`.
 
     Returns:
         The cache with the rows' keys and values, the slots with the sampled tokens, and the rest.
@@ -95,7 +95,7 @@ def jit_unified_step(
 
     Returns:
         (params, pages, kv*, slots*, flat) -> (kv, slots, ForwardOut); * donated, the returned ones replace them. `flat`
-        is `batch.segments.ravel(batch)`: one copy to the device a step instead of dozens.
+        is `batch.rows.ravel(batch)`: one copy to the device a step instead of dozens.
     """
     template = shapes_of(empty_batch(bucket, cfg))
 

@@ -7,9 +7,9 @@ import pytest
 
 from loquetier_jax.adapters.lora import LoraModule, LoraShape
 from loquetier_jax.adapters.peft import write_peft
-from loquetier_jax.adapters.pool import PagePool
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.errors import AdapterError, CapacityError, IntegrityError
+from loquetier_jax.pool import IdPool
 from tests.adapters.cases import MIXED, SPEC, random_weights, uniform
 
 
@@ -347,9 +347,7 @@ def test_check_integrity_finds_what_is_wrong(store: AdapterStore) -> None:
     version.in_flight = -1
     with pytest.raises(IntegrityError, match="users"):
         store.check_integrity()
-    pool = PagePool(3)
+    pool = IdPool((1, 2), "adapter pages")
     pool._free.append(2)
-    with pytest.raises(IntegrityError, match=r"\[2\]"):
+    with pytest.raises(IntegrityError, match="adapter pages"):
         pool.check_integrity()
-    with pytest.raises(IntegrityError, match="num_pages"):
-        PagePool(1)

@@ -14,9 +14,9 @@ import pytest
 from loquetier_jax.adapters.peft import read_peft
 from loquetier_jax.cli import main
 from loquetier_jax.cli.finetune import _report
-from loquetier_jax.jobs.metrics import read_metrics
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.tiny.skills import dataset
+from loquetier_jax.train.metrics import read_metrics
 
 SETTINGS = ["--lora", "r=4", "target_modules=all-linear", "--train", "max_steps=4", "save_steps=2",
             "per_device_train_batch_size=2", "learning_rate=1e-2", "max_length=60"]  # fmt: skip

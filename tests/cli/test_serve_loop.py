@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from loquetier_jax.cli import main
-from loquetier_jax.jobs.checkpoint import read_state
 from loquetier_jax.tiny.skills import dataset
+from loquetier_jax.train.checkpoint import read_state
 from tests.cli.vllm_bench import VLLM
 
 WORKLOAD = ["-w", "num_requests=9", "-w", "rate=50", "-w", "input_len=[4,40]", "-w", "output_len=[2,9]"]

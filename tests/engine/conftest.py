@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from loquetier_jax.engine import Engine
-from loquetier_jax.jobs.data import Dataset
 from loquetier_jax.tiny.tokenizer import build_tokenizer
+from loquetier_jax.train.data import Dataset
 from tests.engine.engines import build_engine, random_data, reset
 from tests.engine.parity import open_family
 

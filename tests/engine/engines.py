@@ -10,10 +10,10 @@ import numpy as np
 
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.engine import Engine
-from loquetier_jax.jobs.data import Dataset, make_sample
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.train.data import Dataset, make_sample
 from tests.step.cases import random_adapter, tiny_spec
 from tests.worlds import shared_functions
 

@@ -12,10 +12,10 @@ import numpy as np
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import Bucket
 from loquetier_jax.engine import Engine
-from loquetier_jax.faces.jobs import JobHandle
-from loquetier_jax.faces.requests import Submitted
-from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.serve.frontend import RequestHandle
 from loquetier_jax.serve.output import RequestOutput
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.manager import JobHandle
 from tests.engine.engines import PACK, SERVE, greedy, random_prompt
 
 PAIR = Bucket(**SERVE, sampling="full", packs=2, pack_tokens=PACK)
@@ -55,7 +55,7 @@ def serve(engine: Engine, adapter: str | None, seed: int = 0, max_tokens: int = 
     return numbers_of(engine.generate(prompts(seed, 7, 33, 75), adapter, params))
 
 
-def finish(engine: Engine, submitted: Sequence[Submitted]) -> Numbers:
+def finish(engine: Engine, submitted: Sequence[RequestHandle]) -> Numbers:
     """Drives the engine until these have ended; their numbers."""
     engine.wait(lambda: all(s.finished for s in submitted))
     return numbers_of([s.output() for s in submitted])
@@ -85,8 +85,8 @@ def curve(job: JobHandle) -> list[tuple[float, float]]:
 
 def trained(job: JobHandle) -> dict[str, Any]:
     """All that a job has learnt: its curve, and the bits of its masters and optimizer state."""
-    trainee = job._trainee
-    return {"curve": curve(job), "master": bits(trainee.master), "opt_state": bits(trainee.opt_state)}
+    device_job = job.device_job
+    return {"curve": curve(job), "master": bits(device_job.master), "opt_state": bits(device_job.opt_state)}
 
 
 def owners(engine: Engine) -> dict[str, int]:
@@ -114,9 +114,9 @@ def state_of(engine: Engine) -> dict[str, Any]:
         "names": engine.adapters.names(),
         "taken": owners(engine),
         "jobs": [(name, job.status, job.step) for name, job in engine.jobs.items()],
-        "trainees": list(training.trainees),
+        "device_jobs": list(training.device_jobs),
         "scoring": engine.loop.scoring.views(),
-        "seeds": engine._rng.bit_generator.state["state"],
+        "seeds": engine.requests.rng.bit_generator.state["state"],
     }
 
 

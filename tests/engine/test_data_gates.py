@@ -5,8 +5,8 @@ import pytest
 
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.errors import AdapterError, ConfigError, DataError, JobError
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.jobs.data import Dataset, make_sample
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.data import Dataset, make_sample
 from tests.engine.engines import greedy, random_data
 from tests.engine.evidence import LORA, quick
 

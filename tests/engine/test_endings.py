@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import pytest
 
+from loquetier_jax.driver import LoopThread
 from loquetier_jax.errors import EngineError, JobError
-from loquetier_jax.runtime.loop_thread import LoopThread
-from loquetier_jax.runtime.trainee import Trainee
+from loquetier_jax.train.device_job import DeviceJob
 from tests.engine.engines import greedy, random_data
 from tests.engine.evidence import LORA, quick
 
@@ -39,13 +39,13 @@ def test_an_ended_job_holds_nothing_on_the_device(tiny_engine: Any, end: str):
 
 def test_wait_returns_when_the_copy_to_the_host_has_ended(tiny_engine: Any, monkeypatch: pytest.MonkeyPatch):
     """A daemon thread copied on; an interpreter that ended meanwhile was aborted."""
-    daemons, leave = [], Trainee.leave_device
+    daemons, leave = [], DeviceJob.leave_device
 
-    def watched(trainee: Trainee) -> None:
-        leave(trainee)
+    def watched(device_job: DeviceJob) -> None:
+        leave(device_job)
         daemons.append(threading.current_thread().daemon)
 
-    monkeypatch.setattr(Trainee, "leave_device", watched)
+    monkeypatch.setattr(DeviceJob, "leave_device", watched)
     tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick()).wait()
     assert daemons == [False]
 

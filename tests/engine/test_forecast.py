@@ -7,9 +7,9 @@ import pytest
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import SLOConfig
 from loquetier_jax.engine import Engine
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.runtime.loop import Loop, Pending
-from loquetier_jax.runtime.snapshot import snapshot
+from loquetier_jax.runtime.loop import Loop
+from loquetier_jax.runtime.pending import Pending
+from loquetier_jax.train.config import TrainConfig
 from tests.engine.engines import greedy, random_data
 
 
@@ -27,16 +27,16 @@ def test_what_is_in_flight_comes_first(tiny_engine: Engine, loop: Loop) -> None:
     now = loop.clock()
     loop.clock = lambda: now
     tiny_engine.submit([5, 6, 7], None, greedy(9))
-    assert snapshot(loop).now == now and snapshot(loop).late_ms == 0
+    assert loop.snapshot().now == now and loop.snapshot().late_ms == 0
     loop.iterate()  # the prompt is dispatched and not read
-    seen, runs = snapshot(loop), [(("forward", b.name), b.rows) for b in loop.cfg.buckets if b.prefill and not b.packs]
+    seen, runs = loop.snapshot(), [(("forward", b.name), b.rows) for b in loop.cfg.buckets if b.prefill and not b.packs]
     [run] = [r for r in runs if seen.now == pytest.approx(now + loop.latency.predict(*r) / 1e3, abs=1e-9)]
     assert seen.late_ms == pytest.approx(loop.latency.late(*run))
     [request] = seen.running
     assert request.num_output == 1
     assert request.first_token_time == request.last_token_time == seen.now
     loop.iterate()  # the second token is dispatched, the first one has been read
-    seen = snapshot(loop)
+    seen = loop.snapshot()
     [request] = seen.running
     assert request.num_output == 2
     assert request.first_token_time == now < request.last_token_time == seen.now
@@ -53,7 +53,7 @@ def test_tokens_do_not_wait_for_training_after_them(tiny_engine: Engine, loop: L
     def note(pending: Pending, ms: float) -> None:
         ends.append(max(ends[-1], pending.started) + ms / 1e3)
         if len(ends) > 2 and pending.rows and pending.quanta and not pending.fused:
-            ahead.append(ends[-1] - pending.rows[0].request.metrics.last_token_time)
+            ahead.append(ends[-1] - pending.rows[0][1].metrics.last_token_time)
 
     loop.on_iteration = note
     tiny_engine.generate([[5, 6, 7]], None, greedy(20))

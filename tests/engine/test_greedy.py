@@ -8,7 +8,7 @@ import pytest
 
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.engine import Engine
-from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.train.config import TrainConfig
 from tests.engine.engines import greedy, random_data
 from tests.engine.reference import dense_logits, dense_lora
 from tests.engine.traffic import Work, add_adapters, busy_engine, random_work, run_crowd
@@ -37,7 +37,7 @@ def crowd(make_engine: Callable[..., Engine], request: pytest.FixtureRequest) ->
     run_crowd(engine, work, rng)
     assert job.status == "running" and job.step > before + 2, "the job trained meanwhile"
     job.cancel()
-    engine.wait(lambda: not engine.loop.busy and "job" not in engine.loop.training.trainees)
+    engine.wait(lambda: not engine.loop.busy and "job" not in engine.loop.training.device_jobs)
     engine.check_integrity()
     return work
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from loquetier_jax.adapters.peft import write_peft
-from loquetier_jax.batch.segments import empty_batch, ravel
+from loquetier_jax.batch.rows import empty_batch, ravel
 from loquetier_jax.config import Bucket
 from tests.engine.engines import PACK, SERVE, add_random_adapter, greedy, random_data, random_prompt
 from tests.engine.evidence import LORA, compilations, finish, prompts, settle, train_config
@@ -51,10 +51,10 @@ def random_mix(engine, seed, folder, steps=120):
             add_random_adapter(engine, f"n{i}", i, int(rng.integers(1, 33)))
         elif act == 4 and live:
             engine.cancel(live[rng.integers(len(live))].request_id)
-        elif act == 5 and len(engine.loop.training.trainees) < 2:
+        elif act == 5 and len(engine.loop.training.device_jobs) < 2:
             cfg = train_config(max_steps=3, seed=i, learning_rate=1e-3 * float(rng.random()))
             jobs.append(engine.finetune(f"j{i}", random_data(i, 9), lora=LORA, train=cfg))
-        elif act == 6 and jobs and jobs[-1].step and not jobs[-1]._trainee.job.finished:
+        elif act == 6 and jobs and jobs[-1].step and not jobs[-1].device_job.job.finished:
             jobs[-1].publish()
         elif act == 7:
             params = greedy(2, prompt_logprobs=2)

@@ -8,7 +8,7 @@ import pytest
 
 from loquetier_jax.config import Bucket
 from loquetier_jax.step import unified
-from loquetier_jax.step.functions import StepFunctions
+from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.ops import shrunk
 from tests.engine.engines import PACK, random_data
 from tests.engine.evidence import LORA, train_config
@@ -61,12 +61,12 @@ def test_keeping_inference_rows_would_be_seen(world, monkeypatch):
 
 def check_job(engine, job):
     """All that a job has on the device, and all that its optimizer step touches: of its adapter's size."""
-    trainee = job._trainee
-    adapter = sum(leaf.size for leaf in jax.tree.leaves(trainee.master))
-    held = sum(leaf.size for leaf in jax.tree.leaves((trainee.master, trainee.opt_state)))
+    device_job = job.device_job
+    adapter = sum(leaf.size for leaf in jax.tree.leaves(device_job.master))
+    held = sum(leaf.size for leaf in jax.tree.leaves((device_job.master, device_job.opt_state)))
     assert held < 3 * adapter + 64, "a job holds more than its adapter and two moments"
     pools = sum(leaf.size for leaf in jax.tree.leaves((engine.state.grads, engine.state.pages)))
-    touched = sum(leaf.size for leaf in jax.tree.leaves(trainee.run_optimizer.out_info))
+    touched = sum(leaf.size for leaf in jax.tree.leaves(device_job.run_optimizer.out_info))
     assert touched < held + pools + 64, "the optimizer step returns more than the job and the pools"
 
 
@@ -74,10 +74,10 @@ def test_a_job_holds_its_adapter_and_no_gradient_of_the_base(tiny_engine):
     job = tiny_engine.finetune("job", random_data(0), lora=LORA, train=train_config(max_steps=3))
     tiny_engine.wait(lambda: job.step >= 1)
     check_job(tiny_engine, job)
-    trainee = job._trainee
-    kept = trainee.opt_state
-    trainee.opt_state = (kept, [w["down_proj"].w for w in tiny_engine.state.params["layers"]])
+    device_job = job.device_job
+    kept = device_job.opt_state
+    device_job.opt_state = (kept, [w["down_proj"].w for w in tiny_engine.state.params["layers"]])
     with pytest.raises(AssertionError, match="more than its adapter"):
         check_job(tiny_engine, job)
-    trainee.opt_state = kept
+    device_job.opt_state = kept
     job.wait()

@@ -62,7 +62,7 @@ def train_in_company(make_engine, steps, requests, **changes):
     submitted = []
     while not job.step and engine.step():
         pass  # compiling takes as long as all of the requests
-    while not job._trainee.job.finished:
+    while not job.device_job.job.finished:
         if len(submitted) < requests:  # they come one by one while the jobs train
             submitted += submit_requests(engine, 1, seed=len(submitted))
         engine.step()
@@ -166,8 +166,8 @@ def test_a_paused_job_keeps_every_bit_while_others_train_fail_and_leave(make_eng
     engine.wait(lambda: job.step >= 3)
     job.pause()
     settle(engine)
-    trainee = job._trainee
-    before = bits((trainee.master, trainee.opt_state, trainee.accumulators(engine.state)))
+    device_job = job.device_job
+    before = bits((device_job.master, device_job.opt_state, device_job.accumulators(engine.state)))
     start_job(engine, "other", 4, seed=1, optim="lion").wait()
     start_job(engine, "gone", 50, seed=2)
     engine.wait(lambda: engine.jobs["gone"].step >= 2)
@@ -175,6 +175,6 @@ def test_a_paused_job_keeps_every_bit_while_others_train_fail_and_leave(make_eng
     submitted = submit_requests(engine, 6)
     finish(engine, submitted)
     settle(engine)
-    assert bits((trainee.master, trainee.opt_state, trainee.accumulators(engine.state))) == before
+    assert bits((device_job.master, device_job.opt_state, device_job.accumulators(engine.state))) == before
     job.resume()
     assert curve(job.wait()) == train_alone(make_engine, 6)["curve"]

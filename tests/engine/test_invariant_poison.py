@@ -7,7 +7,7 @@ import pytest
 
 from loquetier_jax.config import Bucket
 from loquetier_jax.errors import JobError
-from loquetier_jax.step.train_pass import TrainPass
+from loquetier_jax.train.micro_step import MicroStep
 from pallas_kernels.paged_attention import xla as paged_xla
 from tests.engine.engines import BUCKETS, PACK, SERVE, add_random_adapter, greedy, random_data
 from tests.engine.evidence import LORA, PAIR, finish, owners, prompts, settle, train_config, trained
@@ -124,7 +124,7 @@ def settle_requests(engine):
 
 def poison_kept(monkeypatch, victim, value, where="_kept"):
     """Poisons what the first pass of job `victim` has kept, its own rows alone, before the backward reads it."""
-    start_backward, seen = TrainPass._start_backward, []
+    start_backward, seen = MicroStep._start_backward, []
 
     def poisoned(self, batch, functions, state):
         own = [g for g, item in enumerate(self.items) if item.grad_pages == victim()]
@@ -136,12 +136,12 @@ def poison_kept(monkeypatch, victim, value, where="_kept"):
             setattr(self, where, new)
         start_backward(self, batch, functions, state)
 
-    monkeypatch.setattr(TrainPass, "_start_backward", poisoned)
+    monkeypatch.setattr(MicroStep, "_start_backward", poisoned)
     return seen
 
 
 def grad_pages_of(engine, name):
-    return lambda: engine.jobs[name]._trainee.grad_pages if name in engine.jobs else None
+    return lambda: engine.jobs[name].device_job.grad_pages if name in engine.jobs else None
 
 
 @pytest.mark.parametrize("where", ["_kept", "_hidden"])
@@ -163,14 +163,14 @@ def test_kept_activations_of_one_job(engine, quiet, monkeypatch, value, where):
 
 def test_activations_poisoned_across_the_packs_would_be_seen(engine, quiet, monkeypatch):
     """The same poison in the rows of all packs: the healthy job shows it."""
-    start_backward = TrainPass._start_backward
+    start_backward = MicroStep._start_backward
 
     def poisoned(self, batch, functions, state):
         if len(self.items) == 2:
             self._hidden = self._hidden * jnp.float32(np.nan)
         start_backward(self, batch, functions, state)
 
-    monkeypatch.setattr(TrainPass, "_start_backward", poisoned)
+    monkeypatch.setattr(MicroStep, "_start_backward", poisoned)
     job = start(engine, "job", 0)
     start(engine, "sick", 1)
     engine.wait(lambda: job.released)

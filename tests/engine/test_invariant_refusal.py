@@ -16,9 +16,9 @@ from loquetier_jax.errors import (
     ModelError,
     RequestError,
 )
-from loquetier_jax.kv.pool import EpochPool
-from loquetier_jax.runtime.serving import Serving
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.pool import IdPool
+from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.serve.queue import RequestQueue
 from tests.engine.engines import BUCKETS, add_random_adapter, greedy, random_data, random_prompt
 from tests.engine.evidence import LORA, PAIR, finish, owners, prompts, settle, state_of, train_config
 from tests.step.cases import random_adapter
@@ -199,13 +199,13 @@ def test_a_pin_without_room_changes_nothing(engine):
 
 def test_a_queued_half_of_a_refused_request_would_be_seen(engine, undisturbed, monkeypatch):
     """Queue first, look later: the refusal is named all the same, but the request is there."""
-    add = Serving.add
+    add = RequestQueue.add
 
     def hasty(self, request, listener=None):
         self.waiting[request.id] = request
         add(self, request, listener)
 
-    monkeypatch.setattr(Serving, "add", hasty)
+    monkeypatch.setattr(RequestQueue, "add", hasty)
     with pytest.raises(AssertionError, match="left its traces"):
         check_refusals(engine, refuse_requests)
     engine.loop.serving.waiting.clear()
@@ -248,7 +248,7 @@ def random_game(engine, seed, count=150):
         elif act == 5:
             shape, weights = random_adapter(engine.spec, i, int(rng.integers(1, 33)))
             engine.add_adapter(f"n{rng.integers(6)}", weights, shape, replace=True)
-        elif act == 6 and name is not None and name not in engine.loop.training.trainees:
+        elif act == 6 and name is not None and name not in engine.loop.training.device_jobs:
             engine.unload_adapter(name)
         elif act == 7 and len(open_jobs) < 3:
             cfg = train_config(max_steps=4, seed=i)
@@ -256,7 +256,7 @@ def random_game(engine, seed, count=150):
         elif act == 8 and open_jobs:
             job = open_jobs[rng.integers(len(open_jobs))]
             {"paused": job.resume}.get(job.status, (job.cancel, job.pause)[i % 2])()
-        elif act == 9 and open_jobs and open_jobs[-1]._trainee.pages:
+        elif act == 9 and open_jobs and open_jobs[-1].device_job.pages:
             open_jobs[-1].publish()
         engine.step()
         engine.check_integrity()
@@ -284,26 +284,26 @@ def test_pages_slots_and_versions_add_up_at_every_step(engine, seed):
 
 
 def test_a_lost_page_would_be_seen(engine, monkeypatch):
-    complete = EpochPool.complete
+    complete = IdPool.complete
 
     def forgetful(self, epoch):
         complete(self, epoch)
         if self.name == "KV pages" and len(self._free) > 3:
             self._free.pop()
 
-    monkeypatch.setattr(EpochPool, "complete", forgetful)
+    monkeypatch.setattr(IdPool, "complete", forgetful)
     with pytest.raises(IntegrityError, match="KV pages"):
         random_game(engine, 0, 40)
 
 
 def test_a_page_freed_while_a_step_may_use_it_would_be_seen(engine, monkeypatch):
     """Given back twice: once at once, once by its owner."""
-    release = Serving._release
+    release = RequestQueue._release
 
     def eager(self, request, epoch):
         self.kv._pool._free.extend(request.kv_pages)
         release(self, request, epoch)
 
-    monkeypatch.setattr(Serving, "_release", eager)
+    monkeypatch.setattr(RequestQueue, "_release", eager)
     with pytest.raises(IntegrityError):
         random_game(engine, 0, 40)

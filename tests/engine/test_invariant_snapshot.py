@@ -4,8 +4,8 @@ import pytest
 
 from loquetier_jax.adapters.registry import Registry
 from loquetier_jax.errors import AdapterError
-from loquetier_jax.runtime.serving import Serving
-from loquetier_jax.runtime.trainee import Trainee
+from loquetier_jax.serve.queue import RequestQueue
+from loquetier_jax.train.device_job import DeviceJob
 from tests.engine.engines import BUCKETS, add_random_adapter, greedy, random_data
 from tests.engine.evidence import LORA, PAIR, finish, numbers_of, owners, prompts, settle, train_config
 from tests.step.cases import random_adapter
@@ -82,13 +82,13 @@ def test_reading_the_present_version_would_be_seen(engine, versions, monkeypatch
             return ()
         return self.store.ensure_resident(self.store.get(request.adapter))
 
-    monkeypatch.setattr(Serving, "adapter_pages", present)
+    monkeypatch.setattr(RequestQueue, "adapter_pages", present)
     with pytest.raises(AssertionError, match="changed its version"):
         change_while_running(engine, versions, 12)
 
 
 def test_choosing_the_version_at_admission_would_be_seen(engine, versions, monkeypatch):
-    acquire = Serving._acquire
+    acquire = RequestQueue._acquire
 
     def late(self, request, epoch):
         if request.adapter == "x" and "x" in self.store:
@@ -96,7 +96,7 @@ def test_choosing_the_version_at_admission_would_be_seen(engine, versions, monke
             self._versions[request.id] = self.store.hold("x")
         return acquire(self, request, epoch)
 
-    monkeypatch.setattr(Serving, "_acquire", late)
+    monkeypatch.setattr(RequestQueue, "_acquire", late)
     with pytest.raises(AssertionError, match="changed its version"):
         change_while_running(engine, versions, 0)
 
@@ -152,7 +152,7 @@ def test_publish_serves_the_next_request_and_no_running_one(engine, make_engine,
 
 
 def test_training_on_in_the_published_pages_would_be_seen(engine, make_engine, monkeypatch, tmp_path):
-    optimize = Trainee.optimize
+    optimize = DeviceJob.optimize
 
     def in_place(self, state, store, epoch):
         fresh, self.write_pages = self.write_pages, self.pages
@@ -160,7 +160,7 @@ def test_training_on_in_the_published_pages_would_be_seen(engine, make_engine, m
         self.pages = self.write_pages = fresh
         return metrics
 
-    monkeypatch.setattr(Trainee, "optimize", in_place)
+    monkeypatch.setattr(DeviceJob, "optimize", in_place)
     found = publish_twice(engine, tmp_path)
     with pytest.raises(AssertionError, match="other weights"):
         check_published(make_engine(buckets=(*BUCKETS, PAIR)), found, tmp_path)

@@ -6,10 +6,10 @@ import pytest
 
 from loquetier_jax.batch import pack
 from loquetier_jax.config import Bucket
-from loquetier_jax.jobs.data import Dataset, make_sample
 from loquetier_jax.models.decoder import final_norm, logits
-from loquetier_jax.runtime.training import Training
 from loquetier_jax.step import unified
+from loquetier_jax.train.data import Dataset, make_sample
+from loquetier_jax.train.runner import JobRunner
 from tests.engine.engines import PACK, SERVE, add_random_adapter, greedy
 from tests.engine.evidence import LORA, finish, numbers_of, prompts, train_config
 from tests.step.cases import tiny_spec
@@ -84,7 +84,7 @@ def train_once(engine, sequences, adapter, beside=()):
     """Log-probs of the training forward of one step on `sequences`, before the weights change, per sequence."""
     found = {}
 
-    def accept(self, done, original=Training.accept_pass):
+    def accept(self, done, original=JobRunner.accept_pass):
         results = done.run.results()
         for one, result in zip(done.packs, results, strict=True):
             for segment, sample in enumerate(one.sample_ids):
@@ -94,7 +94,7 @@ def train_once(engine, sequences, adapter, beside=()):
     samples = tuple(make_sample(ids, [True] * len(ids)) for ids in sequences)
     cfg = train_config(max_steps=1, per_device_train_batch_size=len(samples))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "accept_pass", accept)
+        patch.setattr(JobRunner, "accept_pass", accept)
         start = {"init_from": adapter} if adapter else {"lora": LORA}
         job = engine.finetune("job", Dataset("d", samples), train=cfg, **start)
         requests = [engine.submit(*one) for one in beside]

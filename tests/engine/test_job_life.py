@@ -63,7 +63,7 @@ def test_a_checkpoint_during_the_best_evaluation_keeps_its_weights(tiny_engine, 
     data, held_out = random_data(4, count=6), random_data(5, count=4)
     cfg = quick(**WORSE, early_stopping_patience=3)
     job = tiny_engine.finetune("job", data, lora=LORA, eval_data=held_out, train=cfg)
-    inner = job._trainee.job
+    inner = job.device_job.job
     tiny_engine.wait(lambda: job.step == 2 and inner.evaluation.in_flight > 0)
     job.checkpoint(tmp_path)
     evals = losses(job.wait(), "eval_loss")
@@ -71,7 +71,7 @@ def test_a_checkpoint_during_the_best_evaluation_keeps_its_weights(tiny_engine, 
     assert mean_loss(tiny_engine, held_out, "job") == pytest.approx(min(evals), rel=1e-5)
 
 
-@pytest.mark.slow  # each half of it: tests/jobs/test_job.py
+@pytest.mark.slow  # each half of it: tests/train/test_job.py
 def test_a_run_that_was_stopped_early_goes_on(tiny_engine, tmp_path):
     """Its newest checkpoint was of before the last evaluation, which stopped it again at once."""
     data, held_out = random_data(4, count=6), random_data(5, count=4)
@@ -161,10 +161,10 @@ def test_a_template_that_prints_the_time_resumes_at_any(tiny_engine, tmp_path, m
     cfg = quick(max_steps=50, per_device_train_batch_size=4)
     job = tiny_engine.finetune("job", CHATS, lora=LORA, eval_data=CHATS[:1], train=cfg)
     path = job.checkpoint(tmp_path)
-    samples = job._trainee.job.stream.data.samples
+    samples = job.device_job.job.stream.data.samples
     job.cancel()
     again = tiny_engine.resume_job(path, CHATS, eval_data=CHATS[:1])
-    for one, other in zip(again._trainee.job.stream.data.samples, samples, strict=True):
+    for one, other in zip(again.device_job.job.stream.data.samples, samples, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
     again.cancel()
     dated.chat_template = DATED.replace("%f", "%f %Y")

@@ -10,9 +10,9 @@ import pytest
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.engine import Engine
 from loquetier_jax.errors import AdapterError, ConfigError, DataError, JobError
-from loquetier_jax.faces.job_handle import JobHandle
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.jobs.data import Dataset
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.data import Dataset
+from loquetier_jax.train.handle import JobHandle
 from tests.engine.engines import add_random_adapter, greedy, random_data, reset
 from tests.engine.traffic import busy_engine
 
@@ -53,7 +53,7 @@ def test_jobs_of_all_kinds_run_at_once_and_not_in_lock_step(engine: Engine):
     jobs = {n: engine.finetune(n, random_data(3), lora=lora, train=cfg) for n, (lora, cfg) in kinds.items()}
     engine.wait(lambda: all(job.status == "running" for job in jobs.values()))
     seen = set()
-    while engine.loop.training.trainees:
+    while engine.loop.training.device_jobs:
         engine.step()
         seen.add(tuple(job.step for job in jobs.values()))
     assert {job.status for job in jobs.values()} == {"succeeded"}
@@ -116,7 +116,7 @@ def test_a_job_that_fails_fails_alone(engine: Engine):
     assert "not finite" in bad.error and 0 < bad.step < 50
     with pytest.raises(JobError, match="not finite"):
         bad.wait()
-    engine.wait(lambda: not engine.loop.training.trainees)
+    engine.wait(lambda: not engine.loop.training.device_jobs)
     assert engine.loop.training.grad_pool.num_free == engine.cfg.train_pages
     again = engine.finetune("bad", random_data(8), train=train(), replace=True).wait()
     assert losses(again) == want, "its pages are clean for whoever comes next"
@@ -141,7 +141,7 @@ def test_jobs_wait_for_pages_of_the_gradient_pool(engine: Engine):
         engine.finetune(f"job-{i}", random_data(i), lora=LoraConfig(r=8), train=train(max_steps=2)) for i in range(8)
     ]
     most = 0
-    while engine.loop.training.trainees:
+    while engine.loop.training.device_jobs:
         engine.step() or engine.compiler.wait()
         most = max(most, sum(job.status == "running" for job in jobs))
     assert most == 5 and [job.status for job in jobs] == ["succeeded"] * 8

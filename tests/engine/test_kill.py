@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from loquetier_jax.engine import Engine
-from loquetier_jax.jobs.checkpoint import FAULT_POINTS, CheckpointStore, read_state
-from loquetier_jax.jobs.metrics import read_metrics
+from loquetier_jax.train.checkpoint import FAULT_POINTS, CheckpointStore, read_state
+from loquetier_jax.train.metrics import read_metrics
 from tests.engine.engines import reset
 from tests.engine.training_process import (
     KILLED,

@@ -15,12 +15,12 @@ from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import Bucket
 from loquetier_jax.engine import Engine
 from loquetier_jax.errors import CheckpointError, JobError
-from loquetier_jax.faces import job_handle
-from loquetier_jax.faces.jobs import JobHandle
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.jobs.data import Dataset
 from loquetier_jax.models.load import init_random
-from loquetier_jax.runtime.job_state import take_job_state
+from loquetier_jax.train import handle as job_handle
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.data import Dataset
+from loquetier_jax.train.job_state import take_job_state
+from loquetier_jax.train.manager import JobHandle
 from tests.engine.engines import SERVE, greedy, random_data, random_prompt, reset
 from tests.engine.traffic import add_adapters, busy_engine
 
@@ -86,7 +86,7 @@ def uninterrupted(make_engine: Callable[..., Engine]) -> tuple[list[dict[str, fl
 
 def to_the_middle(engine: Engine, job: JobHandle, step: int = 2, packs: int | None = 1) -> None:
     """Drives until `packs` packs of optimizer step `step` have been dispatched; None is all of them."""
-    inner = job._trainee.job
+    inner = job.device_job.job
     assert inner.stream.packs_in_step(step) > 4
     at = (step + 1, 0) if packs is None else (step, packs)
     engine.wait(lambda: (inner.cursor.step, inner.cursor.pack) == at)
@@ -99,7 +99,7 @@ def assert_same(got: tuple[list[dict[str, float]], list[np.ndarray]], want: Any)
 
 def assert_empty(engine: Engine) -> None:
     """Nothing of the job is left but what it published."""
-    engine.wait(lambda: not engine.loop.training.trainees)
+    engine.wait(lambda: not engine.loop.training.device_jobs)
     engine.drain()
     engine.check_integrity()
     assert engine.loop.training.grad_pool.num_free == engine.cfg.train_pages
@@ -194,7 +194,7 @@ def test_checkpoint_in_the_middle_of_accumulation(engines: Any, uninterrupted: A
 def test_checkpoint_in_the_middle_of_an_evaluation(engines: Any, uninterrupted: Any, tmp_path: Path):
     first, second = engines
     job = start(first)
-    first.wait(lambda: job._trainee.job.evaluating)
+    first.wait(lambda: job.device_job.job.evaluating)
     before = numbers(job)
     job.checkpoint(tmp_path)
     resumed = second.resume_job(tmp_path, DATA, eval_data=HELD_OUT)
@@ -211,8 +211,8 @@ def test_a_queued_job_gets_the_pages_of_one_that_ends(engines: Any):
     holders = [start(engine, f"holder-{i}", max_steps=1) for i in range(2)]
     engine.wait(lambda: all(h.status == "running" for h in holders))
     waiting = start(engine, "waiting", max_steps=1)
-    trainees = engine.loop.training.trainees
-    trainees |= {h.name: trainees.pop(h.name) for h in holders}  # now it comes first in each round
+    device_jobs = engine.loop.training.device_jobs
+    device_jobs |= {h.name: device_jobs.pop(h.name) for h in holders}  # now it comes first in each round
     engine.compiler.wait()
     assert waiting.wait().status == "succeeded"
 
@@ -256,8 +256,8 @@ def test_pause_resume_and_cancel(engines: Any, uninterrupted: Any):
     job.pause()
     while engine.step():
         pass
-    at = job._trainee.job.cursor
-    assert not engine.step() and job._trainee.job.cursor == at and job.status == "paused"
+    at = job.device_job.job.cursor
+    assert not engine.step() and job.device_job.job.cursor == at and job.status == "paused"
     job.resume()
     job.wait()
     assert_same((numbers(job), masters(engine)), uninterrupted)

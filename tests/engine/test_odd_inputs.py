@@ -16,7 +16,7 @@ from loquetier_jax.errors import (
     RequestError,
 )
 from loquetier_jax.presets import engine_config
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
 from tests.engine.engines import SERVE, add_random_adapter, greedy, random_data
 from tests.engine.evidence import LORA, quick
 
@@ -161,7 +161,7 @@ def test_a_listener_that_waits_is_refused(tiny_engine, threaded):
         engine.cancel(first.request_id)
 
     pieces = []
-    with engine._lock:
+    with engine.driver.lock:
         first = engine.submit([5, 6, 7], params=greedy(8), listener=listener)
         second = engine.submit([5, 6, 7], params=greedy(8), listener=pieces.append)
     if threaded:

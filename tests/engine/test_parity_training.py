@@ -9,8 +9,9 @@ import pytest
 
 from loquetier_jax import Engine, TrainConfig
 from loquetier_jax.adapters.peft import read_peft
-from loquetier_jax.jobs.data import Dataset, Pack
-from loquetier_jax.jobs.packing import Cursor, PackStream
+from loquetier_jax.batch.packs import Pack
+from loquetier_jax.train.data import Dataset
+from loquetier_jax.train.packing import Cursor, PackStream
 from tests.engine.engines import random_data
 from tests.models.checkpoints import hf_model
 from tests.tolerances import assert_close

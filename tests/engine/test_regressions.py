@@ -12,7 +12,7 @@ import pytest
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import Bucket
 from loquetier_jax.errors import AdapterError, ConfigError, DataError, EngineError, JobError, RequestError
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
 from tests.engine.engines import PACK, SERVE, add_random_adapter, greedy, random_data, reset
 from tests.engine.evidence import LORA, quick
 
@@ -76,7 +76,7 @@ def test_scoring_without_room_lets_an_evaluation_pass(small):
     job = engine.finetune("job", random_data(0), lora=LORA, train=quick(), eval_data=random_data(1))
     engine.wait(lambda: job.status == "running")
     scores = []
-    engine.loop.scoring.add(engine._scores.task([[5, 6, 7]], "other", scores.extend, pytest.fail))
+    engine.loop.scoring.add(engine.scores.task([[5, 6, 7]], "other", scores.extend, pytest.fail))
     job.wait()
     assert "eval_loss" in job.metrics[-1]
     engine.wait(lambda: bool(scores))
@@ -112,7 +112,7 @@ def test_a_job_that_could_never_go_on_is_refused(small, tiny_engine, tmp_path):
     wide.checkpoint(tmp_path)
     with pytest.raises(AdapterError, match="rank 32"):
         small.resume_job(tmp_path, random_data(0))
-    assert "wide" not in small.adapters and not small.loop.training.trainees
+    assert "wide" not in small.adapters and not small.loop.training.device_jobs
 
 
 def test_publish_serves_the_name_whatever_became_of_it(tiny_engine):

@@ -9,8 +9,8 @@ import orbax.checkpoint
 import pytest
 
 from loquetier_jax.errors import JobError
-from loquetier_jax.jobs.checkpoint import read_state
-from loquetier_jax.jobs.metrics import read_metrics
+from loquetier_jax.train.checkpoint import read_state
+from loquetier_jax.train.metrics import read_metrics
 from tests.engine.engines import random_data
 from tests.engine.evidence import LORA, quick
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loquetier_jax.batch.segments import MAX_BANNED, SampleRows
+from loquetier_jax.batch.rows import MAX_BANNED, SampleRows
 from loquetier_jax.engine import Engine
+from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.output import CompletionOutput
-from loquetier_jax.serve.params import SamplingParams
 from loquetier_jax.step import sample as sampler
 from tests.engine.engines import add_random_adapter, greedy, random_prompt
 from tests.engine.reference import dense_logits, dense_lora, generate, log_softmax, processed

@@ -10,8 +10,8 @@ from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import Bucket, SLOConfig
 from loquetier_jax.engine import Engine
 from loquetier_jax.errors import CapacityError, RequestError
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.train.config import TrainConfig
 from tests.engine.engines import SERVE, add_random_adapter, greedy, random_data, random_prompt, reset
 from tests.engine.reference import dense_logits, dense_lora, generate, log_softmax
 from tests.engine.traffic import busy_engine

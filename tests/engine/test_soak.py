@@ -14,10 +14,10 @@ import pytest
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.engine import Engine
 from loquetier_jax.errors import AdapterError, JobError, LoquetierError, RequestError
-from loquetier_jax.faces.jobs import JobHandle
-from loquetier_jax.faces.requests import Submitted
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.serve.frontend import RequestHandle
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.manager import JobHandle
 from tests.engine.engines import random_data, random_prompt
 from tests.engine.traffic import RANKS, busy_engine
 from tests.step.cases import random_adapter
@@ -61,7 +61,7 @@ class Soak:
         self.engine, self.rng, self.folder, self.kinds = engine, np.random.default_rng(seed), folder, kinds
         self.steps, self.serial = 0, 0
         self.done: Counter[str] = Counter()
-        self.requests: list[Submitted] = []
+        self.requests: list[RequestHandle] = []
         self.jobs: list[JobHandle] = []
         self._step = engine.step
         engine.step = self.step
@@ -86,7 +86,7 @@ class Soak:
                 self.done[action] += 1
         self.engine.step()
         self.requests = [r for r in self.requests if not r.finished]
-        self.jobs = [j for j in self.jobs if j.name in self.engine.loop.training.trainees]
+        self.jobs = [j for j in self.jobs if j.name in self.engine.loop.training.device_jobs]
 
     def params(self) -> SamplingParams:
         rng, kind = self.rng, int(self.rng.integers(4))
@@ -135,7 +135,7 @@ class Soak:
 
     def publish(self) -> None:
         for job in self.jobs:
-            if job.status == "running" and self.engine.loop.training.trainees[job.name].pages:
+            if job.status == "running" and self.engine.loop.training.device_jobs[job.name].pages:
                 job.publish()
                 return
 
@@ -163,7 +163,7 @@ class Soak:
 
     def unload(self) -> None:
         names = [n for n in self.engine.adapters.names() if n.startswith(("loaded", "job", "renamed"))]
-        live = self.engine.loop.training.trainees
+        live = self.engine.loop.training.device_jobs
         for name in names[:2]:
             if name not in live:
                 self.engine.unload_adapter(name)
@@ -195,7 +195,7 @@ class Soak:
             if job.status == "paused":
                 job.resume()
         self.engine.wait(lambda: all(r.finished for r in self.requests))
-        self.engine.wait(lambda: not self.engine.loop.training.trainees)
+        self.engine.wait(lambda: not self.engine.loop.training.device_jobs)
         self.engine.drain()
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from loquetier_jax.config import Bucket
 from loquetier_jax.engine import Engine
-from loquetier_jax.faces.requests import Submitted
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.serve.frontend import RequestHandle
 from tests.engine.engines import SERVE, add_random_adapter, greedy, random_prompt
 
 BUCKETS = (
@@ -42,7 +42,7 @@ class Work:
     adapter: str | None
     params: SamplingParams
     cancel_after: int | None = None
-    submitted: Submitted | None = None
+    submitted: RequestHandle | None = None
     age: int = 0
 
     @property

@@ -6,9 +6,9 @@ from pathlib import Path
 from loquetier_jax.adapters.lora import LoraConfig
 from loquetier_jax.config import Bucket
 from loquetier_jax.engine import Engine
-from loquetier_jax.faces.job_handle import JobHandle
-from loquetier_jax.jobs.checkpoint import CheckpointStore
-from loquetier_jax.jobs.config import TrainConfig
+from loquetier_jax.train.checkpoint import CheckpointStore
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.handle import JobHandle
 from tests.engine.engines import SERVE, build_engine, random_data
 
 STEPS = 48

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from loquetier_jax.errors import DataError, LoquetierError, RequestError
-from loquetier_jax.jobs.formats import parse_record
-from loquetier_jax.jobs.tokenize import tokenize
 from loquetier_jax.serve.tokenizer import encode_prompt
 from loquetier_jax.tiny.tokenizer import build_tokenizer
+from loquetier_jax.train.formats import parse_record
+from loquetier_jax.train.tokenize import tokenize
 from tests.fuzz.mutate import json_value, mutate_tree, python_value
-from tests.jobs.chats import CHATS, chat_tokenizer, tools_of
+from tests.train.chats import CHATS, chat_tokenizer, tools_of
 
 TEMPLATES = ("llama3_1", "qwen3", "gemma", "mistral")
 NOW = datetime(2024, 7, 26)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from loquetier_jax.errors import CheckpointError
-from loquetier_jax.jobs.checkpoint import MARKER, CheckpointStore, find_checkpoint, read_arrays, read_state
+from loquetier_jax.train.checkpoint import MARKER, CheckpointStore, find_checkpoint, read_arrays, read_state
 from tests.fuzz.kind import listing
 from tests.fuzz.mutate import json_text, mutate_file, mutate_tree, put
 

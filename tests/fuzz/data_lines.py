@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from loquetier_jax.errors import DataError
-from loquetier_jax.jobs.config import TRUNCATIONS, TrainConfig
-from loquetier_jax.jobs.data import Dataset, load_dataset
-from loquetier_jax.jobs.records import check_records
+from loquetier_jax.train.config import TRUNCATIONS, TrainConfig
+from loquetier_jax.train.data import Dataset, load_dataset
+from loquetier_jax.train.records import check_records
 from tests.fuzz.kind import listing
 from tests.fuzz.mutate import json_text, json_value, mutate_bytes, mutate_tree, put, python_value
-from tests.jobs.chats import chat_tokenizer
+from tests.train.chats import chat_tokenizer
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loquetier_jax.errors import AdapterError, RequestError
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.tiny.tokenizer import build_tokenizer
 from tests.engine.engines import add_random_adapter, build_engine
 from tests.engine.evidence import state_of
@@ -56,7 +56,7 @@ class Requests:
     def traces(self) -> dict[str, Any]:
         """All that a request takes; steps and seeds go on."""
         state = state_of(self._engine)
-        names = ("waiting", "running", "listeners", "names", "jobs", "trainees", "scoring")
+        names = ("waiting", "running", "listeners", "names", "jobs", "device_jobs", "scoring")
         taken = {name: state["taken"][name] for name in ("KV pages", "slots", "train pages")}
         return {name: state[name] for name in names} | taken
 

@@ -11,7 +11,7 @@ from loquetier_jax.schedule.latency import (
     OPTIMIZER,
     LatencyModel,
 )
-from loquetier_jax.schedule.snapshot import SlicedShape
+from loquetier_jax.schedule.types import SlicedShape
 
 SLICES = 4
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loquetier_jax.schedule.fairness import FairShare, pack_order
-from loquetier_jax.schedule.snapshot import JobView
+from loquetier_jax.schedule.types import JobView
 
 
 @settings(deadline=None, max_examples=60)

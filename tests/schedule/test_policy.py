@@ -9,7 +9,7 @@ from loquetier_jax.config import Bucket, SLOConfig
 from loquetier_jax.errors import CapacityError, ConfigError
 from loquetier_jax.schedule.latency import FORWARD_SLICE, LatencyModel
 from loquetier_jax.schedule.policy import PolicyConfig, decide
-from loquetier_jax.schedule.snapshot import (
+from loquetier_jax.schedule.types import (
     Decision,
     Decoding,
     Fairness,

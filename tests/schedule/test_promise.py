@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from benchmarks.scheduling.simulate import Simulator
+from benchmarks.scheduling.simulated import SimJob, SimRequest, poisson
 from loquetier_jax.config import SLOConfig
 from loquetier_jax.presets import preset_path
 from loquetier_jax.schedule.policy import PolicyConfig
-from loquetier_jax.schedule.simulate import Simulator
-from loquetier_jax.schedule.simulated import SimJob, SimRequest, poisson
 from loquetier_jax.schedule.table import LatencyTable
 
 PROMPT, ADAPTERS, TPOT_MS = 512, 4, 25.0

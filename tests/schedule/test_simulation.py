@@ -7,13 +7,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.scheduling import trace
+from benchmarks.scheduling.simulate import Simulator
+from benchmarks.scheduling.simulated import SimJob, SimRequest
 from loquetier_jax.config import BLOCK, SAMPLING_LEVELS, Bucket, SLOConfig
-from loquetier_jax.schedule import trace
 from loquetier_jax.schedule.latency import FORWARD, LatencyModel
 from loquetier_jax.schedule.policy import PolicyConfig, decide
-from loquetier_jax.schedule.simulate import Simulator
-from loquetier_jax.schedule.simulated import SimJob, SimRequest
-from loquetier_jax.schedule.snapshot import Decision, Quantum, ScoreView, SlicedShape, Snapshot
+from loquetier_jax.schedule.types import Decision, Quantum, ScoreView, SlicedShape, Snapshot
 
 quick = settings(deadline=None, max_examples=25)
 slower = settings(deadline=None, max_examples=8)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from loquetier_jax.errors import RequestError
-from loquetier_jax.serve.params import SamplingParams
+from loquetier_jax.sampling_params import SamplingParams
 
 
 def test_defaults_are_those_of_vllm() -> None:

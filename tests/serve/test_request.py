@@ -4,8 +4,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loquetier_jax.errors import RequestError
+from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.output import Logprob, StreamPiece
-from loquetier_jax.serve.params import SamplingParams
 from loquetier_jax.serve.request import Request, collect, completion_seed, make_requests
 
 EOS = 257

@@ -10,9 +10,9 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from loquetier_jax.errors import ModelError, RequestError
-from loquetier_jax.jobs.formats import Completion, Text
-from loquetier_jax.jobs.tokenize import tokenize
 from loquetier_jax.serve.tokenizer import encode_chat, encode_prompt, end_token_ids, load_tokenizer
+from loquetier_jax.train.formats import Completion, Text
+from loquetier_jax.train.tokenize import tokenize
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -115,20 +115,7 @@ def test_arguments_of_a_template_beside_no_chat_are_refused(tokenizer: PreTraine
 
 
 def test_host_modules_do_not_import_jax() -> None:
-    modules = [
-        f"loquetier_jax.{m}"
-        for m in (
-            "serve.params",
-            "serve.request",
-            "serve.output",
-            "serve.text",
-            "serve.messages",
-            "serve.chat_template",
-            "serve.tokenizer",
-            "kv.pool",
-            "kv.pages",
-            "kv.slots",
-        )
-    ]
+    names = ["request", "output", "handle", "text", "messages", "chat_template", "tokenizer", "kv", "prompts"]
+    modules = ["loquetier_jax.sampling_params", "loquetier_jax.pool", *(f"loquetier_jax.serve.{n}" for n in names)]
     code = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

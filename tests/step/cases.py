@@ -7,24 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.running import running
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, init_weights, resolve_shape
 from loquetier_jax.adapters.pages import pages_of
-from loquetier_jax.batch.pack import (
-    ChunkItem,
-    DecodeItem,
-    ScoreItem,
-    ServedItem,
-    StepItems,
-    TrainItem,
-    pack_step,
-)
-from loquetier_jax.batch.segments import SegmentBatch, ravel
+from loquetier_jax.batch.pack import ScoreItem, StepItems, TrainItem, pack_step
+from loquetier_jax.batch.packs import Pack
+from loquetier_jax.batch.rows import SegmentBatch, ravel
 from loquetier_jax.config import Bucket, EngineConfig
-from loquetier_jax.jobs.data import Pack
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.serve.params import SamplingParams
-from loquetier_jax.step.functions import StepFunctions
+from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.state import DeviceState, new_state
 
 PACK = 64
@@ -89,7 +82,7 @@ class World:
 
     def run(self, items: StepItems, bucket: Bucket, dropout: bool = False):
         """Packs and runs one forward; returns (ForwardOut, host batch)."""
-        batch = pack_step(items, bucket, self.cfg)
+        batch, _ = pack_step(items, bucket, self.cfg)
         out = self.state.run_forward(self.functions.forward(bucket, dropout), jnp.asarray(ravel(batch)))
         return out, batch
 
@@ -150,10 +143,6 @@ def random_pack(
 GREEDY = SamplingParams(temperature=0, max_tokens=32)
 
 
-def served(slot: int, pages: tuple[int, ...], kv: tuple[int, ...], index: int = 0) -> ServedItem:
-    return ServedItem(slot=slot, pages=pages, kv_pages=kv, params=GREEDY, seed=slot, index=index)
-
-
 def mixed_items(rng: np.random.Generator) -> StepItems:
     """Two train packs of two adapters, a score pack, two prompt chunks, three decode rows (one without adapter)."""
     prompt = rng.integers(2, 272, 40).astype(np.int32)
@@ -164,13 +153,13 @@ def mixed_items(rng: np.random.Generator) -> StepItems:
         ],
         score=[ScoreItem(random_pack(rng, (29, 9)), (4,))],
         prefill=[
-            ChunkItem(served(0, (4,), (1, 2, 3)), prompt[:17], 0, True),
-            ChunkItem(served(1, (), (4, 5, 6)), prompt[17:30], 0, True),
+            (running(0, (4,), (1, 2, 3), GREEDY, prompt[:17]), 17),
+            (running(1, (), (4, 5, 6), GREEDY, prompt[17:30]), 13),
         ],
         decode=[
-            DecodeItem(served(2, (1,), (7, 8), 1), 5),
-            DecodeItem(served(3, (), (9, 10), 1), 20),
-            DecodeItem(served(4, (2, 3), (11, 12), 1), 3),
+            running(2, (1,), (7, 8), GREEDY, prompt[:5], 1),
+            running(3, (), (9, 10), GREEDY, prompt[:20], 1),
+            running(4, (2, 3), (11, 12), GREEDY, prompt[:3], 1),
         ],
     )
 

@@ -8,8 +8,8 @@ import numpy as np
 from loquetier_jax.adapters.pages import gradients_of, read_pages
 from loquetier_jax.batch.pack import StepItems, TrainItem
 from loquetier_jax.models import dense
-from loquetier_jax.step.functions import TrainKey
-from loquetier_jax.step.train_pass import TrainPass
+from loquetier_jax.step.compiled import TrainKey
+from loquetier_jax.train.micro_step import MicroStep
 from tests.step.cases import PACK, World
 
 KEY = TrainKey(packs=2, pack_tokens=PACK, pages=2)
@@ -38,8 +38,8 @@ def reference_loss(world: World, weights, shape, pack):
     return total
 
 
-def run_pass(world: World, items: StepItems, bucket, slice_layers=0, key=KEY) -> TrainPass:
-    passing = TrainPass(key, items.train, slice_layers)
+def run_pass(world: World, items: StepItems, bucket, slice_layers=0, key=KEY) -> MicroStep:
+    passing = MicroStep(key, items.train, slice_layers)
     if slice_layers and bucket is None:
         passing.start_slices(world.cfg, world.functions, world.state)
         while not passing.forward_done:

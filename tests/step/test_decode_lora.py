@@ -9,7 +9,8 @@ import pytest
 
 from loquetier_jax.batch.pack import StepItems, pack_step
 from loquetier_jax.config import Bucket
-from loquetier_jax.step import functions, ops
+from loquetier_jax.step import compiled as functions
+from loquetier_jax.step import ops
 from pallas_kernels.common import cpu_bits
 from tests.kernels.quick import quick_jit
 from tests.step.cases import make_world, mixed_items
@@ -26,7 +27,7 @@ def world():
 def linear(world, smlm: str, group: str, rows: jax.Array) -> tuple[jax.Array, str]:
     """In a decode step of three adapters' rows, one of them of two pages, and one of none; and its trace."""
     items = StepItems(decode=mixed_items(np.random.default_rng(0)).decode)
-    batch = jax.tree.map(jnp.asarray, pack_step(items, DECODE, world.cfg))
+    batch = jax.tree.map(jnp.asarray, pack_step(items, DECODE, world.cfg)[0])
     cfg = dataclasses.replace(world.cfg, smlm=smlm)
     weights, pages = world.state.params["layers"][0], world.state.pages.layers[0]
 

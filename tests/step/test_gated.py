@@ -22,7 +22,7 @@ def world():
 def run(world, smlm: str, keep: tuple[str, ...], hidden_act: str) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The MLP of a mixed step's rows: out, and what is kept of it."""
     items = mixed_items(np.random.default_rng(0))
-    batch = jax.tree.map(jnp.asarray, pack_step(items, MIXED, world.cfg))
+    batch = jax.tree.map(jnp.asarray, pack_step(items, MIXED, world.cfg)[0])
     cfg = dataclasses.replace(world.cfg, smlm=smlm, keep=keep)
     spec = dataclasses.replace(world.spec, hidden_act=hidden_act)
     weights, pages = world.state.params["layers"][0], world.state.pages.layers[0]

@@ -9,7 +9,7 @@ import pytest
 
 from loquetier_jax.config import Bucket
 from loquetier_jax.models.linear import Dense
-from loquetier_jax.step.functions import TrainKey
+from loquetier_jax.step.compiled import TrainKey
 from tests.step.cases import PACK, make_world, mixed_items, tiny_config
 
 # Sizes that no weight of the tiny model has, so that a shape in the text says what it is.

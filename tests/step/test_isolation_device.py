@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loquetier_jax.step.functions import TrainKey
-from loquetier_jax.step.train_pass import TrainPass
+from loquetier_jax.step.compiled import TrainKey
+from loquetier_jax.train.micro_step import MicroStep
 from tests.step.cases import MIXED, PACK, World, make_world, mixed_items, tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,7 @@ def numbers(world: World, change: Callable[[jax.Array], jax.Array]) -> tuple[dic
     world.state.pages = jax.tree.map(lambda a: a.at[1].set(change(a[1])), world.state.pages)
     items = mixed_items(np.random.default_rng(0))
     out, batch = world.run(items, MIXED)
-    passing = TrainPass(KEY, items.train)
+    passing = MicroStep(KEY, items.train)
     passing.take_fused(out, batch, world.functions, world.state)
     while not passing.done:
         passing.run_backward_slice(world.functions, world.state)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from loquetier_jax.batch.packs import pass_extras
 from loquetier_jax.errors import ConfigError
-from loquetier_jax.jobs.config import TrainConfig
-from loquetier_jax.jobs.data import Sample
-from loquetier_jax.jobs.extras import pass_extras
-from loquetier_jax.jobs.loss_function import takes_batch
-from loquetier_jax.jobs.packing import build_pack
 from loquetier_jax.step.loss import loss_cotangent, loss_value
 from loquetier_jax.step.loss_batch import LossBatch, loss_batch
+from loquetier_jax.step.loss_function import takes_batch
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.data import Sample
+from loquetier_jax.train.packing import build_pack
 
 ROWS, BETA = 256, 0.1
 LENGTHS = (40, 32, 7, 33)

@@ -25,7 +25,7 @@ def both(world: World, group: str) -> tuple[Any, Any]:
     The step's are float32, scattered into pools of the pages' shapes, as `jax.grad` gives them.
     """
     items = StepItems(train=mixed_items(np.random.default_rng(0)).train)
-    batch = jax.tree.map(jnp.asarray, pack_step(items, TRAIN, world.cfg))
+    batch = jax.tree.map(jnp.asarray, pack_step(items, TRAIN, world.cfg)[0])
     weights, pages = world.state.params["layers"][0], world.state.pages.layers[0]
     (size, outs), plan = world.spec.group_shapes[group], pack_plan(batch.train.pages, PACK)
     h, dy = (

@@ -9,7 +9,7 @@ import pytest
 
 from loquetier_jax.adapters.pages import gradients_of, read_pages
 from loquetier_jax.batch.pack import StepItems, TrainItem
-from loquetier_jax.step.functions import TrainKey
+from loquetier_jax.step.compiled import TrainKey
 from tests.step.cases import (
     MIXED,
     PACK,

@@ -20,7 +20,7 @@ def test_a_batch_as_a_tree_gives_what_its_buffer_gives() -> None:
     world = make_world(tiny_spec(num_hidden_layers=1, sliding_window=(None,)))
     items, state = mixed_items(np.random.default_rng(0)), world.state
     items.score = []
-    batch = pack_step(items, BUCKET, world.cfg)
+    batch, _ = pack_step(items, BUCKET, world.cfg)
     step = jax.jit(functools.partial(unified_step, world.spec, world.cfg, BUCKET, False))
     args = state.params, state.pages, state.kv, state.slots, batch
     want = step.lower(*args).compile(cpu_bits.compiler_options())(*args)  # donates nothing

@@ -1,1 +1,0 @@
-"""What a user calls on an Engine, by subject: adapters, requests, jobs."""

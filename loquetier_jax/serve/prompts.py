@@ -1,0 +1,43 @@
+"""The prompts of a call, and what is given once for all of them or one by one."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from loquetier_jax.sampling_params import refuse
+from loquetier_jax.serve.tokenizer import Prompt
+from loquetier_jax.token_ids import are_token_ids, plain_prompt
+
+A = TypeVar("A")
+
+
+def prompts_of(value: Any, name: str) -> list[Prompt]:
+    """Prompts given as one string, or one by one, each in the form that `encode_prompt` knows.
+
+    Raises:
+        RequestError: neither, or one chat or one list of token ids instead of a list of them; what the prompts
+            themselves are is not looked at.
+    """
+    value = plain_prompt(value)
+    if isinstance(value, str):
+        return [value]
+    several = isinstance(value, Iterable) and not isinstance(value, (Mapping, bytes, bytearray))
+    refuse(several, name, value, "a string or a list of strings, token id lists or chats")
+    prompts = [plain_prompt(one) for one in value]
+    chat = bool(prompts) and all(isinstance(one, Mapping) and "role" in one for one in prompts)
+    refuse(not chat, name, prompts, "a list of chats: [messages]")
+    refuse(not prompts or not are_token_ids(prompts), name, prompts, "a list of token id lists: [ids]")
+    return prompts
+
+
+def one_each(value: A | Sequence[A], count: int, name: str, kinds: tuple[type, ...]) -> list[A]:
+    """`value` for each of `count` prompts, or the sequence it is already.
+
+    Raises:
+        RequestError: neither one of `kinds` nor `count` values.
+    """
+    if isinstance(value, kinds):
+        return [value] * count
+    refuse(isinstance(value, Iterable), name, value, f"one, or one per prompt ({count})")
+    values = list(value)
+    refuse(len(values) == count, name, f"{len(values)} values", f"one, or one per prompt ({count})")
+    return values

@@ -1,0 +1,242 @@
+"""Every compiled function of an engine, made ahead of time from static shapes: after warm-up nothing compiles."""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loquetier_jax.batch.packs import ExtraNames, empty_extras
+from loquetier_jax.batch.rows import empty_batch, host_tree_size, shapes_of
+from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step import backward, forward_slices
+from loquetier_jax.step.loss import Loss, loss_value
+from loquetier_jax.step.loss_batch import LossBatch
+from loquetier_jax.step.sample import admit_slot
+from loquetier_jax.step.state import DeviceState, head_params
+from loquetier_jax.step.unified import jit_unified_step
+from pallas_kernels.common import cpu_bits
+from pallas_kernels.smlm import FEW_ROWS
+
+log = logging.getLogger(__name__)
+
+
+def compiler_options(bucket: Bucket) -> dict[str, str]:
+    """XLA options of a bucket's forward: on a CPU those that keep a row's bits (see `cpu_bits`).
+
+    On a GPU, with few decode rows, independent kernels run at one time: those of the LoRA delta hide behind
+    the base GEMMs, the writes of the cache behind each other. Temporaries then share no memory: nothing at decode, but
+    twice as much (0.5 GB more) in a mixed step or a backward.
+    """
+    if bucket.rows == bucket.decode <= FEW_ROWS and jax.default_backend() == "gpu":
+        return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+    return cpu_bits.compiler_options()
+
+
+def _compile(f: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
+    return jax.jit(f, donate_argnums=donate).lower(*arguments).compile(cpu_bits.compiler_options())
+
+
+@dataclass(frozen=True)
+class TrainKey:
+    """What the compiled training functions of a pass depend on; jobs with equal keys ride one step.
+
+    Attributes:
+        packs, pack_tokens: Packs of the pass and rows of each.
+        pages: Most rank-16 pages of an adapter in the pass.
+        dropout: Whether any of the jobs has LoRA dropout.
+        loss: None for cross-entropy, or the jobs' own loss.
+        extras: What their samples bring along for it.
+    """
+
+    packs: int
+    pack_tokens: int
+    pages: int
+    dropout: bool = False
+    loss: Loss | None = None
+    extras: ExtraNames = ()
+
+    @property
+    def bucket(self) -> Bucket:
+        """The bucket of a step with these packs and nothing else."""
+        return Bucket(packs=self.packs, pack_tokens=self.pack_tokens)
+
+
+class StepFunctions:
+    """Compiles step functions once and hands them out.
+
+    Thread-safe: a background thread may compile training functions while serving ones run. Compiled functions
+    reject other shapes with a TypeError: a step outside the lattice is a bug and shows as one.
+    """
+
+    def __init__(self, spec: DecoderSpec, cfg: EngineConfig, state: DeviceState) -> None:
+        self.spec, self.cfg = spec, cfg
+        self._params, self._pages = shapes_of(state.params), shapes_of(state.pages)
+        self._kv, self._slots, self._grads = (
+            shapes_of(state.kv),
+            shapes_of(state.slots),
+            shapes_of(state.grads),
+        )
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+        self._building: dict[Any, threading.Lock] = {}
+
+    def _get(self, key: Any, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        if key in self._compiled:
+            return self._compiled[key]
+        with self._lock:
+            own = self._building.setdefault(key, threading.Lock())
+        with own:  # two askers of one function: one compiles, the other waits
+            if key not in self._compiled:
+                log.debug("compiling %s", key)
+                self._compiled[key] = build()
+        return self._compiled[key]
+
+    def forward(self, bucket: Bucket, dropout: bool = False) -> Callable[..., Any]:
+        """(params, pages, kv*, slots*, flat) -> (kv, slots, ForwardOut); * donated."""
+
+        def build() -> Callable[..., Any]:
+            step = jit_unified_step(self.spec, self.cfg, bucket, dropout)
+            flat = self._flat(empty_batch(bucket, self.cfg))
+            lowered = step.lower(self._params, self._pages, self._kv, self._slots, flat)
+            return lowered.compile(compiler_options(bucket))
+
+        return self._get(("forward", bucket, dropout), build)
+
+    def admit(self) -> Callable[..., Any]:
+        """(slots*, slot, prompt [max_model_len], length) -> slots."""
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        prompt = jax.ShapeDtypeStruct((self.cfg.max_model_len,), jnp.int32)
+        return self._get("admit", lambda: _compile(admit_slot, self._slots, scalar, prompt, scalar, donate=(0,)))
+
+    def forward_start(self, key: TrainKey) -> Callable[..., Any]:
+        """(params, flat) -> x."""
+        template = shapes_of(empty_batch(key.bucket, self.cfg))
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(forward_slices.forward_start, self.spec, template)
+            return _compile(f, self._params, self._flat(template))
+
+        return self._get(("forward_start", key.bucket), build)
+
+    def forward_slice(self, key: TrainKey, start: int, stop: int) -> Callable[..., Any]:
+        """(layers, pages, x, flat) -> (x, kept) for layers [start, stop).
+
+        With dropout the layer index is part of the mask, so a compile belongs to its own slice.
+        """
+        template = shapes_of(empty_batch(key.bucket, self.cfg))
+        windows = self.spec.sliding_window[start:stop]
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(
+                forward_slices.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, start
+            )
+            layers, pages = self._params["layers"][start:stop], self._pages.cut(start, stop)
+            return _compile(f, layers, pages, self._hidden(key), self._flat(template))
+
+        where = start if key.dropout else None
+        return self._get(("forward_slice", key.bucket, key.dropout, windows, where), build)
+
+    def forward_end(self, key: TrainKey) -> Callable[..., Any]:
+        """(head, x, flat) -> {"logp", "correct"}."""
+        template = shapes_of(empty_batch(key.bucket, self.cfg))
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(forward_slices.forward_end, self.spec, self.cfg, template)
+            return _compile(f, head_params(self._params), self._hidden(key), self._flat(template))
+
+        return self._get(("forward_end", key.bucket), build)
+
+    def backward_start(self, key: TrainKey) -> Callable[..., Any]:
+        """(head, hidden, logp, flat, extras) -> (dx, losses)."""
+        template = shapes_of(empty_batch(key.bucket, self.cfg)).train
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(backward.backward_start, self.spec, self.cfg, key.packs, key.loss, template)
+            logp = jax.ShapeDtypeStruct((key.bucket.train_rows,), jnp.float32)
+            extras = shapes_of(empty_extras(key.extras, key.packs, key.pack_tokens))
+            return _compile(f, head_params(self._params), self._hidden(key), logp, self._flat(template), extras)
+
+        return self._get(("backward_start", key.bucket, key.loss, key.extras), build)
+
+    def loss_value(self, key: TrainKey) -> Callable[..., Any]:
+        """(logp [L], weights [L], LossBatch) -> the loss of one scored pack; of jobs with a loss of their own."""
+        rows = jax.ShapeDtypeStruct((key.pack_tokens,), jnp.float32)
+        ints = jax.ShapeDtypeStruct((key.pack_tokens,), jnp.int32)
+        extras = empty_extras(key.extras, 1, key.pack_tokens)
+        batch = LossBatch(ints, ints, ints, shapes_of({name: a[0] for name, a in extras.items()}))
+
+        def build() -> Callable[..., Any]:
+            return _compile(functools.partial(loss_value, key.loss), rows, rows, batch)
+
+        return self._get(("loss_value", key.pack_tokens, key.loss, key.extras), build)
+
+    def backward_slice(self, key: TrainKey, start: int, stop: int) -> Callable[..., Any]:
+        """(layers, pages, kept, dx, grads*, first, flat) -> (dx, grads) for layers [start, stop)."""
+        template = shapes_of(empty_batch(key.bucket, self.cfg)).train
+        windows = self.spec.sliding_window[start:stop]
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(
+                backward.backward_slice,
+                self.spec,
+                self.cfg,
+                key.pack_tokens,
+                key.pages,
+                key.dropout,
+                start,
+                template,
+            )
+            return _compile(
+                f,
+                self._params["layers"][start:stop],
+                self._pages.cut(start, stop),
+                [self._kept(key)] * (stop - start),
+                self._hidden(key),
+                self._grads.cut(start, stop),
+                jax.ShapeDtypeStruct((), jnp.int32),
+                self._flat(template),
+                donate=(4,),
+            )
+
+        return self._get(("backward_slice", key.bucket, key.pages, key.dropout, windows), build)
+
+    def slices(self, length: int) -> list[tuple[int, int]]:
+        """[start, stop) of consecutive slices of `length` layers (0: all in one), first to last."""
+        layers = self.spec.num_hidden_layers
+        step = length or layers
+        return [(a, min(a + step, layers)) for a in range(0, layers, step)]
+
+    def prepare_training(self, key: TrainKey) -> None:
+        """Compiles what a pass of this key alone may run: whole and sliced, forward and backward."""
+        lengths = {0, self.cfg.slice_layers}
+        self.forward(key.bucket, key.dropout)
+        self.backward_start(key)
+        if key.loss is not None:
+            self.loss_value(key)
+        for start, stop in [s for length in lengths for s in self.slices(length)]:
+            self.backward_slice(key, start, stop)
+        if self.cfg.slice_layers:
+            self.forward_start(key)
+            self.forward_end(key)
+            for start, stop in self.slices(self.cfg.slice_layers):
+                self.forward_slice(key, start, stop)
+
+    def _flat(self, template: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((host_tree_size(template),), jnp.int32)
+
+    def _hidden(self, key: TrainKey) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((key.bucket.train_rows, self.spec.hidden_size), jnp.dtype(self.cfg.dtype))
+
+    def _kept(self, key: TrainKey) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of what the forward keeps of one layer; of any: layers differ in nothing that is kept."""
+        template = shapes_of(empty_batch(key.bucket, self.cfg))
+        f = functools.partial(forward_slices.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, 0)
+        arrays = self._params["layers"][:1], self._pages.cut(0, 1), self._hidden(key), self._flat(template)
+        _, (kept,) = jax.eval_shape(f, *arrays)
+        return kept

@@ -1,0 +1,193 @@
+"""Sums over packs, exact on the host; evaluation of a job on held-out data; early stopping."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from loquetier_jax.batch.packs import Pack
+from loquetier_jax.errors import JobError
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.data import Dataset
+from loquetier_jax.train.packing import build_pack, eval_packs
+
+
+def pack_loss(pack: Pack, logp: Float[np.ndarray, " L"]) -> float:
+    """Cross-entropy summed over a pack: -sum(weights * logp), correctly rounded.
+
+    Args:
+        pack: Its weights say which rows count; log-probs of other rows may be anything.
+        logp: f32, log-probs of the pack's targets.
+    """
+    rows = pack.weights != 0
+    terms = np.asarray(logp, np.float64)[rows] * pack.weights[rows].astype(np.float64)
+    return -math.fsum(terms.tolist())
+
+
+def denominator(pack: Pack, data: Dataset, cfg: TrainConfig) -> int:
+    """What a pack adds to the number that the summed losses of a step are divided by."""
+    counts = {
+        "target": pack.num_targets,
+        "sample": len(pack.sample_ids),
+        "group": len(pack.sample_ids) // data.group_size,
+    }
+    return counts[cfg.loss_per]
+
+
+@dataclass
+class Tally:
+    """What the packs of a step or of an evaluation add up to.
+
+    Attributes:
+        losses: Loss sum of each pack, in the job's order.
+        finite: Whether all log-probs of targets were finite numbers.
+        denominator: What their sum is divided by.
+        targets, tokens: Rows with a target, rows with a token.
+        correct: Targets that were the model's first choice; None when not all packs said so.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    denominator: int = 0
+    targets: int = 0
+    tokens: int = 0
+    correct: int | None = 0
+    finite: bool = True
+
+    def add(
+        self,
+        pack: Pack,
+        denominator: int,
+        logp: Float[np.ndarray, " L"],
+        correct: Bool[np.ndarray, " L"] | None,
+        loss: float | None,
+    ) -> None:
+        """Adds one pack; without a loss of its own, its cross-entropy."""
+        self.losses.append(pack_loss(pack, logp) if loss is None else loss)
+        self.finite &= bool(np.isfinite(np.asarray(logp)[pack.weights != 0]).all())
+        self.denominator += denominator
+        self.targets += pack.num_targets
+        self.tokens += pack.num_tokens
+        if correct is None or self.correct is None:
+            self.correct = None
+        else:
+            self.correct += int(np.count_nonzero(np.asarray(correct)[pack.weights != 0]))
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over all packs, exact up to the last division."""
+        return math.fsum(self.losses) / self.denominator
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of targets that were the model's first choice, or None."""
+        return None if self.correct is None else self.correct / self.targets
+
+
+class Evaluation:
+    """The evaluations of one job: which packs, their sums, the best so far and whether to stop.
+
+    Args:
+        data: Held-out samples.
+        cfg: pack_tokens, loss_per and early stopping are used.
+
+    Attributes:
+        best, best_step: The lowest loss so far, and after how many optimizer steps it was.
+        misses: Evaluations since the last one that counts as an improvement.
+    """
+
+    def __init__(self, data: Dataset, cfg: TrainConfig) -> None:
+        self.data = data
+        self.cfg = cfg
+        self.bins = eval_packs(data, cfg)
+        self.active = False
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self.misses = 0
+        self._tally = Tally()
+        self._next = 0
+        self._in_flight: list[Pack] = []
+
+    def start(self) -> None:
+        """Begins an evaluation at its first pack."""
+        self.active, self._next, self._tally = True, 0, Tally()
+
+    @property
+    def in_flight(self) -> int:
+        """Packs dispatched whose results have not come back."""
+        return len(self._in_flight)
+
+    def next_pack(self) -> Pack | None:
+        """The next pack to score; None when all have been dispatched."""
+        if not self.active or self._next == len(self.bins):
+            return None
+        last = self._next + 1 == len(self.bins)
+        ids, rows = self.bins[self._next], self.cfg.pack_rows
+        return build_pack(self.data.samples, ids, rows, index=self._next, is_last=last)
+
+    def pack_dispatched(self, pack: Pack) -> None:
+        """Moves on to the next pack."""
+        if not self.active or pack.index != self._next:
+            raise JobError(f"evaluation pack: got {pack.index}, expected {self._next}")
+        self._in_flight.append(pack)
+        self._next += 1
+
+    def pack_finished(
+        self,
+        pack: Pack,
+        logp: Float[np.ndarray, " L"],
+        correct: Bool[np.ndarray, " L"] | None = None,
+        loss: float | None = None,
+    ) -> bool:
+        """Adds a pack's log-probs, and its loss unless it is their cross-entropy; returns whether that was the last."""
+        if not self._in_flight or self._in_flight[0] is not pack:
+            raise JobError(f"evaluation pack {pack.index} is not the oldest one in flight")
+        self._in_flight.pop(0)
+        self._tally.add(pack, denominator(pack, self.data, self.cfg), logp, correct, loss)
+        return self._next == len(self.bins) and not self._in_flight
+
+    def abandon(self) -> None:
+        """Forgets packs in flight: their results will not be taken."""
+        self.active = False
+        self._in_flight.clear()
+
+    def finish(self, step: int) -> dict[str, float]:
+        """Ends a complete evaluation and counts it towards early stopping.
+
+        Args:
+            step: Optimizer steps done.
+
+        Returns:
+            {"eval_loss", "eval_mean_token_accuracy" when known}.
+        """
+        self.active = False
+        loss = self._tally.loss
+        # transformers' EarlyStoppingCallback: any fall moves the best, one beyond threshold restores patience
+        improved = self.best is None or (
+            loss < self.best and self.best - loss > self.cfg.early_stopping_threshold
+        )
+        self.misses = 0 if improved else self.misses + 1
+        if self.best is None or loss < self.best:
+            self.best, self.best_step = loss, step
+        accuracy = self._tally.accuracy
+        return {"eval_loss": loss} | ({} if accuracy is None else {"eval_mean_token_accuracy": accuracy})
+
+    def forget_best(self) -> None:
+        """The best is that of the evaluations from here on."""
+        self.best, self.best_step = None, None
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether patience is exhausted."""
+        return 0 < self.cfg.early_stopping_patience <= self.misses
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON data. An evaluation under way starts over on resume: it ends the same."""
+        return {"active": self.active, "best": self.best, "best_step": self.best_step, "misses": self.misses}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.best, self.best_step, self.misses = state["best"], state["best_step"], state["misses"]
+        if state["active"]:
+            self.start()

@@ -1,0 +1,286 @@
+"""A fine-tuning job as a host state machine: which pack is next, when a step is due, how it ended. No jax."""
+
+import math
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from loquetier_jax.batch.packs import Pack
+from loquetier_jax.errors import JobError
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.data import Dataset
+from loquetier_jax.train.data_checks import extra_names
+from loquetier_jax.train.data_identity import data_identity
+from loquetier_jax.train.evaluate import Evaluation, denominator
+from loquetier_jax.train.lifecycle import Lifecycle
+from loquetier_jax.train.metrics import MetricsWriter
+from loquetier_jax.train.packing import Cursor, PackStream
+from loquetier_jax.train.record import Record
+
+
+class Job(Lifecycle):
+    """One job, driven by the engine.
+
+    Each step: `next_pack` -> `pack_dispatched` -> (forward, backward) -> `pack_finished`, until `step_due`;
+    then the optimizer step, divided by `denominator_dispatched`, and `finish_step`. While `evaluating`, the same with
+    `next_eval_pack`, `eval_pack_dispatched` and `eval_pack_finished`. Packs finish in the order of dispatch.
+    The optimizer step is to be dispatched once: `step_due` stays true until `finish_step`.
+
+    Args:
+        name: Of the job and its adapter.
+        cfg: How it trains.
+        data: What it trains on.
+        eval_data: Held-out data, or None.
+        metrics: Where its lines go, or None; they are in `record.lines` in any case.
+        clock: Wall-clock seconds.
+        tokenized_at: When its records were tokenized: the date in its samples, whatever day it is resumed. None: now.
+        untrained: Whether its adapter begins as one that changes nothing, so that what step 0 shows is the base.
+
+    Attributes:
+        status, error: See `Lifecycle`.
+        step: Optimizer steps done.
+        cursor: The next pack to dispatch.
+        record: Its losses and metrics.
+        extras: What its samples bring along for its loss.
+        saved_step: Of its last checkpoint.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cfg: TrainConfig,
+        data: Dataset,
+        eval_data: Dataset | None = None,
+        *,
+        metrics: MetricsWriter | None = None,
+        clock: Callable[[], float] = time.time,
+        tokenized_at: datetime | None = None,
+        untrained: bool = False,
+    ) -> None:
+        super().__init__(name)
+        self.cfg = cfg
+        self.tokenized_at = tokenized_at or datetime.now()
+        self.untrained = untrained
+        self.stream = PackStream(data, cfg)
+        self.extras = extra_names(data.samples[0])
+        self.evaluation = None if eval_data is None else Evaluation(eval_data, cfg)
+        self.record = Record(metrics, clock)
+        self.step = 0
+        self.cursor = Cursor()
+        self._in_flight: list[Pack] = []
+        self.saved_step = 0
+        self._pack: Pack | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole job, unless it stops early."""
+        return self.stream.total_steps
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether evaluation packs come before the next training pack."""
+        return self.evaluation is not None and self.evaluation.active
+
+    @property
+    def best_step(self) -> int | None:
+        """Optimizer steps before the evaluation with the lowest loss; None before the first one."""
+        return None if self.evaluation is None else self.evaluation.best_step
+
+    @property
+    def in_flight(self) -> int:
+        """Packs dispatched whose results have not come back; a checkpoint needs 0."""
+        return len(self._in_flight) + (0 if self.evaluation is None else self.evaluation.in_flight)
+
+    @property
+    def denominator_dispatched(self) -> int:
+        """What the losses of the step so far are divided by, packs in flight included: they need not be read first."""
+        return self.record.tally.denominator + sum(map(self._denominator, self._in_flight))
+
+    def _denominator(self, pack: Pack) -> int:
+        return denominator(pack, self.stream.data, self.cfg)
+
+    @property
+    def step_due(self) -> bool:
+        """Whether all packs of a step are accumulated and the optimizer may run."""
+        return self.status == "running" and self._accumulated
+
+    @property
+    def _accumulated(self) -> bool:
+        return self.cursor.step > self.step and not self._in_flight
+
+    @property
+    def save_due(self) -> bool:
+        """Whether save_steps asks for a checkpoint now, after the evaluation of its step; `saved` clears it."""
+        every, done = self.cfg.save_steps, self.status == "succeeded"
+        due = every > 0 and self.step > 0 and (self.step % every == 0 or done) and not self.evaluating
+        return due and self.saved_step != self.step and self.status not in ("failed", "cancelled")
+
+    def tell_left_out(self) -> None:
+        """Writes what was cut or left out of its data as the line of step 0, if anything was."""
+        line: dict[str, Any] = dict(self.stream.data.left_out)
+        if self.evaluation is not None:
+            line |= {f"eval_{name}": count for name, count in self.evaluation.data.left_out.items()}
+        if line:
+            self._write(line)
+
+    def saved(self) -> None:
+        """Notes that a checkpoint of this step exists."""
+        self.saved_step = self.step
+
+    def next_pack(self) -> Pack | None:
+        """The next training pack, the same one until `pack_dispatched`; None when there is none now."""
+        if self.status != "running" or self.evaluating or self.cursor.step > self.step:
+            return None
+        if self._pack is None:
+            self._pack = self.stream.pack(self.cursor)
+        return self._pack
+
+    def pack_dispatched(self, pack: Pack) -> None:
+        """Moves the cursor on.
+
+        Raises:
+            JobError: not the pack that `next_pack` returned.
+        """
+        if pack is not self._pack:
+            raise JobError(
+                f"job {self.name!r}: pack {pack.step}/{pack.index} is not the next one, {self.cursor}"
+            )
+        self._in_flight.append(pack)
+        self._pack = None
+        self.cursor = self.stream.after(self.cursor)
+
+    def pack_finished(
+        self,
+        pack: Pack,
+        logp: Float[np.ndarray, " L"],
+        correct: Bool[np.ndarray, " L"] | None = None,
+        loss: float | None = None,
+    ) -> None:
+        """Adds a pack's loss; ignored when the job has ended meanwhile.
+
+        Args:
+            pack: The oldest one in flight.
+            logp: f32 log-probs of its targets.
+            correct: Whether each target was the model's first choice, if known.
+            loss: The pack's loss where the job has one of its own; None: cross-entropy.
+
+        Raises:
+            JobError: another pack.
+        """
+        if self.finished:
+            return
+        if not self._in_flight or self._in_flight[0] is not pack:
+            raise JobError(
+                f"job {self.name!r}: pack {pack.step}/{pack.index} is not the oldest one in flight"
+            )
+        self._in_flight.pop(0)
+        self.record.tally.add(pack, self._denominator(pack), logp, correct, loss)
+
+    def finish_step(self, grad_norm: float, learning_rate: float, weight_norm: float) -> None:
+        """Closes an optimizer step: metrics, evaluation if one is due, the end of the job.
+
+        Ignored when the job has ended meanwhile.
+
+        Args:
+            grad_norm: Before clipping.
+            learning_rate: That the step used.
+            weight_norm: Of the weights that it came to, whose loss nobody may ever compute. Unless it, the gradient
+                norm and the loss are finite, the job fails.
+
+        Raises:
+            JobError: no step is due.
+        """
+        if self.finished:
+            return
+        if not self._accumulated:
+            raise JobError(f"job {self.name!r}: no optimizer step is due at {self.cursor}")
+        loss = self.record.tally.loss
+        if not all(map(math.isfinite, (loss, grad_norm, weight_norm))):
+            numbers = f"loss {loss}, gradient norm {grad_norm}, norm of the new weights {weight_norm}"
+            self.fail(f"step {self.step}: {numbers}: not finite{self._whose_fault(loss)}")
+            return
+        self.record.close_step()
+        self.step += 1
+        last = self.step >= self.total_steps
+        if last or self.step % self.cfg.logging_steps == 0:
+            self._write(self.record.steps_line() | {"grad_norm": grad_norm, "learning_rate": learning_rate})
+        every = self.cfg.eval_steps
+        if self.evaluation is not None and (last or (every and self.step % every == 0)):
+            self.evaluation.start()
+        elif last:
+            self.status = "succeeded"
+
+    def _whose_fault(self, loss: float) -> str:
+        """What a step that is not finite shows beyond doubt."""
+        if not self.record.tally.finite and self.step == 0 and self.untrained:
+            return "; the base model's own log-probs of these tokens are not: nothing has been trained yet"
+        if self.record.tally.finite and not math.isfinite(loss):
+            return "; the log-probs are: it is the loss function"
+        return ""
+
+    def next_eval_pack(self) -> Pack | None:
+        """The next evaluation pack; None when there is none to dispatch now."""
+        return self.evaluation.next_pack() if self.status == "running" and self.evaluating else None
+
+    def eval_pack_dispatched(self, pack: Pack) -> None:
+        """Moves on to the next evaluation pack; raises JobError if it was not that one's turn."""
+        if not self.evaluating:
+            raise JobError(f"job {self.name!r}: no evaluation is under way")
+        self.evaluation.pack_dispatched(pack)
+
+    def eval_pack_finished(
+        self,
+        pack: Pack,
+        logp: Float[np.ndarray, " L"],
+        correct: Bool[np.ndarray, " L"] | None = None,
+        loss: float | None = None,
+    ) -> None:
+        """Adds an evaluation pack; after the last one writes the line and decides whether the job goes on."""
+        if self.finished:
+            return
+        if not self.evaluation.pack_finished(pack, logp, correct, loss):
+            return
+        line = self.evaluation.finish(self.step)
+        if not math.isfinite(line["eval_loss"]):
+            self.fail(f"step {self.step}: evaluation loss {line['eval_loss']}: not finite")
+            return
+        self._write(line)
+        if self.step >= self.total_steps or self.evaluation.should_stop:
+            self.status = "succeeded"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the host knows, as JSON data (Python writes floats so that they read back exactly).
+
+        Raises:
+            JobError: packs are in flight: their gradients may or may not be in the accumulators.
+        """
+        if self.in_flight:
+            raise JobError(f"job {self.name!r}: {self.in_flight} packs are in flight; wait for them first")
+        evaluation = self.evaluation
+        return {
+            "name": self.name,
+            "config": self.cfg.to_dict(),
+            "status": self.status,
+            "error": self.error,
+            "step": self.step,
+            "cursor": self.cursor.to_dict(),
+            "paused_from": self.paused_from,
+            "untrained": self.untrained,
+            "tokenized_at": self.tokenized_at.isoformat(),
+            "record": self.record.state_dict(),
+            "data": data_identity(self.stream.data),
+            "eval_data": data_identity(None if evaluation is None else evaluation.data),
+            "evaluation": None if evaluation is None else evaluation.state_dict(),
+        }
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.record.write(self.step, self.stream.epochs_done(self.step), line)
+
+    def _drop(self) -> None:
+        self._in_flight.clear()
+        if self.evaluation is not None:
+            self.evaluation.abandon()

@@ -1,0 +1,301 @@
+"""Fine-tuning jobs: start one, resume one, see to its end."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from transformers import PreTrainedTokenizerBase
+
+from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, init_weights, resolve_shape
+from loquetier_jax.adapters.registry import check_name
+from loquetier_jax.arguments import path_of
+from loquetier_jax.config import EngineConfig, require
+from loquetier_jax.errors import AdapterError, CheckpointError, JobError, short
+from loquetier_jax.train.changes import changed_config
+from loquetier_jax.train.checkpoint import CheckpointStore
+from loquetier_jax.train.config import TrainConfig
+from loquetier_jax.train.data import Data, Dataset, load_dataset
+from loquetier_jax.train.data_checks import check_samples
+from loquetier_jax.train.device_job import DeviceJob
+from loquetier_jax.train.handle import JobHandle
+from loquetier_jax.train.home import JobHome
+from loquetier_jax.train.job import Job
+from loquetier_jax.train.job_state import JobState, read_job_state
+from loquetier_jax.train.lifecycle import FINISHED
+from loquetier_jax.train.metrics import MetricsWriter
+from loquetier_jax.train.optimizer import init_state
+from loquetier_jax.train.restore import restore_job
+from loquetier_jax.train.resumed import find_resumed
+from loquetier_jax.train.run_folder import CHECKPOINTS, METRICS
+
+log = logging.getLogger(__name__)
+
+
+class JobManager:
+    """Starts jobs, resumes and moves them, and sees to their ends; in any thread.
+
+    Data is read and tokenized, and bases are hashed, in the caller's thread and without the loop's lock.
+
+    Args:
+        home: What jobs touch of the engine; its runner's `on_step` and `on_end` are set here.
+        cfg, tokenizer: Of the engine.
+    """
+
+    def __init__(self, home: JobHome, cfg: EngineConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.home, self.cfg, self.tokenizer = home, cfg, tokenizer
+        home.runner.on_step, home.runner.on_end = self._job_stepped, self._job_ended
+
+    def finetune(
+        self,
+        name: str,
+        data: Data,
+        *,
+        lora: LoraConfig | None = None,
+        train: TrainConfig | None = None,
+        eval_data: Data | None = None,
+        init_from: str | None = None,
+        replace: bool = False,
+    ) -> JobHandle:
+        """Starts training an adapter beside whatever is served; returns once data and settings are checked.
+
+        The name serves at once: the untrained adapter (or `init_from`), then what is published, at the end the
+        result. A name that was new is free again when the job fails or is cancelled before anything was published:
+        requests to it end with that error.
+
+        Args:
+            name: Of the job and the adapter.
+            data: A file of JSON lines or of one JSON array, or any iterable of records (a list, a generator, a
+                `datasets.Dataset`); see `train.data.load_dataset`. `JobHandle.data` says what was cut or left out.
+            lora: Rank, targets, ...; with `init_from` those of that adapter.
+            train: Optimizer, schedule, batch, ...
+            eval_data: Held-out data.
+            init_from: Adapter whose current version training starts from.
+            replace: Whether an adapter of that name may be replaced (implied when init_from is name).
+
+        Raises:
+            DataError: a malformed line, with its number; a token id outside the model's vocabulary; extras that no loss
+                reads; a group beyond a pack.
+            AdapterError: not a name, or one that is taken, nothing to adapt, or a rank too large.
+            ConfigError: settings of another type, `lora` beside `init_from`, eval_steps or load_best_model_at_end
+                without eval_data.
+            JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the
+                output_dir is that of another job, or cannot be written.
+        """
+        require(lora is None or init_from is None, "lora", lora, f"None: init_from {init_from!r} has its own")
+        cfg, lora = train or TrainConfig(), lora or LoraConfig()
+        for argument, value, kind in (("train", cfg, TrainConfig), ("lora", lora, LoraConfig)):
+            require(isinstance(value, kind), argument, value, f"a loquetier_jax.{kind.__name__}")
+        cfg.check_dtype(self.cfg.dtype)
+        cfg.check_evaluation(evaluates=eval_data is not None)
+        if cfg.pack_tokens is None:
+            longest = self.cfg.longest_pack(scored=eval_data is not None) or cfg.pack_rows
+            cfg = dataclasses.replace(cfg, pack_tokens=longest)
+        own = resolve_shape(lora, self.home.spec) if init_from is None else None
+        evaluates, replace = eval_data is not None, replace or init_from == name
+        fits = partial(self._check_room, name, cfg=cfg, evaluates=evaluates, replace=replace)
+        self._retire_ended(name)
+        with self.home.driver.entered():  # before anything is read or initialized, which may take minutes and gigabytes
+            self._check_job(name)
+            fits(shape=own or self.home.store.get(init_from).shape)
+        now = datetime.now()
+        dataset, held_out = self._read(data, eval_data, cfg, now)
+        fresh = None if own is None else init_weights(own, lora, self.home.spec, cfg.seed)
+        with self.home.driver.entered():
+            self._check_job(name)
+            shape, weights = own, fresh
+            if init_from is not None:
+                version = self.home.store.get(init_from)
+                shape, weights = version.shape, self.home.store.weights(version)
+                lora = version.config or lora
+            fits(shape=shape)
+            began = {"tokenized_at": now, "untrained": init_from is None}
+            job = Job(name, cfg, dataset, held_out, metrics=_metrics(cfg), **began)
+            job.tell_left_out()
+            return self._enlist(DeviceJob(job, lora, shape, *init_state(weights, cfg.optim)), weights)
+
+    def resume_job(
+        self,
+        path: str | Path,
+        data: Data,
+        *,
+        eval_data: Data | None = None,
+        loss: Callable[..., Any] | None = None,
+        train: Mapping[str, Any] | None = None,
+    ) -> JobHandle:
+        """Goes on with a checkpointed job: the next losses are those it would have had, whatever day it is.
+
+        Args:
+            path: A checkpoint, or the folder of several (the newest counts), or a job's output_dir: it goes on
+                writing there, wherever that folder was when the job was started. A checkpoint that is not the newest
+                of its job's output_dir (an older one, a copy elsewhere) begins a branch, which writes to a new folder
+                beside that one, `<output_dir>-branch-1`: the log and `JobHandle.output_dir` name it.
+            data, eval_data: The same data as before; hashes are compared.
+            loss: The loss function, if the job had one of its own.
+            train: Fields of TrainConfig that change from here on. {"max_steps": 1000} makes a finished run go on: with
+                its optimizer state, and the learning rate of that step of the longer schedule.
+
+        Raises:
+            CheckpointError: no committed checkpoint, another base, other data.
+            ConfigError: a field that the job's past depends on (data, packs, optimizer, loss), or no steps left.
+            AdapterError, JobError: this engine has no room for it, or a job of its name that has not ended.
+        """
+        path = path_of(path, "path", "a checkpoint or a folder of them", CheckpointError)
+        found = find_resumed(path)
+        state = read_job_state(self.home.spec, found.checkpoint)
+        saved = state.host["job"]
+        found.settle_folder(saved)
+        saved["config"] = changed_config(saved["config"], train or {})
+        cfg = TrainConfig.from_dict(saved["config"], loss=loss)
+        if train:
+            cfg.check_evaluation(evaluates=eval_data is not None)
+        data_sets = self._read(data, eval_data, cfg, datetime.fromisoformat(saved["tokenized_at"]))
+        self._retire_ended(saved["name"])
+        return self.adopt_job(state, *data_sets, loss, go_on=bool(train))
+
+    def forget_job(self, name: str) -> None:
+        """Takes a job that has ended off `jobs` and frees its weights and optimizer state; see `JobHandle.forget`.
+
+        Raises:
+            JobError: no job of that name, or one that has not ended.
+        """
+        if name not in self.home.jobs:
+            raise JobError(f"name: got {short(name)}, expected one of the jobs: {sorted(self.home.jobs)}")
+        self.home.jobs[name].forget()
+
+    def _read(
+        self, data: Data, eval_data: Data | None, cfg: TrainConfig, now: datetime
+    ) -> tuple[Dataset, Dataset | None]:
+        """Both data sets; without the lock, because tokenizing takes long and requests go on meanwhile."""
+        read = partial(load_dataset, tokenizer=self.tokenizer, cfg=cfg, vocab_size=self.home.spec.vocab_size, now=now)
+        own_loss, dataset = callable(cfg.loss), read(data)
+        check_samples(dataset, cfg.pack_rows, own_loss=own_loss)
+        if eval_data is None:
+            return dataset, None
+        held_out = read(eval_data, name="eval_data")
+        check_samples(held_out, cfg.pack_rows, own_loss=own_loss, like=dataset)
+        return dataset, held_out
+
+    def adopt_job(
+        self, state: JobState, data: Dataset, eval_data: Dataset | None, loss: Any, *, go_on: bool = False
+    ) -> JobHandle:
+        """A job from its state, here: what `resume_job` and `JobHandle.migrate` end in.
+
+        Args:
+            state: Its state.
+            data, eval_data: What it trains on and is evaluated on; hashes are compared.
+            loss: Its loss function, if it has one of its own.
+            go_on: Whether to require remaining steps, even if the job had succeeded.
+
+        Raises:
+            CheckpointError, ConfigError, AdapterError, JobError: see `resume_job`.
+        """
+        loss, saved = loss if callable(loss) else None, state.host["job"]
+        with self.home.driver.entered():
+            self._check_job(saved["name"])
+            state.check_base(self.home.fingerprint)
+            cfg = TrainConfig.from_dict(saved["config"], loss=loss)
+            self._check_room(saved["name"], state.shape, cfg, eval_data is not None, replace=True)
+            job = restore_job(saved, data, eval_data, metrics=_metrics(cfg), loss=loss, go_on=go_on)
+            if cfg.keeps_best and not state.host["best"] and job.evaluation is not None:
+                job.evaluation.forget_best()  # its weights were not kept, and cannot be had any more
+            arrays = jax.tree.map(jax.numpy.asarray, (state.arrays["master"], state.arrays["opt_state"]))
+            rest = {"grads": state.grads, "best": state.arrays["best"] or None}
+            return self._enlist(DeviceJob(job, state.lora, state.shape, *arrays, **rest), state.arrays["master"])
+
+    def _check_job(self, name: str) -> None:
+        self.home.driver.check_alive()
+        check_name(name)
+        if name in self.home.jobs and name in self.home.runner.device_jobs:
+            raise JobError(f"job {name!r} has not ended: it is {self.home.jobs[name].status}")
+
+    def _retire_ended(self, name: str) -> None:
+        """Where a job of that name has ended, sees to it that it gives everything on the device back; without the lock.
+
+        Raises:
+            EngineError: a step has failed.
+        """
+        self.home.driver.check_alive()
+        if name in self.home.jobs and self.home.jobs[name].status in FINISHED and name in self.home.runner.device_jobs:
+            self.home.driver.wait(lambda: name not in self.home.runner.device_jobs)
+
+    def _check_room(
+        self, name: str, shape: LoraShape, cfg: TrainConfig, evaluates: bool, *, replace: bool
+    ) -> None:
+        """Refuses a job that would wait for ever, or write into the folder of another."""
+        others = [t for t in self.home.runner.device_jobs.values() if cfg.output_dir and t.job.cfg.output_dir]
+        for other in others:
+            if Path(other.job.cfg.output_dir).resolve() == Path(cfg.output_dir).resolve():
+                raise JobError(f"output_dir: got {str(cfg.output_dir)!r}, the one of job {other.name!r}")
+        self.home.store.check_new(name, shape, replace=replace)
+        if shape.num_pages > self.cfg.train_pages:
+            raise AdapterError(f"{name}: got rank {shape.max_rank}, expected <= {16 * self.cfg.train_pages}")
+        longest = max((b.score_tokens for b in self.cfg.buckets), default=0)
+        if evaluates and cfg.pack_rows > longest:
+            raise JobError(
+                f"eval_data: got pack_tokens {cfg.pack_rows}, expected <= {longest}, the longest score bucket"
+            )
+
+    def _enlist(self, device_job: DeviceJob, weights: LoraWeights) -> JobHandle:
+        if device_job.name not in self.home.store:
+            more = {"config": device_job.lora}
+            device_job.placeholder = self.home.store.add(device_job.name, weights, device_job.shape, **more)
+        self.home.runner.add(device_job)
+        handle = self.home.jobs[device_job.name] = JobHandle(self.home, device_job)
+        self.home.driver.notify()
+        return handle
+
+    def _job_stepped(self, device_job: DeviceJob) -> None:
+        """After an optimizer step or an evaluation: checkpoints that are due."""
+        job = device_job.job
+        if job.save_due and not self.home.runner.busy(job.name):
+            try:
+                self._save(device_job)
+            except (OSError, CheckpointError) as error:  # OSError: of its metrics
+                if isinstance(error.__cause__, (NotADirectoryError, FileExistsError)):
+                    raise  # a file where the folder should be: no later save could succeed
+                log.warning("job %s: step %d is not saved; the next save tries again: %s", job.name, job.step, error)
+
+    def _save(self, device_job: DeviceJob) -> None:
+        job = device_job.job
+        state = self.home.take_state(device_job)
+        if job.status == "paused":  # as in `JobHandle.checkpoint`: whoever takes it up goes on
+            state.host["job"]["status"] = job.paused_from
+        folder = Path(job.cfg.output_dir) / CHECKPOINTS
+        CheckpointStore(folder, keep=job.cfg.save_total_limit).save(state.arrays, state.host)
+        job.saved()
+
+    def _job_ended(self, device_job: DeviceJob) -> None:
+        """A job that succeeded serves its result under its name; its masters go to the host."""
+        if device_job.job.status != "succeeded":
+            self._withdraw(device_job)
+        elif device_job.pages and not device_job.serves_best:
+            self.home.runner.publish(device_job, self.home.epoch(), fresh=False)
+        else:  # its best weights; or those of a checkpoint of a job that was over: it never had pages here
+            result = device_job.result()
+            self.home.store.add(device_job.name, result, device_job.shape, config=device_job.lora, replace=True)
+        device_job.job.record.close()
+        device_job.start_leaving()
+        self.home.driver.notify()
+
+    def _withdraw(self, device_job: DeviceJob) -> None:
+        """Where nothing was published, the name answers with the job's end, not with an adapter that nobody trained."""
+        job, version = device_job.job, device_job.placeholder
+        if version is None or version.name != job.name or not self.home.store.is_current(version):
+            return
+        why = job.error or "it has published nothing"
+        ended = "failed" if job.status == "failed" else "was cancelled"
+        self.home.store.fail(job.name, f"adapter {job.name!r}: its job {ended}: {why}")
+
+
+def _metrics(cfg: TrainConfig) -> MetricsWriter | None:
+    if cfg.output_dir is None:
+        return None
+    try:
+        return MetricsWriter(Path(cfg.output_dir) / METRICS)
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise JobError(f"output_dir: got {str(cfg.output_dir)!r}, expected a folder to write to: {error}") from error
