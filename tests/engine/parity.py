@@ -98,23 +98,24 @@ def recording(engine: Engine) -> Iterator[Recording]:
     recorded, sent = Recording(), engine.loop.serving.sent
     pending_places: dict[int, Any] = {}
 
-    def note(items: Any, bucket: Bucket) -> Any:
-        owners = {r.slot: r.request_id for r in engine.loop.serving.running.values()}
+    def note(items: Any, rows: Any) -> None:
         places, at = [], 0
-        for chunk in items.prefill:
-            owner, n = owners[chunk.served.slot], len(chunk.tokens)
-            recorded.starts.setdefault(owner, []).append(chunk.start)
-            places += [("prefill", owner, chunk.start + j, at + j) for j in range(n)]
+        for request, n in sorted(items.prefill, key=lambda chunk: chunk[0].adapter_pages):  # as in a step
+            owner, start = request.request_id, request.num_prefilled
+            recorded.starts.setdefault(owner, []).append(start)
+            places += [("prefill", owner, start + j, at + j) for j in range(n)]
             at += -(-n // 16) * 16
-        decode = enumerate(items.decode)
-        places += [("decode", owners[d.served.slot], d.position, bucket.prefill + i) for i, d in decode]
-        rows = sent(items, bucket)
+        for i, r in enumerate(sorted(items.decode, key=lambda request: request.adapter_pages)):
+            places.append(("decode", r.request_id, len(r.prompt_ids) + r.num_dispatched - 1, i))
         pending_places[id(rows)] = places
-        return rows
+        sent(items, rows)
 
     def read(pending: Any, ms: float) -> None:
         if "logits" in pending.sampled:
-            recorded.add(pending_places.pop(id(pending.rows)), np.asarray(pending.sampled["logits"]))
+            prefill = next(b.prefill for b in engine.cfg.buckets if b.name == pending.forward[0][1])
+            places = pending_places.pop(id(pending.rows))
+            places = [(kind, *where, row + prefill * (kind == "decode")) for kind, *where, row in places]
+            recorded.add(places, np.asarray(pending.sampled["logits"]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.loop.serving, "sent", note)

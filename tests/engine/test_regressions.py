@@ -49,7 +49,7 @@ def test_log_probs_of_one_text_is_one_sequence(tiny_engine):
 def test_a_level_that_no_prompt_can_have_is_refused(tiny_engine, monkeypatch):
     """Its prompt fits no bucket of that level: it waited for ever."""
     buckets = (Bucket(prefill=48, chunks=3, sampling="greedy"), Bucket(decode=16, sampling="full"))
-    monkeypatch.setattr(tiny_engine, "cfg", replace(tiny_engine.cfg, buckets=buckets))
+    monkeypatch.setattr(tiny_engine.requests, "cfg", replace(tiny_engine.cfg, buckets=buckets))
     with pytest.raises(RequestError, match="sampling level"):
         tiny_engine.submit([3, 4], params=SamplingParams(temperature=1.0))
 
@@ -150,10 +150,9 @@ def test_files_of_a_job_fail_that_job_alone(tiny_engine, tmp_path):
 
 
 @pytest.mark.parametrize("threaded", [False, True])
-def test_a_failed_step_ends_everything_with_its_error(tiny_engine, monkeypatch, threaded):
+def test_a_failed_step_ends_everything_with_its_error(make_engine, monkeypatch, threaded):
     """They waited for ever, and the engine went on with buffers that nobody could vouch for."""
-    engine, pieces = tiny_engine, []
-    monkeypatch.setattr(engine, "_failure", None)  # so that the shared engine lives on after the test
+    engine, pieces = make_engine(), []
     waiting = engine.submit([5, 6, 7], params=greedy(4), listener=pieces.append)
     job = engine.finetune("job", random_data(0), lora=LORA, train=quick())
     monkeypatch.setattr(engine.loop, "iterate", lambda: 1 / 0)
@@ -253,7 +252,7 @@ def test_nothing_is_left_of_a_generate_that_was_interrupted(tiny_engine, monkeyp
             raise KeyboardInterrupt
         return real()
 
-    monkeypatch.setattr(tiny_engine, "step", step)
+    monkeypatch.setattr(tiny_engine.driver, "step", step)
     with pytest.raises(KeyboardInterrupt):
         tiny_engine.generate([[5, 6, 7]] * 20, params=greedy(50))
     assert not tiny_engine.loop.serving.running and not tiny_engine.loop.serving.waiting
