@@ -1,8 +1,8 @@
-"""loquetier_jax: many LoRA adapters trained and served at once on one frozen base model, in JAX.
+"""loquetier_jax: trains and serves many LoRA adapters at once on one frozen base model, in JAX.
 
     from loquetier_jax import Engine, LoraConfig, SamplingParams, TrainConfig
 
-Letters used for dimensions, everywhere:
+Dimension letters used throughout:
 
 | letter | dimension | name in a Hugging Face config |
 |---|---|---|
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# At every import transformers says that there is no torch; of what it then lacks, nothing is used here.
+# transformers warns at import when torch is missing; nothing here needs torch.
 logging.getLogger("transformers").addFilter(lambda record: not str(record.msg).startswith("PyTorch was not found"))
 
 # Public name -> the module that defines it.

@@ -8,7 +8,7 @@ from loquetier_jax.errors import LoquetierError, short
 
 
 def path_of(value: Any, name: str, expected: str, error: type[LoquetierError]) -> Path:
-    """A path given as text or as a path; otherwise raises `error`, naming the argument."""
+    """`value`, a string or an os.PathLike, as a Path; raises `error`, naming the argument, for anything else."""
     path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path:
         raise error(f"{name}: got {short(value, 200)}, expected the path of {expected}")

@@ -1,8 +1,8 @@
-"""Arguments that people know from other libraries: taken where they ask for what is done anyway, else refused.
+"""Keyword arguments from other libraries: accepted where they match what is done here anyway, otherwise refused.
 
-A config class lists those of PEFT, TRL, transformers or vLLM in a table of rules. One that means the same as a field of
-ours becomes that field; one whose value asks for nothing (`bias="none"`) is dropped; every other one is refused in a
-sentence that says what to use instead. What is in no table stays an unexpected keyword argument. Imports no jax.
+A config class lists the arguments of PEFT, TRL, transformers or vLLM in a table of rules. An argument that means the
+same as one of our fields becomes that field; one whose value requests nothing (`bias="none"`) is dropped; any other is
+refused with a message that says what to use instead. Arguments in no table remain unexpected. Imports no jax.
 """
 
 import functools
@@ -18,38 +18,38 @@ from loquetier_jax.errors import ConfigError, LoquetierError, short
 C = TypeVar("C")
 
 Rule = Callable[[Any, Mapping[str, Any]], dict[str, Any] | str]
-"""(value, our own arguments beside it) -> the fields that say the same, or what was expected: the end of an error."""
+"""(value, our own arguments in the same call) -> equivalent fields, or the text after "expected" in the error."""
 
-NOTHING: tuple[Any, ...] = (None, False, "", "none", [], (), {})  # how a feature that is not wanted is written
+NOTHING: tuple[Any, ...] = (None, False, "", "none", [], (), {})  # values that leave a feature switched off
 
 
 class Instead(dict[str, Any]):
-    """Fields that a rule says although they are given: what was given for them asks for nothing."""
+    """Fields set by a rule that override the values given for them, which request nothing."""
 
 
 def anything(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The rule of what decides no number here: speed, memory, logs and workers of another runtime."""
+    """Rule for arguments that affect no result here: speed, memory, logging and workers of another runtime."""
     return {}
 
 
 def only(*values: Any, why: str) -> Rule:
-    """The rule of an argument of which these values alone are what is done here; `why` ends the sentence."""
+    """Rule for an argument that only accepts `values`, the behaviour implemented here; `why` ends the message."""
     expected = f"{' or '.join(map(repr, values))}: {why}"
     return lambda value, given: {} if _among(value, values) else expected
 
 
 def absent(why: str) -> Rule:
-    """The rule of a feature that is not here; `why` says what to use instead."""
+    """Rule for an unsupported feature, which must be off; `why` says what to use instead."""
     return lambda value, given: {} if _among(value, NOTHING) else f"none: {why}"
 
 
 def spelled(field: str, meanings: Mapping[Any, Any] | None = None, *, rest: str | None = None) -> Rule:
-    """The rule of another name for `field`, or of other words for its values.
+    """Rule for another name of `field`, or for other spellings of its values.
 
     Args:
-        field: Of ours.
-        meanings: Their value -> ours; a value that is not among them stays as it is.
-        rest: Refuses such a value instead: what was expected.
+        field: Our field.
+        meanings: Their value -> ours; any other value is passed through.
+        rest: If given, any other value is refused, with this as what was expected.
     """
     known = meanings or {}
 
@@ -62,21 +62,21 @@ def spelled(field: str, meanings: Mapping[Any, Any] | None = None, *, rest: str 
 
 
 def plain(value: Any) -> Any:
-    """A member of an enum as its value, a number of numpy as Python's."""
+    """Unwraps enum members and numpy scalars to plain Python values."""
     if isinstance(value, Enum):
         return value.value
     return value.item() if isinstance(value, np.generic) else value
 
 
 def borrowing(rules: Mapping[str, Rule], error: type[LoquetierError] = ConfigError) -> Callable[[type[C]], type[C]]:
-    """Decorates a dataclass whose keyword arguments may also be those of `rules`.
+    """Decorates a dataclass so that it also accepts the keyword arguments in `rules`.
 
-    The class gets `borrowed`, their names, and `in_own_words`, which turns arguments by name into its own, for callers
-    that merge them with others. Enums and numpy numbers come to its fields as plain values.
+    The class gains `borrowed`, the names of those arguments, and `in_own_words`, which translates keyword arguments to
+    its own, for callers that merge them with others. Enums and numpy scalars reach its fields as plain values.
 
     Args:
-        rules: Argument -> rule; a rule under the name of a field gives other words for its values.
-        error: What a refusal raises.
+        rules: Argument -> rule; a rule named like a field translates values of that field.
+        error: Raised when an argument is refused.
     """
 
     def decorate(cls: type[C]) -> type[C]:
@@ -100,10 +100,10 @@ def borrowing(rules: Mapping[str, Rule], error: type[LoquetierError] = ConfigErr
 def _translate(
     given: Mapping[str, Any], names: frozenset[str], rules: Mapping[str, Rule], error: type[LoquetierError]
 ) -> dict[str, Any]:
-    """The arguments of a class's own __init__."""
+    """Translates `given` to the arguments of the class's own __init__."""
     values = {name: plain(value) for name, value in given.items()}
     found = {name: value for name, value in values.items() if name in names or name not in rules}
-    source = {name: name for name in given}  # field -> the argument that said it
+    source = {name: name for name in given}  # field -> the argument that set it
     for name in (n for n in values if n in rules):
         said = rules[name](values[name], found)
         if isinstance(said, str):
@@ -118,5 +118,5 @@ def _translate(
 
 
 def _among(value: Any, values: tuple[Any, ...]) -> bool:
-    """Whether it is one of them; types count: True is not 1, and an array is compared with nothing."""
+    """Membership by type and value, so that True is not 1 and arrays never match."""
     return any(type(value) is type(one) and value == one for one in values)

@@ -1,4 +1,4 @@
-"""Engine configuration: frozen dataclasses, each checked as it is made. Imports no jax."""
+"""Engine configuration: frozen dataclasses that validate themselves on construction. Imports no jax."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -8,17 +8,17 @@ from loquetier_jax.errors import ConfigError, short
 
 RANK_PAGE = 16  # ranks in one adapter page
 BLOCK = 16  # rows of one prefill block and of one LoRA tile
-PACK_ALIGN = 64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
+PACK_ALIGN = 64  # pack lengths are multiples of this, so that gradient bits on CPU do not depend on position
 
-DEFAULT_GAPS = 4.0  # times tpot_ms: the longest planned gap where itl_p99_ms is not given
+DEFAULT_GAPS = 4.0  # longest planned gap between tokens, as a multiple of tpot_ms, when itl_p99_ms is not given
 
-KEPT = ("qkv_proj", "attention", "o_proj", "gate_up_proj")  # names of train-row activations that may be kept
+KEPT = ("qkv_proj", "attention", "o_proj", "gate_up_proj")  # train-row activations that the forward can keep
 
 Sampling = Literal["greedy", "plain", "full"]
 SAMPLING_LEVELS: tuple[str, ...] = ("greedy", "plain", "full")
 
 
-_INTEGERS = {  # field of EngineConfig: (smallest value, what it is a multiple of)
+_INTEGERS = {  # field of EngineConfig: (smallest value, required divisor)
     "max_model_len": (1, 1),
     "kv_page_size": (BLOCK, BLOCK),
     "num_kv_pages": (2, 1),
@@ -43,17 +43,17 @@ _CHOICES = {
 
 
 def is_int(value: Any) -> bool:
-    """Whether `value` is an integer; True and False are none."""
+    """Whether `value` is an int but not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is an integer or a float."""
+    """Whether `value` is an int or a float but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def require(ok: Any, name: str, got: Any, expected: str) -> None:
-    """Raises ConfigError naming the argument, what came and what was expected."""
+    """Raises ConfigError unless `ok`; the message names the argument, the value and what was expected."""
     if not ok:
         raise ConfigError(f"{name}: got {short(got, 500)}, expected {expected}")
 
@@ -67,11 +67,11 @@ class Bucket:
     Attributes:
         packs: Training packs in the step.
         pack_tokens: Rows of one training pack, a multiple of PACK_ALIGN.
-        score_packs: Packs that are only scored (evaluation, `log_probs`).
+        score_packs: Packs that are scored but not trained on (evaluation, `log_probs`).
         score_tokens: Rows of one score pack, a multiple of PACK_ALIGN.
         prefill: Prompt rows, a multiple of BLOCK; every chunk starts on a block.
-        chunks: Most prompt chunks (sequences) sharing the prefill rows.
-        decode: Most sequences decoding one token each.
+        chunks: Maximum number of prompt chunks (sequences) sharing the prefill rows.
+        decode: Maximum number of sequences decoding one token each.
         sampling: "greedy" (argmax), "plain" (temperature, top_k, top_p, min_p) or
             "full" (also penalties, bias, min_tokens and log-probabilities of alternatives).
     """
@@ -124,12 +124,12 @@ class Bucket:
 
     @property
     def rows(self) -> int:
-        """All rows of the step: T."""
+        """T: all rows of the step."""
         return self.train_rows + self.score_rows + self.prefill + self.decode
 
     @property
     def samples(self) -> int:
-        """Rows that a token is sampled for: one per decode row and one per chunk."""
+        """Sampled tokens per step: one per decode row and one per chunk."""
         return self.decode + self.chunks
 
     @property
@@ -146,7 +146,7 @@ class Bucket:
     def covers(self, need: "Bucket") -> bool:
         """Whether a step that needs `need` fits into this bucket.
 
-        Train packs must have the very same length (a job's numbers are those of its shape), score packs may be padded.
+        Train packs must match in length, because a job's numerics depend on the pack shape; score packs may be padded.
         """
         same_packs = not need.packs or need.pack_tokens == self.pack_tokens
         counts = ("packs", "score_packs", "score_tokens", "prefill", "chunks", "decode")
@@ -159,13 +159,13 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class SLOConfig:
-    """The latency promise to requests; None promises nothing.
+    """Latency targets for requests; None means no target.
 
     Attributes:
         ttft_ms: Time to first token, milliseconds from arrival.
         tpot_ms: Mean time per output token after the first, milliseconds.
-        itl_p99_ms: 99 of 100 gaps between two tokens of a request are no longer, milliseconds. Training is planned so
-            that none is; where only a TPOT is promised, that none is longer than DEFAULT_GAPS times it.
+        itl_p99_ms: 99th percentile of the gaps between consecutive tokens of a request, milliseconds. Training is
+            planned to keep every gap below it, or below DEFAULT_GAPS * tpot_ms when only a TPOT is given.
     """
 
     ttft_ms: float | None = None
@@ -178,12 +178,12 @@ class SLOConfig:
 
     @property
     def promised(self) -> dict[str, float]:
-        """The thresholds there are, by name."""
+        """The targets that are set, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
     @property
     def longest_gap_ms(self) -> float:
-        """The longest gap between two tokens that is planned; inf where neither gaps nor their mean are promised."""
+        """Longest gap between two tokens that training may cause, milliseconds; inf with neither ITL nor TPOT set."""
         if self.itl_p99_ms is not None:
             return self.itl_p99_ms
         return math.inf if self.tpot_ms is None else DEFAULT_GAPS * self.tpot_ms
@@ -195,27 +195,27 @@ class EngineConfig:
 
     Attributes:
         dtype: Compute dtype of base, adapters and KV cache.
-        max_model_len: Longest prompt + output of one request, tokens.
-        kv_page_size: Tokens of one KV page, a multiple of BLOCK.
-        num_kv_pages: KV pages in all, page 0 (the trash page) included; None: room for max_num_seqs full sequences.
-        max_num_seqs: Slots: requests running at once.
-        max_adapters: Device room in rank-16 pages: adapters of rank <= 16 resident at once (rank r takes ceil(r/16)).
-        max_host_adapters: Host copies kept of adapters whose PEFT folder can be read again, least recently used
-            dropped first; None keeps all.
+        max_model_len: Maximum prompt + output tokens of one request.
+        kv_page_size: Tokens per KV page, a multiple of BLOCK.
+        num_kv_pages: Number of KV pages, including page 0 (the trash page); None fits max_num_seqs full sequences.
+        max_num_seqs: Slots, i.e. the maximum number of running requests.
+        max_adapters: Adapter pages on the device, i.e. resident adapters of rank <= 16 (rank r takes ceil(r/16)).
+        max_host_adapters: Host copies kept of adapters that can be reloaded from a PEFT folder; the least recently
+            used are dropped first. None keeps all.
         max_lora_rank: Largest rank an adapter may have; a multiple of RANK_PAGE.
-        train_pages: Rank-16 pages of the gradient pool: all adapters in training together.
-        max_logprobs: Most alternatives returned per token, `logprobs` and `prompt_logprobs`.
-        max_logit_bias: Most entries of a request's logit_bias.
-        logit_chunk: Rows whose vocabulary-sized logits exist at once.
-        keep: Names of train-row activations kept for the backward (a remat policy: the others are recomputed).
-        slice_layers: Layers of one backward (and forward) slice; the whole stack is always available as one slice.
-        buckets: The compiled forwards; serving ones compile first.
-        slo: The latency promise the scheduler keeps.
+        train_pages: Rank-16 pages in the gradient pool, shared by all jobs.
+        max_logprobs: Maximum alternatives returned per token, for `logprobs` and `prompt_logprobs`.
+        max_logit_bias: Maximum entries of a request's logit_bias.
+        logit_chunk: Rows of vocabulary-sized logits materialised at a time.
+        keep: Train-row activations kept for the backward (a remat policy: the others are recomputed).
+        slice_layers: Layers per forward or backward slice; 0 disables slicing. The whole stack is always one option.
+        buckets: Shapes of the compiled forwards; serving buckets compile first.
+        slo: Latency targets of the scheduler.
         smlm: Implementation of the LoRA op: "xla", "triton" or None (best for the device).
         attention: Implementation of paged attention, likewise.
-        train_attention: "xla", "cudnn" or None, for train and score rows.
-        compilation_cache_dir: Persistent XLA cache; "" switches it off, None is ~/.cache/loquetier_jax/xla.
-        seed: Seed of the seeds of requests that bring none.
+        train_attention: Attention of train and score rows: "xla", "cudnn" or None.
+        compilation_cache_dir: Persistent XLA cache; "" disables it, None is ~/.cache/loquetier_jax/xla.
+        seed: Seeds the generator of default seeds, for requests without one.
     """
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -271,21 +271,21 @@ class EngineConfig:
 
     @property
     def kv_pages(self) -> int:
-        """KV pages in all, the trash page 0 included."""
+        """Number of KV pages, including trash page 0."""
         return self.num_kv_pages or 1 + self.max_num_seqs * self.max_pages_per_seq
 
     @property
     def adapter_pages(self) -> int:
-        """Rows of the device page stacks; page 0 is all zeros, the rest is `max_adapters`."""
+        """Pages in the device stacks: page 0, all zeros, and `max_adapters` more."""
         return 1 + self.max_adapters
 
     def longest_pack(self, *, scored: bool = False) -> int | None:
-        """Most pack_tokens of a train bucket, None without any; of what score buckets hold if it is `scored`, too."""
+        """Largest pack_tokens of any train bucket, capped by the score buckets if `scored`; None without buckets."""
         longest = max((b.pack_tokens for b in self.buckets if b.packs), default=None)
         held = max((b.score_tokens for b in self.buckets if b.score_packs), default=None)
         return min((n for n in (longest, held if scored else None) if n is not None), default=None)
 
     @property
     def max_lora_pages(self) -> int:
-        """Most pages one adapter takes: MP."""
+        """MP: maximum pages of one adapter."""
         return self.max_lora_rank // RANK_PAGE

@@ -1,4 +1,4 @@
-"""Plain data and YAML files to config dataclasses, strictly: what is not known is refused by name. Imports no jax."""
+"""Config dataclasses from plain data and YAML files; unknown keys are refused by name. Imports no jax."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ C = TypeVar("C")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, and 1e-3 is a number: YAML 1.1, which this library reads, wants 1.0e-3."""
+    """A safe loader that reads 1e-3 as a number; YAML 1.1, which PyYAML implements, requires 1.0e-3."""
 
 
 _Loader.add_implicit_resolver(
@@ -25,15 +25,15 @@ _Loader.add_implicit_resolver(
 
 
 def from_dict(cls: type[C], data: dict[str, Any], where: str = "") -> C:
-    """Builds dataclass `cls` from plain data, nested dataclasses included.
+    """Builds dataclass `cls`, including nested dataclasses, from plain data.
 
     Raises:
-        ConfigError: an unknown key, a missing mandatory one, or a value the class refuses.
+        ConfigError: an unknown key, a missing required one, or a value that the class refuses.
     """
     require(isinstance(data, dict), where or cls.__name__, data, "a mapping")
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
-    known = fields | getattr(cls, "borrowed", frozenset())  # arguments of other libraries, see `borrowed`
+    known = fields | getattr(cls, "borrowed", frozenset())  # arguments from other libraries, see borrowed.py
     for key in data:
         require(key in known, f"{where}{key}", data[key], f"one of the keys {sorted(fields)}")
     try:
@@ -59,11 +59,11 @@ def load_yaml(
     Args:
         cls: A dataclass.
         path: The file.
-        overrides: "a.b=c" with c in YAML; they come last.
-        parts: Files of nested dataclasses by their field; each takes the place of what the first file says there.
+        overrides: "a.b=c" with c in YAML; applied last.
+        parts: Field of a nested dataclass -> file that replaces what `path` has there.
 
     Raises:
-        ConfigError: see `from_dict` and `read_yaml`; also an override that is not of that form.
+        ConfigError: see `from_dict` and `read_yaml`; also an override not of the form a.b=c.
     """
     data = read_yaml(path) | {key: read_yaml(part) for key, part in (parts or {}).items()}
     for override in overrides:
@@ -79,10 +79,10 @@ def load_yaml(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping; an empty file is an empty one.
+    """Reads a YAML mapping; an empty file gives an empty mapping.
 
     Raises:
-        ConfigError: no such file, no YAML, or no mapping.
+        ConfigError: the file is missing, is not YAML, or does not hold a mapping.
     """
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
@@ -95,10 +95,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """One YAML value.
+    """Parses one YAML value.
 
     Raises:
-        ConfigError: no YAML.
+        ConfigError: not YAML.
     """
     try:
         return yaml.load(text, _Loader)

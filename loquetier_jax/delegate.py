@@ -1,4 +1,4 @@
-"""Methods that a facade has from its parts."""
+"""Methods that a facade forwards to its parts."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ R = TypeVar("R")
 
 
 def delegate(part: str, method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """A method that calls `method` of the attribute `part`, with its signature and docstring."""
+    """A method that forwards to `method` of the attribute `part`, with the same signature and docstring."""
 
     @functools.wraps(method)
     def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:

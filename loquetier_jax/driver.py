@@ -1,4 +1,4 @@
-"""Who drives an engine's loop, and how others reach what it works on: the inbox, the lock, the thread."""
+"""Drives an engine's loop and synchronises other threads with it: the inbox, the lock, the loop thread."""
 
 import logging
 import threading
@@ -15,36 +15,36 @@ from loquetier_jax.interrupts import uninterrupted
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.005  # between looks at what does not tell: a compile that ends, a job that is resumed
-IDLE_S = 0.25  # between looks at whether the engine or the process has ended
+POLL_S = 0.005  # poll interval for events that do not notify: a finished compile, a resumed job
+IDLE_S = 0.25  # poll interval, when idle, for the end of the engine or the process
 
 
 class Drivable(Protocol):
     """What a Driver drives; `runtime.loop.Loop` is one."""
 
     def iterate(self) -> bool:
-        """Runs one iteration, holding the lock except while the device works; whether there was anything to do."""
+        """Runs one iteration, releasing the lock while the device works; returns whether there was work."""
 
     def drain(self) -> None:
-        """Reads everything dispatched."""
+        """Reads the results of everything dispatched."""
 
     def is_idle(self) -> bool:
-        """Whether there will be nothing to do before a command comes."""
+        """Whether there is no work until the next command."""
 
     def fail(self, message: str) -> None:
         """Ends every request and job with an error."""
 
 
 class Driver:
-    """Runs iterations, one at a time, and hands commands to them.
+    """Runs iterations, one at a time, and delivers commands to them.
 
-    What an iteration works on (queues, jobs, pages) is touched under `lock` alone. An iteration holds it while the host
-    decides, dispatches and hands results out, and not while it waits for the device: who takes the lock waits for a few
-    milliseconds of host work, never for a step. `post` does not wait even for those.
+    The state it works on (queues, jobs, pages) is touched only under `lock`. An iteration holds the lock while
+    the host decides, dispatches and delivers results, but not while it waits for the device: other threads wait for a
+    few milliseconds of host work, never for a step. `post` does not wait even for those.
 
     Args:
-        lock: Of the loop.
-        compiling: Whether something is being compiled in the background, which the loop may be waiting for.
+        lock: The loop's lock.
+        compiling: Whether a background compile is running that the loop may be waiting for.
     """
 
     def __init__(self, lock: FairLock, compiling: Callable[[], bool]) -> None:
@@ -53,7 +53,7 @@ class Driver:
         self._loop: Drivable | None = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._driving = threading.Lock()
-        self._driver: int | None = None  # the thread that is inside an iteration
+        self._driver: int | None = None  # id of the thread inside an iteration
         self._changed = threading.Condition()
         self._changes = 0
         self._thread: LoopThread | None = None
@@ -61,22 +61,22 @@ class Driver:
         self.closed = False
 
     def close(self) -> None:
-        """Says that the engine is closed: whatever needs it raises EngineError from now on."""
+        """Marks the engine as closed; calls that need it raise EngineError from now on."""
         with self.lock:
             self.closed = True
         self.notify()
 
     def drive(self, loop: Drivable) -> None:
-        """Says what is driven; once, before anything else."""
+        """Sets the loop to drive; called once, before anything else."""
         self._loop = loop
 
     # Commands.
 
     def post(self, command: Callable[[], None]) -> None:
-        """Leaves a command, which runs under the lock, in order: now where that is free, else before the next decision.
+        """Queues a command, to run under the lock and in order: at once if the lock is free, else before the next step.
 
         Args:
-            command: Raises nothing; short.
+            command: Short; must not raise.
         """
         self._inbox.append(command)
         if self.lock.acquire(blocking=False):
@@ -87,13 +87,13 @@ class Driver:
         self.notify()
 
     def empty_inbox(self) -> None:
-        """Runs the commands that were left; the caller has the lock."""
+        """Runs the queued commands; the caller holds the lock."""
         while self._inbox:
             self._inbox.popleft()()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """The lock, of an engine that is open, all earlier commands done.
+        """Holds the lock of an open engine, with all earlier commands executed.
 
         Raises:
             EngineError: the engine was closed.
@@ -104,7 +104,7 @@ class Driver:
             yield
 
     def notify(self) -> None:
-        """Wakes those who wait for something to change."""
+        """Wakes the threads waiting for a change."""
         with self._changed:
             self._changes += 1
             self._changed.notify_all()
@@ -113,26 +113,26 @@ class Driver:
 
     @property
     def failure(self) -> BaseException | None:
-        """What a step has failed with, if one has."""
+        """The exception of the step that failed, or None."""
         return self._failure
 
     def check_open(self) -> None:
-        """Raises EngineError once the engine was closed."""
+        """Raises EngineError if the engine has been closed."""
         if self.closed:
-            raise EngineError("engine: it was closed; make a new one, e.g. by Engine.from_pretrained")
+            raise EngineError("engine: already closed; create a new one, e.g. with Engine.from_pretrained")
 
     def check_alive(self) -> None:
-        """Raises EngineError once the engine was closed, or a step has failed."""
+        """Raises EngineError if the engine has been closed or a step has failed."""
         self.check_open()
         if self._failure is not None:
             raise EngineError(f"engine: a step has failed: {self._failure!r}") from self._failure
 
     def step(self) -> bool:
-        """Drives the loop once; returns whether there was anything to do.
+        """Drives the loop once; returns whether there was any work.
 
         Raises:
-            EngineError: a step has failed, now or before. Its requests and jobs have ended with that error.
-            RuntimeError: called from inside a step, i.e. by a listener: tokens of others would come out of order.
+            EngineError: a step has failed, now or earlier; all requests and jobs have ended with that error.
+            RuntimeError: called from inside a step, i.e. by a listener; other requests' tokens would be out of order.
         """
         with self._iteration():
             with self.lock:
@@ -142,13 +142,13 @@ class Driver:
                 return worked or bool(self._inbox)
 
     def drain(self) -> None:
-        """Reads everything dispatched: afterwards the device is idle. Raises what `step` raises."""
+        """Reads the results of everything dispatched, leaving the device idle. Raises what `step` raises."""
         with self._iteration():
             self._loop.drain()
 
     @contextmanager
     def _iteration(self) -> Iterator[None]:
-        """Critical section around whatever reads or dispatches. An exception inside is fatal: buffers may be gone."""
+        """Critical section around dispatches and reads. An exception inside is fatal: donated buffers may be gone."""
         self._refuse_inside()
         with self._driving:
             self.check_alive()
@@ -177,14 +177,14 @@ class Driver:
 
     def _refuse_inside(self) -> None:
         if self._driver == threading.get_ident():
-            raise RuntimeError("engine: called from a listener, which may submit and cancel, but not wait for steps")
+            raise RuntimeError("engine: called from a listener, which may submit and cancel but not wait for steps")
 
     def wait(self, done: Callable[[], bool]) -> None:
-        """Drives the loop, or waits for the thread that does, until `done()`.
+        """Drives the loop, or waits for the loop thread to, until `done()`.
 
         Raises:
-            EngineError: a step has failed, whoever drove it.
-            RuntimeError: nothing is left to do and `done()` is still false, or called from inside a step.
+            EngineError: a step has failed, in this thread or another.
+            RuntimeError: there is no work left and `done()` is still false, or called from inside a step.
         """
         while True:
             with self._changed:
@@ -192,50 +192,50 @@ class Driver:
             if done():
                 return
             self._refuse_inside()
-            if self._thread is not None and self._thread.is_alive():  # it ends before threads that outlive the main one
+            if self._thread is not None and self._thread.is_alive():  # it may end before threads that outlive main
                 with self._changed:
                     if self._changes == seen:
                         self._changed.wait(0.1)
-                if self._failure is not None or self.closed:  # a failure ends what was waited for, too: told first
+                if self._failure is not None or self.closed:  # before done(), which a failure makes true as well
                     self.check_alive()
                 continue
-            compiling = self._compiling()  # asked first: what it finishes during the step is seen by the next one
+            compiling = self._compiling()  # before the step: a compile that ends during it is used by the next step
             if not self.step():
                 if not compiling and not done():
-                    raise RuntimeError("engine: nothing is left to do, and what was waited for has not happened")
+                    raise RuntimeError("engine: there is no work left, but the awaited result has not arrived")
                 time.sleep(POLL_S)
 
     # The thread.
 
     def start(self) -> None:
-        """Gives the loop a thread of its own; see `stop`. It ends with the process, and when the driver is dropped."""
+        """Runs the loop in its own thread until `stop`, the end of the process, or the driver is garbage-collected."""
         with self.entered():
             if self._thread is None:
                 self._thread = LoopThread(self.step, self._seconds_to_rest, self._changed)
                 self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread of `start`; what is queued stays queued."""
+        """Ends the thread of `start`; queued work stays queued."""
         self._refuse_inside()
         if self._thread is not None:
             self._thread.end(self.notify)
             self._thread = None
 
     def _seconds_to_rest(self) -> float:
-        """How long to wait for a notification after an iteration without work."""
+        """Seconds to wait for a notification after an iteration without work."""
         with self.lock:
             return IDLE_S if self._loop.is_idle() and not self._inbox else POLL_S
 
 
 class LoopThread(threading.Thread):
-    """Drives an engine's loop until it is ended, the driver is dropped or fails, or the process ends.
+    """Drives an engine's loop until `end`, a failed step, the end of the process, or the driver is garbage-collected.
 
-    It holds the driver only during a step. No daemon: an interpreter that ends while the device works is aborted.
+    References the driver only during a step. Not a daemon: the interpreter aborts if it exits while the device works.
 
     Args:
         step: `Driver.step`.
-        seconds_to_rest: How long to wait for `changed` when a step had nothing to do.
-        changed: Notified when there may be something to do.
+        seconds_to_rest: Gives the seconds to wait for `changed` after a step without work.
+        changed: Notified when there may be work.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class LoopThread(threading.Thread):
 
     def run(self) -> None:
         """Called by `start`."""
-        with suppress(EngineError):  # those who wait are told
+        with suppress(EngineError):  # reported to the waiting threads by `Driver.wait`
             while not self._ending and _process_goes_on():
                 step = self._step()
                 if step is None:
@@ -258,7 +258,7 @@ class LoopThread(threading.Thread):
                     return
 
     def _rest(self) -> bool:
-        """Waits for something to do, for a while; False when the driver is gone."""
+        """Waits a while for work; False when the driver is gone."""
         seconds_to_rest = self._seconds()
         if seconds_to_rest is None:
             return False
@@ -270,14 +270,14 @@ class LoopThread(threading.Thread):
         return True
 
     def end(self, wake: Callable[[], None]) -> None:
-        """Returns once it has ended, between two steps."""
+        """Ends the thread between two steps; returns when it has ended."""
         self._ending = True
         wake()
         self.join()
 
 
 def _process_goes_on() -> bool:
-    """Whether anybody is left who may want something: at its end the interpreter waits for threads like this one."""
+    """Whether another thread may still need the loop; at exit the interpreter waits for threads like this one."""
     if threading.main_thread().is_alive():
         return True
     return any(t.is_alive() and not t.daemon and not isinstance(t, LoopThread) for t in threading.enumerate())

@@ -1,4 +1,4 @@
-"""Engine: one base on the device, adapters and jobs on it. A facade: it composes the parts, which do the work."""
+"""Engine: one base model on the device with adapters and jobs. A facade over the parts that do the work."""
 
 from pathlib import Path
 from typing import Any
@@ -40,26 +40,26 @@ from loquetier_jax.train.runner import JobRunner
 class Engine:
     """Serves and trains many adapters on one base model.
 
-    Nothing runs by itself: `generate`, `stream`, `log_probs` and `JobHandle.wait` drive the loop while they wait, and
-    jobs train beside them; or `step()` drives it once. `start()` gives the loop a thread of its own instead.
-    `close()`, or the end of a `with` block, ends everything and frees the device; so does dropping the engine.
-    Every method may be called from any thread, and none but those that wait for results waits for a step.
+    Nothing runs in the background by default: `generate`, `stream`, `log_probs` and `JobHandle.wait` drive the loop
+    while they wait, and jobs train alongside; `step()` drives it once. `start()` runs the loop in its own thread.
+    `close()`, or leaving a `with` block, ends all work and frees the device; so does garbage collection.
+    Every method may be called from any thread; only those that wait for results wait for a step.
 
     Args:
         spec: Architecture of the base.
-        params: Its parameters on the device; kept by reference, never copied or changed.
-        cfg: Everything fixed for the life of the engine.
-        tokenizer: None: prompts are token ids and outputs have no text.
+        params: Its parameters on the device; kept by reference, never copied or modified.
+        cfg: Configuration, fixed for the life of the engine.
+        tokenizer: If None, prompts are token ids and outputs have no text.
         policy: Settings of the scheduler.
-        progress: Whether compiling shows a progress bar.
-        name: What exported adapters name as their base model.
+        progress: Whether to show a progress bar while compiling.
+        name: Base model name written into exported adapters.
 
     Attributes:
         adapters: The adapters, by name.
-        jobs: Handles of the jobs, by name.
-        requests, scores, adapter_manager, job_manager: What the methods belong to.
-        driver: Drives the loop, and carries commands to it.
-        loop: What an iteration is.
+        jobs: Job handles, by name.
+        requests, scores, adapter_manager, job_manager: The parts that implement the methods.
+        driver: Drives the loop and delivers commands to it.
+        loop: Runs one iteration.
     """
 
     def __init__(
@@ -130,14 +130,14 @@ class Engine:
         """Loads a HF model folder and compiles the serving buckets.
 
         Args:
-            path: config.json, safetensors, tokenizer.
-            config: An EngineConfig, a preset of configs/engine/ or a YAML file; None is "gpu" or "cpu" by device.
+            path: Folder with config.json, safetensors and a tokenizer.
+            config: An EngineConfig, a preset of configs/engine/ or a YAML file; None picks "gpu" or "cpu" by device.
             policy: Settings of the scheduler.
-            progress: Whether to show what is being compiled.
+            progress: Whether to show a progress bar while compiling.
             **overrides: Fields of EngineConfig, e.g. max_adapters=64.
 
         Raises:
-            ConfigError: an unknown field, or max_model_len beyond what the model was made for.
+            ConfigError: an unknown field, or a max_model_len beyond the model's limit.
             ModelError: see `models.load.load_hf`.
         """
         if not isinstance(config, EngineConfig):
@@ -175,7 +175,7 @@ class Engine:
 
     @property
     def jobs(self) -> dict[str, JobHandle]:
-        """Handles of jobs by name, of ended ones too until they are forgotten or their name is used again."""
+        """Job handles by name; ended jobs stay until they are forgotten or their name is reused."""
         return self.job_manager.home.jobs
 
     # The loop.
@@ -187,10 +187,10 @@ class Engine:
     stop = delegate("driver", Driver.stop)
 
     def close(self) -> None:
-        """Ends everything and frees the device; calls that need the engine raise EngineError from then on.
+        """Ends all work and frees the device; later calls that need the engine raise EngineError.
 
-        Requests end with an error, jobs as cancelled (`JobHandle.checkpoint` before keeps one). Handles of jobs still
-        tell how they went, and `save` works. Closing again does nothing.
+        Requests end with an error, jobs as cancelled; call `JobHandle.checkpoint` first to keep one. Job handles still
+        report their results, and `save` still works. Closing twice is harmless.
         """
         driver, loop = self.driver, self.loop
         driver.stop()
@@ -223,7 +223,7 @@ class Engine:
         return f"<Engine {self.name!r}: {state}>"
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless pages, slots and versions add up."""
+        """Raises IntegrityError unless pages, slots and versions are consistent."""
         with self.driver.entered():
             self.loop.serving.check_integrity()
             self.loop.training.check_integrity()

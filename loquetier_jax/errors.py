@@ -1,13 +1,10 @@
-"""The errors this package raises: each is a LoquetierError and the standard type a caller would expect.
-
-And how their messages show what came.
-"""
+"""The package's exceptions: each is a LoquetierError and also the standard type a caller would expect."""
 
 from typing import Any
 
 
 def short(value: Any, limit: int = 60) -> str:
-    """The repr of a value in at most `limit` characters, also of one that has none: nested too deep, an endless int."""
+    """The repr of `value`, truncated to `limit` characters; a placeholder if repr fails (nesting, huge integers)."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):
@@ -16,30 +13,30 @@ def short(value: Any, limit: int = 60) -> str:
 
 
 class LoquetierError(Exception):
-    """Base of every error raised on purpose by loquetier_jax; its message can be printed, whatever it quotes."""
+    """Base of every error that loquetier_jax raises deliberately; its message is always printable."""
 
     def __str__(self) -> str:
-        return super().__str__().encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no UTF-8
+        return super().__str__().encode("utf-8", "backslashreplace").decode()  # escapes lone surrogates
 
 
 class ConfigError(LoquetierError, ValueError):
-    """A configuration value or key is wrong; the message names it, what came and what was expected."""
+    """A configuration key or value is invalid; the message gives the name, the value and what was expected."""
 
 
 class ModelError(LoquetierError, ValueError):
-    """A base model folder cannot be loaded: unsupported architecture, or a missing, extra or mis-shaped tensor."""
+    """A base model folder cannot be loaded: unsupported architecture, or a missing, unexpected or misshapen tensor."""
 
 
 class AdapterError(LoquetierError, ValueError):
-    """An adapter is unknown, malformed, or asks for something that cannot be honoured."""
+    """An adapter is unknown, malformed, or needs something unsupported."""
 
 
 class NoModuleError(AdapterError):
-    """The names of a LoraConfig match no module of the base."""
+    """The target_modules of a LoraConfig match no module of the base."""
 
 
 class RequestError(LoquetierError, ValueError):
-    """A request is refused before admission."""
+    """A request was refused before admission."""
 
 
 class DataError(LoquetierError, ValueError):
@@ -47,20 +44,20 @@ class DataError(LoquetierError, ValueError):
 
 
 class JobError(LoquetierError, RuntimeError):
-    """A fine-tuning job cannot do what was asked in its present state."""
+    """A fine-tuning job cannot do what was asked in its current state."""
 
 
 class CheckpointError(LoquetierError, RuntimeError):
-    """A checkpoint is absent, incomplete, damaged or belongs to something else; names the file."""
+    """A checkpoint is missing, incomplete, damaged or belongs to another job; the message names the file."""
 
 
 class EngineError(LoquetierError, RuntimeError):
-    """A step has failed, so that nothing on the device can be trusted; a new engine resumes jobs from checkpoints."""
+    """The engine is closed, or a step failed and device state is lost; resume jobs from checkpoints in a new one."""
 
 
 class CapacityError(LoquetierError, RuntimeError):
-    """No room now (pages, slots); nothing was changed."""
+    """Not enough free pages or slots at the moment; nothing was changed."""
 
 
 class IntegrityError(LoquetierError, RuntimeError):
-    """Pages or slots do not add up: a bug, found by check_integrity()."""
+    """Page, slot or version bookkeeping is inconsistent: a bug."""

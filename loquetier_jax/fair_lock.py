@@ -1,12 +1,12 @@
-"""A lock that comes to those who ask for it in turn."""
+"""A first-come, first-served reentrant lock."""
 
 import threading
 
 
 class FairLock:
-    """A reentrant lock under which nobody starves: whoever releases it and asks again waits behind those who wait.
+    """A reentrant lock without starvation: a thread that releases it and asks again queues behind those waiting.
 
-    `threading.RLock` promises no order: a loop that releases it for an instant in each round gets it back every time.
+    `threading.RLock` guarantees no order: a loop that releases it for an instant per iteration may always win it back.
     """
 
     def __init__(self) -> None:
@@ -15,9 +15,9 @@ class FairLock:
         self._depth = 0
 
     def acquire(self, blocking: bool = True) -> bool:
-        """Takes the lock; without `blocking`, only if it can be had at once. Returns whether it was taken."""
+        """Acquires the lock, or with blocking=False only if it is free. Returns whether it was acquired."""
         me = threading.get_ident()
-        if self._owner != me:  # only this thread could have made it equal
+        if self._owner != me:  # safe to read unlocked: only this thread ever sets it to `me`
             if not self._turnstile.acquire(blocking):
                 return False
             try:
@@ -30,9 +30,9 @@ class FairLock:
         return True
 
     def release(self) -> None:
-        """Gives the lock back; raises RuntimeError in a thread that does not have it."""
+        """Releases the lock; raises RuntimeError in a thread that does not hold it."""
         if self._owner != threading.get_ident():
-            raise RuntimeError("FairLock: released by a thread that does not have it")
+            raise RuntimeError("FairLock: released by a thread that does not hold it")
         self._depth -= 1
         if not self._depth:
             self._owner = None

@@ -1,4 +1,4 @@
-"""Ctrl-C, and SIGTERM where a command asks for it: between two steps, never inside one."""
+"""Handles Ctrl-C, and SIGTERM for commands that want it, between steps and never inside one."""
 
 import signal
 import threading
@@ -9,10 +9,10 @@ from typing import Any
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds a KeyboardInterrupt back until the block has ended; a second one comes through at once.
+    """Defers a KeyboardInterrupt to the end of the block; a second one is delivered at once.
 
-    Inside a step it would fall between a call that took the buffers over and the line that keeps the new ones: the
-    engine would be lost. Other threads than the main one never get it, and have nothing to hold back.
+    Inside a step it could hit between a call that donates buffers and the assignment of the new ones, which would lose
+    the engine. Only the main thread receives it; in other threads this does nothing.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -36,9 +36,9 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Ctrl-C or SIGTERM (of `kill`, Slurm, a container that is stopped) puts its signal into the list.
+    """Appends SIGINT or SIGTERM (from `kill`, Slurm, a stopping container) to the yielded list instead of raising.
 
-    Whoever runs the block looks there, and saves. A second signal does what the first would have done outside.
+    The block polls the list and saves its work. A second signal has its usual effect.
     """
     caught: list[int] = []
 

@@ -1,4 +1,4 @@
-"""A file of JSON lines, or of one JSON array, to its records, each with the place where it stands. Imports no jax."""
+"""Reads records, each with its location, from a file of JSON lines or of one JSON array. Imports no jax."""
 
 import codecs
 import io
@@ -15,11 +15,11 @@ _FORM = "expected one JSON object a line, or one JSON array of them"
 
 
 def check_file(path: str | Path, error: type[LoquetierError]) -> Path:
-    """The path of a file that is there; otherwise raises `error`, naming it."""
+    """The path of an existing file; otherwise raises `error`, naming it."""
     path = Path(path)
     try:
         known, folder = path.is_file(), path.is_dir()
-    except OSError as failure:  # a name longer than names may be
+    except OSError as failure:  # e.g. a name that is too long
         raise error(f"{path}: {failure.strerror}") from failure
     if not known:
         raise error(f"{path}: {'a folder, expected a file' if folder else 'no such file'}")
@@ -27,16 +27,16 @@ def check_file(path: str | Path, error: type[LoquetierError]) -> Path:
 
 
 def read_records(path: str | Path, error: type[LoquetierError]) -> Iterator[tuple[str, Any]]:
-    """Every value of the file behind its place, "path:line" or "path:line: record i" in an array; blank lines are none.
+    """Yields (location, value): "path:line", or "path:line: record i" in an array. Blank lines are skipped.
 
-    The text is UTF-8; a byte order mark at its beginning is no part of it and may say UTF-16 or UTF-32 instead.
+    The text is UTF-8, or UTF-16 or UTF-32 if it starts with that byte order mark.
 
     Args:
         path: The file.
-        error: What to raise.
+        error: Type of the exceptions raised.
 
     Raises:
-        LoquetierError: of type `error`: no such file, or what cannot be read, with its line.
+        LoquetierError: of type `error`: the file is missing, or a line cannot be parsed (with its location).
     """
     path = check_file(path, error)
     with _opened(path, error) as file:
@@ -53,10 +53,10 @@ def read_records(path: str | Path, error: type[LoquetierError]) -> Iterator[tupl
 
 
 def parse_json(text: str, where: str, error: type[LoquetierError], form: str = _FORM) -> Any:
-    """One JSON value; otherwise raises `error`, which begins with `where` and ends with `form`."""
+    """Parses one JSON value; otherwise raises `error` with a message that starts with `where` and ends with `form`."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as failure:  # ValueError: also a number of more digits than Python reads
+    except (ValueError, RecursionError) as failure:  # ValueError includes integers beyond Python's digit limit
         raise error(f"{where}: not JSON: {failure}; {form}") from failure
 
 
@@ -65,7 +65,7 @@ def _value(line: bytes, where: str, error: type[LoquetierError]) -> Any:
 
 
 def _array(raw: bytes, path: Path, error: type[LoquetierError]) -> Iterator[tuple[str, Any]]:
-    """The elements of a file that is one array, decoded one by one: each knows its line."""
+    """Decodes the elements of a top-level array one at a time, to know each one's line."""
     text = _decoded(raw, str(path), error)
     decoder, at, line, index = json.JSONDecoder(), text.index("[") + 1, 1, 0
     at = _BLANK.match(text, at).end()
@@ -94,13 +94,13 @@ def _decoded(raw: bytes, where: str, error: type[LoquetierError]) -> str:
 
 
 def _opened(path: Path, error: type[LoquetierError]) -> BinaryIO:
-    """The bytes of the file as UTF-8, behind its byte order mark."""
+    """The file's contents as a UTF-8 stream, past any byte order mark."""
     try:
         file = path.open("rb")
     except OSError as failure:
         raise error(f"{path}: {failure.strerror}") from failure
     head = file.read(4)
-    # UTF-32-LE begins as UTF-16-LE does.
+    # The UTF-32-LE mark starts with the UTF-16-LE one.
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         with file:
             raw = head + file.read()

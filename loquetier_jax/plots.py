@@ -1,4 +1,4 @@
-"""Pictures of runs, with matplotlib's object interface: no display, no global state."""
+"""Plots of runs, with matplotlib's object interface: no display, no global state."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,18 +10,18 @@ from loquetier_jax.timeline import Timeline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's: apart for every kind of color vision
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # from the colorblind-safe Okabe-Ito palette
 GREY = "#666666"
 SIZE_INCHES, DPI = (8.0, 7.0), 100
 
 
 def save_timeline(timeline: Timeline, path: str | Path, title: str) -> Path:
-    """Draws a Timeline: loss of every job, tokens trained and served per second, gaps between tokens.
+    """Plots a Timeline: the loss of every job, trained and served tokens per second, and gaps between tokens.
 
     Args:
         timeline: Of a finished run.
-        path: A .png or .svg file; its folder is made when absent.
-        title: Above the picture.
+        path: A .png or .svg file; its folder is created if missing.
+        title: Title of the figure.
 
     Returns:
         The path.
@@ -80,7 +80,7 @@ def _draw_rate(axes: "Axes", times: np.ndarray, values: np.ndarray, label: str, 
 
 
 def _draw_compiling(axes: "Axes", timeline: Timeline) -> None:
-    """Says why nothing is there before the first step."""
+    """Shades the time before the first training step."""
     until = timeline.training_since
     until = timeline.now if until is None else until
     axes.axvspan(0, until, color=GREY, alpha=0.08, linewidth=0)
@@ -121,5 +121,5 @@ def _draw_gaps(axes: "Axes", timeline: Timeline) -> None:
 
 
 def _right(axes: "Axes") -> Any:
-    """x as a share of the width, y in data."""
+    """Transform with x as a fraction of the axes' width and y in data units."""
     return axes.get_yaxis_transform()

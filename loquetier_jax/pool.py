@@ -1,4 +1,4 @@
-"""Integer ids with deferred reuse: pages and slots that dispatched steps may still use when their owner lets go."""
+"""Integer ids with deferred reuse: pages and slots that dispatched steps may still use after their owner is done."""
 
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
@@ -7,14 +7,14 @@ from loquetier_jax.errors import CapacityError, IntegrityError
 
 
 class IdPool:
-    """Hands out ids; what is given back waits until the steps that may touch it have completed.
+    """Hands out ids; a returned id is reused only once the steps that may touch it have completed.
 
     An id is free, owned, or in quarantine with an epoch: the number of the last step dispatched while its owner still
-    used it. Epochs count from 1; 0 says that no step did. No jax.
+    used it. Epochs count from 1; 0 means that no step used it. No jax.
 
     Args:
-        ids: Distinct; all are free.
-        name: What they are, in plural, for messages.
+        ids: Distinct; initially all free.
+        name: Plural noun for the ids, for error messages.
 
     Attributes:
         completed: The newest epoch known to be complete.
@@ -30,12 +30,12 @@ class IdPool:
 
     @property
     def size(self) -> int:
-        """All ids, whatever their state."""
+        """Number of ids in any state."""
         return len(self._all)
 
     @property
     def num_free(self) -> int:
-        """Ids that can be taken now; those in quarantine are not among them."""
+        """Number of ids that can be taken now, excluding those in quarantine."""
         return len(self._free)
 
     @property
@@ -48,11 +48,11 @@ class IdPool:
         return {i for i, name in self._owner.items() if name == owner}
 
     def owners(self) -> set[Hashable]:
-        """Everybody who has an id."""
+        """All current owners."""
         return set(self._owner.values())
 
     def take(self, count: int, owner: Hashable = None) -> tuple[int, ...]:
-        """Gives `count` free ids to `owner`, the longest free first.
+        """Gives `count` free ids to `owner`, those free longest first.
 
         Raises:
             CapacityError: fewer are free; nothing is changed.
@@ -60,7 +60,7 @@ class IdPool:
         if count > len(self._free):
             waiting = sum(map(len, self._quarantine.values()))
             raise CapacityError(
-                f"{self.name}: got a need of {count}, expected at most {len(self._free)} "
+                f"{self.name}: {count} requested, {len(self._free)} free "
                 f"({len(self._owner)} taken, {waiting} in quarantine, of {self.size})"
             )
         ids = tuple(self._free.popleft() for _ in range(count))
@@ -68,24 +68,24 @@ class IdPool:
         return ids
 
     def transfer(self, ids: Sequence[int], owner: Hashable, to: Hashable) -> None:
-        """Makes `to` the owner of ids of `owner`.
+        """Transfers ids from `owner` to `to`.
 
         Raises:
-            IntegrityError: `owner` does not have them; nothing is changed.
+            IntegrityError: `owner` does not own them; nothing is changed.
         """
         self._check_owned(ids, owner)
         self._owner.update(dict.fromkeys(ids, to))
 
     def give_back(self, ids: Sequence[int], epoch: int, owner: Hashable = None) -> None:
-        """Takes ids from `owner`; free at once when `epoch` is complete, else when it is.
+        """Returns ids of `owner`; they become free once step `epoch` has completed.
 
         Args:
-            ids: Distinct ids of `owner`.
-            epoch: The last step dispatched that may use them, 0 when there was none.
-            owner: Who has them.
+            ids: Distinct ids owned by `owner`.
+            epoch: The last step dispatched that may use them, 0 if none.
+            owner: Their owner.
 
         Raises:
-            IntegrityError: `owner` does not have them, or one is named twice; nothing is changed.
+            IntegrityError: `owner` does not own them, or one is repeated; nothing is changed.
         """
         self._check_owned(ids, owner)
         for i in ids:
@@ -96,7 +96,7 @@ class IdPool:
             self._quarantine.setdefault(epoch, []).extend(ids)
 
     def complete(self, epoch: int) -> None:
-        """Step `epoch`, and with it all before it, has completed on the device; an older one changes nothing."""
+        """Records that all steps up to `epoch` have completed on the device; an older epoch changes nothing."""
         self.completed = max(self.completed, epoch)
         for waiting in sorted(e for e in self._quarantine if e <= self.completed):
             self._free.extend(self._quarantine.pop(waiting))
@@ -105,10 +105,10 @@ class IdPool:
         """Checks that every id is in exactly one state.
 
         Args:
-            owned: The ids that all owners together say they have, if at hand: exactly those that are taken.
+            owned: If given, the ids that the owners believe they own, which must be exactly those taken.
 
         Raises:
-            IntegrityError: an id is lost, in two states, or owned by nobody or twice.
+            IntegrityError: an id is lost or in two states, or `owned` differs from the ids taken.
         """
         quarantined = [i for ids in self._quarantine.values() for i in ids]
         everything = [*self._free, *self._owner, *quarantined]
@@ -118,7 +118,7 @@ class IdPool:
                 f"quarantine ({len(set(everything))} distinct), expected {self.size} distinct in all"
             )
         if any(epoch <= self.completed for epoch in self._quarantine):
-            raise IntegrityError(f"{self.name}: got quarantine of step {self.completed} or before: completed")
+            raise IntegrityError(f"{self.name}: ids are in quarantine for steps <= {self.completed}, which completed")
         if owned is not None:
             self._check_owners(list(owned))
 

@@ -1,4 +1,4 @@
-"""The YAML files under configs/, found in a checkout and in an installed wheel alike."""
+"""Finds the YAML files under configs/, in a checkout or an installed wheel."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -12,21 +12,21 @@ from loquetier_jax.errors import ConfigError
 
 
 def configs_folder() -> Path:
-    """configs/ of the wheel, or of the checkout the package lies in."""
+    """configs/ inside the installed package, or next to it in a checkout."""
     package = Path(loquetier_jax.__file__).parent
     for folder in (package / "configs", package.parent / "configs"):
         if folder.is_dir():
             return folder
     raise ConfigError(
-        f"configs: got no such folder in {package} or beside it, expected the presets of this package"
+        f"configs: no such folder in or beside {package}; the package's presets should be there"
     )
 
 
 def preset_path(kind: str, name: str) -> Path:
-    """The file of a preset, or `name` itself when it is a path of an existing file.
+    """The file of a preset, or `name` itself if it is the path of an existing file.
 
     Raises:
-        ConfigError: neither; names the presets there are.
+        ConfigError: neither; the message lists the known presets.
     """
     if Path(name).is_file():
         return Path(name)
@@ -38,12 +38,12 @@ def preset_path(kind: str, name: str) -> Path:
 
 
 def engine_config(name: str, overrides: Sequence[str] = (), slo: str | None = None) -> EngineConfig:
-    """An EngineConfig of configs/engine/ or of a file.
+    """Loads an EngineConfig from configs/engine/ or a file.
 
     Args:
-        name: Of the preset, or a path.
-        overrides: "a.b=c"; they come last.
-        slo: Of configs/slo/, or a path: takes the place of the preset's own slo.
+        name: A preset's name, or a path.
+        overrides: "a.b=c"; applied last.
+        slo: Name in configs/slo/, or a path; replaces the preset's own slo.
 
     Raises:
         ConfigError: an unknown preset or key, or a value that the config refuses.
@@ -53,7 +53,7 @@ def engine_config(name: str, overrides: Sequence[str] = (), slo: str | None = No
 
 
 def overridden(config: EngineConfig, overrides: Mapping[str, Any]) -> EngineConfig:
-    """A config with other values; raises ConfigError for an unknown field, or a value that the config refuses."""
+    """`config` with some fields replaced; raises ConfigError for an unknown field or a value that it refuses."""
     known = sorted(f.name for f in fields(EngineConfig))
     for key, value in overrides.items():
         require(key in known, key, value, f"one of {known}")
@@ -61,7 +61,7 @@ def overridden(config: EngineConfig, overrides: Mapping[str, Any]) -> EngineConf
 
 
 def fitted(config: EngineConfig, limit: int, *, asked: bool) -> EngineConfig:
-    """A config whose max_model_len is at most a model's limit; raises ConfigError where more was `asked` for."""
+    """`config` with max_model_len capped at the model's `limit`; raises ConfigError if the user `asked` for more."""
     if config.max_model_len <= limit:
         return config
     require(not asked, "max_model_len", config.max_model_len, f"<= {limit} for this model")

@@ -1,4 +1,4 @@
-"""What a request asks of the sampler: vLLM's names, defaults and meanings."""
+"""Sampling parameters of a request, with vLLM's names, defaults and semantics."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,11 +12,11 @@ from loquetier_jax.vllm_arguments import VLLM_ARGUMENTS
 
 MAX_NUMBER = 1e38
 MAX_N = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
-MIN_TEMPERATURE = 1e-5  # vLLM's _SAMPLING_EPS: logits divided by less would be infinite
+MIN_TEMPERATURE = 1e-5  # vLLM's _SAMPLING_EPS: dividing logits by less could overflow
 
 
 def refuse(ok: bool, name: str, got: Any, expected: str) -> None:
-    """Raises RequestError naming the field, what came and what was expected, unless `ok`."""
+    """Raises RequestError unless `ok`; the message names the field, the value and what was expected."""
     if not ok:
         raise RequestError(f"{name}: got {short(got, 200)}, expected {expected}")
 
@@ -26,7 +26,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether `value` is a number that float32 holds: what overflows there would be infinite on the device."""
+    """Whether `value` is a number within float32's range; larger ones would be infinite on the device."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
@@ -35,32 +35,32 @@ def _is_number(value: Any) -> bool:
 class SamplingParams:
     """How the tokens of one request are chosen and when they end.
 
-    Other arguments of vLLM, of transformers' `generate` and of OpenAI's API are taken where they mean the same
-    (`max_new_tokens`, `detokenize=True`), and refused in a sentence otherwise.
+    Other arguments of vLLM, transformers' `generate` and the OpenAI API are accepted where they mean the same
+    (`max_new_tokens`, `detokenize=True`) and refused with an explanation otherwise.
 
     Attributes:
         n: Completions of the prompt; more than one needs temperature > 0.
-        temperature: Divides the logits; 0 is greedy, whatever top_k, top_p and min_p say; below 1e-5 becomes 0.
+        temperature: Divides the logits; 0 is greedy, regardless of top_k, top_p and min_p; below 1e-5 becomes 0.
         top_k: Keeps the k most likely tokens; 0 or -1 keeps all.
         top_p: Keeps the smallest set of most likely tokens whose probability reaches this, in (0, 1].
         min_p: Drops tokens less likely than this times the most likely one, in [0, 1].
-        repetition_penalty: Divides positive, multiplies negative logits of tokens in prompt or output; > 0.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in the prompt or output; > 0.
         presence_penalty: Subtracted once from logits of tokens in the output, in [-2, 2].
         frequency_penalty: Subtracted per occurrence in the output, in [-2, 2].
-        seed: Makes the tokens reproducible wherever they are batched; None lets the engine choose.
-        max_tokens: Most output tokens, >= 1; None: as many as the engine has room for beside the prompt, all of which
-            are reserved as long as the request lives.
-        min_tokens: No end (end-of-sequence, stop ids, stop strings) before this many tokens.
-        stop: A string or strings that end the output; they are not part of it. Stored as a tuple.
+        seed: Makes the tokens reproducible, however they are batched; None lets the engine choose.
+        max_tokens: Maximum output tokens, >= 1; None means all the room left beside the prompt, which stays reserved
+            until the request ends.
+        min_tokens: Neither end-of-sequence, stop ids nor stop strings end the output before this many tokens.
+        stop: A string or strings that end the output and are not part of it. Stored as a tuple.
         stop_token_ids: Token ids that end the output; the id is returned, its text is not. Stored as a tuple.
         logit_bias: Added to the logits of these token ids.
-        logprobs: Alternatives returned per output token; 0 returns the chosen token's only, None nothing.
+        logprobs: Alternatives returned per output token; 0 returns only the chosen token's, None nothing.
         prompt_logprobs: The same for the tokens of the prompt.
-        ignore_eos: Goes on after the end-of-sequence token.
-        skip_special_tokens: Leaves special tokens out of the text.
+        ignore_eos: Continues past the end-of-sequence token.
+        skip_special_tokens: Omits special tokens from the text.
 
     Raises:
-        RequestError: a value outside what is said above; the message names the field.
+        RequestError: a value outside these ranges; the message names the field.
     """
 
     n: int = 1
@@ -144,26 +144,26 @@ class SamplingParams:
 
     @property
     def level(self) -> Sampling:
-        """The cheapest compiled sampler that does what is asked: "greedy", "plain" or "full"."""
+        """The cheapest compiled sampler that supports these params: "greedy", "plain" or "full"."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
         if penalties or self.logit_bias or self.min_tokens > 0 or self.logprobs:
             return "full"
         return "greedy" if self.temperature == 0 else "plain"
 
     def filled(self, room: int) -> "SamplingParams":
-        """These params with `room`, at least 1, where max_tokens is None."""
+        """These params, with max_tokens set to `room` (at least 1 and min_tokens) if it is None."""
         return self if self.max_tokens is not None else replace(self, max_tokens=max(1, room, self.min_tokens))
 
     def check(self, *, vocab_size: int, max_logprobs: int, max_logit_bias: int) -> None:
-        """Checks the params against what one engine offers.
+        """Checks the params against the limits of an engine.
 
         Args:
-            vocab_size: Rows of the embedding, V.
-            max_logprobs: Most alternatives a step returns per token.
-            max_logit_bias: Most entries of logit_bias a slot holds.
+            vocab_size: V.
+            max_logprobs: Maximum alternatives that a step returns per token.
+            max_logit_bias: Maximum entries of logit_bias.
 
         Raises:
-            RequestError: a token id outside the vocabulary, or more than the engine has room for.
+            RequestError: a token id outside the vocabulary, or a limit is exceeded.
         """
         for name, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids)):
             for token in ids:

@@ -1,4 +1,4 @@
-"""What happened when: losses, tokens and gaps between tokens, on one clock. Imports no jax."""
+"""A recording of a run: losses, tokens and gaps between tokens, on one clock. Imports no jax."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ class Timeline:
     """Records a run.
 
     Attributes:
-        clock: Seconds; the engine's.
-        start: Its value when recording began: all times are relative to it.
-        losses: Job name -> its loss after each optimizer step.
-        trained: Job name -> tokens it has trained on so far.
+        clock: The engine's clock, seconds.
+        start: Its value when recording began; all times are relative to it.
+        losses: Job name -> loss after each optimizer step.
+        trained: Job name -> tokens trained on so far.
         tokens: When each output token was read.
-        gaps: Milliseconds between an output token and the one before it, of one request.
+        gaps: Milliseconds between consecutive output tokens of a request.
         marks: Events to draw a line at, e.g. a publish.
     """
 
@@ -43,7 +43,7 @@ class Timeline:
         return self.clock() - self.start
 
     def watch(self, job: Any) -> None:
-        """Takes over what a JobHandle has written since the last call."""
+        """Records the metrics that a JobHandle has added since the last call."""
         losses, trained = self.losses.setdefault(job.name, []), self.trained.setdefault(job.name, [])
         for line in [line for line in job.metrics if "loss" in line][len(losses) :]:
             losses.append((self.now, line["loss"]))
@@ -63,21 +63,21 @@ class Timeline:
         return take
 
     def mark(self, text: str) -> None:
-        """Notes an event."""
+        """Records an event."""
         self.marks.append((self.now, text))
 
     @property
     def training_since(self) -> float | None:
-        """When the first optimizer step of any job had been read: until then its functions compile. None before."""
+        """When the first optimizer step of any job was read, or None; before that, training functions compile."""
         return min((points[0][0] for points in self.losses.values() if points), default=None)
 
     def output_rate(self, window_s: float) -> float:
-        """Output tokens per second over the last seconds."""
+        """Output tokens per second over the last `window_s` seconds."""
         since = self.now - window_s
         return sum(t > since for t in reversed(self.tokens)) / window_s
 
     def training_rate(self, window_s: float) -> float:
-        """Trained tokens per second over the last seconds, all jobs together."""
+        """Trained tokens per second over the last `window_s` seconds, summed over jobs."""
         since, total = self.now - window_s, 0.0
         for points in self.trained.values():
             before = [value for t, value in points if t <= since]
@@ -85,7 +85,7 @@ class Timeline:
         return total / window_s
 
     def rates(self, window_s: float = 1.0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """{"output", "training"} -> (middle of each window in seconds, tokens per second), one window after another."""
+        """{"output", "training"} -> (window centers in seconds, tokens per second), for consecutive windows."""
         trained: list[float] = []
         weights: list[float] = []
         for points in self.trained.values():

@@ -1,13 +1,13 @@
-"""Token ids as they come: lists, tuples, arrays and tensors of whatever library, with its numbers inside. No jax."""
+"""Normalises token ids given as lists, tuples, arrays or tensors of any library. No jax."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def listed(value: Any) -> Any:
-    """An array or tensor as the list of Python numbers it holds, also one number by one; anything else as it is.
+    """Converts an array or tensor, or a list of scalar ones, to Python numbers; returns anything else unchanged.
 
-    What the numbers are is not looked at: floats stay floats, for the caller to refuse.
+    Values are not checked: floats stay floats, for the caller to refuse.
     """
     if hasattr(value, "tolist") and hasattr(value, "shape"):
         return value.tolist()
@@ -17,10 +17,10 @@ def listed(value: Any) -> Any:
 
 
 def plain_prompt(prompt: Any) -> Any:
-    """A prompt in the form that `encode_prompt` knows.
+    """Converts a prompt to a form that `encode_prompt` accepts.
 
-    Arrays of token ids become lists, and vLLM's {"prompt": text} and {"prompt_token_ids": ids} what they hold. Anything
-    else stays as it is, for the caller to refuse.
+    Arrays of token ids become lists; vLLM's {"prompt": text} and {"prompt_token_ids": ids} are unwrapped. Anything else
+    is returned unchanged, for the caller to refuse.
     """
     if isinstance(prompt, Mapping) and len(prompt) == 1:
         ((key, value),) = prompt.items()
@@ -30,6 +30,6 @@ def plain_prompt(prompt: Any) -> Any:
 
 
 def are_token_ids(value: Any) -> bool:
-    """Whether `value` is a sequence of integers; True is none, and bytes are no token ids."""
+    """Whether `value` is a sequence of ints; bools and bytes do not count."""
     listing = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
     return listing and all(isinstance(i, int) and not isinstance(i, bool) for i in value)

@@ -1,4 +1,4 @@
-"""What `SamplingParams` of vLLM, `generate` of transformers and OpenAI's API take and ours has no field for."""
+"""Sampling arguments of vLLM, transformers' `generate` and the OpenAI API that are not fields of `SamplingParams`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ VLLM_ARGUMENTS: dict[str, Rule] = {
     "stop_strings": spelled("stop"),
     "eos_token_id": absent("use stop_token_ids; the model's own end tokens always count unless ignore_eos"),
     "do_sample": _do_sample,
-    # What is done anyway.
+    # Values that match what is done here.
     "detokenize": only(True, why="an output has both text and token_ids"),
     "spaces_between_special_tokens": only(True, why="the tokenizer's decoder sets the spaces"),
     "include_stop_str_in_output": only(False, why="use stop_token_ids, whose token is in the output"),
@@ -44,7 +44,7 @@ VLLM_ARGUMENTS: dict[str, Rule] = {
          "user"),
         anything,
     ),
-    # What is not here.
+    # Unsupported.
     **dict.fromkeys(
         ("structured_outputs", "guided_decoding", "response_format", "allowed_token_ids", "bad_words",
          "logits_processors"),

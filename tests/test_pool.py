@@ -10,7 +10,7 @@ def test_an_id_comes_back_with_its_epoch() -> None:
     pool = IdPool(range(2), "slots")
     (slot,), (other,) = pool.take(1), pool.take(1)
     assert {slot, other} == {0, 1}
-    with pytest.raises(CapacityError, match="slots: got a need of 1, expected at most 0"):
+    with pytest.raises(CapacityError, match="slots: 1 requested, 0 free"):
         pool.take(1)
     pool.give_back([slot], 3)
     pool.complete(2)

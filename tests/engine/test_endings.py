@@ -100,7 +100,7 @@ def test_a_closed_engine_refuses_in_a_plain_sentence(make_engine: Any, tmp_path:
         engine.check_integrity,
     )
     for call in calls:
-        with pytest.raises(EngineError, match="engine: it was closed; make a new one"):
+        with pytest.raises(EngineError, match="engine: already closed; create a new one"):
             call()
     assert repr(engine) == "<Engine '': closed>"
     assert not engine.cancel("request-0")

@@ -25,7 +25,7 @@ class PagesMachine(RuleBasedStateMachine):
         need, free = -(-tokens // 16), 11 - sum(map(len, self.owners)) - len(self.resting)
         assert self.pages.pages_for(tokens) == need and self.pages.num_free == free
         if need > free:
-            with pytest.raises(CapacityError, match=f"got a need of {need}, expected at most {free}"):
+            with pytest.raises(CapacityError, match=f"{need} requested, {free} free"):
                 self.pages.reserve(tokens)
             return
         got = self.pages.reserve(tokens)
