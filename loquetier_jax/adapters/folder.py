@@ -1,4 +1,4 @@
-"""An adapter as a PEFT folder holds it, read without a store: nobody has to wait for the disk."""
+"""Reads a PEFT folder without touching a store, so that no lock is held during disk access."""
 
 import os
 from pathlib import Path
@@ -9,16 +9,16 @@ from loquetier_jax.models.spec import DecoderSpec
 
 
 class FoundAdapter(NamedTuple):
-    """An adapter as a folder holds it.
+    """An adapter read from a folder.
 
     Attributes:
-        folder: Where it lies.
-        stamp: `peft.fingerprint(folder)` from before it was read.
-        adapter: What it is.
+        folder: Its PEFT folder.
+        fingerprint: `peft.fingerprint(folder)`, taken before reading.
+        adapter: Its config, shape and weights.
     """
 
     folder: Path
-    stamp: tuple[tuple[int, int], ...]
+    fingerprint: tuple[tuple[int, int], ...]
     adapter: PeftAdapter
 
 
@@ -28,6 +28,6 @@ def read_folder(folder: str | os.PathLike[str], spec: DecoderSpec) -> FoundAdapt
     Raises:
         AdapterError: what `peft.read_peft` refuses.
     """
-    # The stamp is taken first: a folder written anew during the read then counts as changed.
-    stamp = fingerprint(folder)
-    return FoundAdapter(Path(folder), stamp, read_peft(folder, spec))
+    # Fingerprint first, so that a folder rewritten during the read counts as changed.
+    before = fingerprint(folder)
+    return FoundAdapter(Path(folder), before, read_peft(folder, spec))

@@ -1,6 +1,6 @@
-"""What a LoRA adapter is: its configuration (PEFT's), its exact-rank shape on one base, its initial weights.
+"""LoRA adapters: configuration (PEFT's), exact-rank shape on a given base, and initial weights.
 
-An adapter at exact rank, on the host or on a device, is a plain dict
+An exact-rank adapter, on the host or on a device, is a plain dict
 `{"layers.{i}.{target}": {"lora_A": [r, in], "lora_B": [out, r]}}` in float32, PEFT's layout. Imports no jax.
 """
 
@@ -31,36 +31,36 @@ from loquetier_jax.errors import AdapterError, NoModuleError, short
 from loquetier_jax.models.spec import DecoderSpec
 
 LoraWeights = dict[str, dict[str, Float[Any, "_ _"]]]
-"""An adapter at exact rank, see the module docstring; arrays are numpy (host) or jax (device), f32."""
+"""An exact-rank adapter, see the module docstring; arrays are numpy (host) or jax (device), f32."""
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's for Llama, Mistral, Qwen and Gemma
 _UNSUPPORTED_MODULES = ("lm_head", "model.embed_tokens")
-_MATCH_STEPS = 2_000_000  # seconds at most; hundreds of names for hundreds of modules take a sixth of it
+_MATCH_STEPS = 2_000_000  # a few seconds; hundreds of patterns on hundreds of modules need about a sixth
 
 
 @borrowing(PEFT_ARGUMENTS)
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """How an adapter is built; names and meanings are PEFT's `LoraConfig`.
+    """Settings of an adapter, with the names and semantics of PEFT's `LoraConfig`.
 
-    PEFT's other arguments are taken where they ask for what is done anyway (`bias="none"`, `task_type="CAUSAL_LM"`),
-    and refused in a sentence otherwise.
+    PEFT's other arguments are accepted where they match what is done here (`bias="none"`, `task_type="CAUSAL_LM"`)
+    and refused with an explanation otherwise.
 
     Attributes:
         r: Rank of every targeted module that `rank_pattern` does not name.
         lora_alpha: Scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
         target_modules: Names or suffixes of names, a regular expression for the whole name, or "all-linear";
-            None is ("q_proj", "v_proj"). A list is kept as a sorted tuple.
-        exclude_modules: Names, suffixes or a regular expression of modules to leave alone.
-        lora_dropout: Chance that an element of the adapter's input is dropped in training.
+            None is ("q_proj", "v_proj"). A list is stored as a sorted tuple.
+        exclude_modules: Names, suffixes or a regular expression of modules to exclude.
+        lora_dropout: Probability of dropping an element of the adapter's input in training.
         use_rslora: Rank-stabilised scaling.
         rank_pattern: {name, suffix or regular expression: rank}; the first match wins.
         alpha_pattern: The same for lora_alpha.
-        init_lora_weights: True (A kaiming-uniform) or "gaussian" (A ~ N(0, 1/r)); B is zero.
-        layers_to_transform: Only these layers, for names that match by suffix; None is all of them.
+        init_lora_weights: True (A kaiming-uniform) or "gaussian" (A normal with standard deviation 1/r); B is zero.
+        layers_to_transform: Restricts names that match by suffix to these layers; None means all layers.
 
     Raises:
-        ConfigError: a value outside what is described here.
+        ConfigError: an invalid value.
     """
 
     r: int = 8
@@ -100,7 +100,7 @@ class LoraConfig:
 
 
 class LoraModule(NamedTuple):
-    """One adapted projection: rank and scaling (already alpha / r or alpha / sqrt(r))."""
+    """One adapted projection with its rank and scaling (alpha / r, or alpha / sqrt(r) for rsLoRA)."""
 
     layer: int
     target: str
@@ -110,7 +110,7 @@ class LoraModule(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraShape:
-    """Which modules an adapter covers, at which rank and scaling; hashable: static under jit.
+    """The modules of an adapter with their ranks and scalings; hashable, hence static under jit.
 
     Attributes:
         modules: Sorted by layer, then by the order of `TARGETS`.
@@ -129,7 +129,7 @@ class LoraShape:
         modules.sort(key=lambda m: (m.layer, TARGETS.index(m.target)))
         for one, other in pairwise(modules):
             if one[:2] == other[:2]:
-                raise AdapterError(f"modules: {weight_key(one.layer, one.target)!r} comes twice")
+                raise AdapterError(f"modules: {weight_key(one.layer, one.target)!r} is listed twice")
         object.__setattr__(self, "modules", tuple(modules))
 
     @cached_property
@@ -143,11 +143,11 @@ class LoraShape:
 
     @property
     def num_pages(self) -> int:
-        """Pages of `RANK_PAGE` ranks: the same for all modules, smaller ones are zero-filled."""
+        """Pages of `RANK_PAGE` ranks: as many as the largest module needs; the others are zero-padded."""
         return -(-self.max_rank // RANK_PAGE)
 
     def array_shapes(self, spec: DecoderSpec) -> dict[str, dict[str, tuple[int, int]]]:
-        """The shapes of the exact-rank arrays on the base `spec`, in the structure of `LoraWeights`."""
+        """Shapes of the exact-rank arrays on the base `spec`, structured like `LoraWeights`."""
         sizes = spec.target_shapes
         return {
             key: {"lora_A": (m.r, sizes[m.target][0]), "lora_B": (sizes[m.target][1], m.r)}
@@ -161,18 +161,18 @@ def resolve_shape(config: LoraConfig, spec: DecoderSpec, *, strict: bool = True)
     Args:
         config: Its names are matched against full HF names such as "model.layers.0.self_attn.q_proj".
         spec: The base.
-        strict: Refuse every name, layer or pattern that matches no module. PEFT tolerates those next to one
-            that does match, so folders are read with False.
+        strict: Refuse any name, layer or pattern that matches no module. PEFT only requires that one of them
+            matches, so folders are read with False.
 
     Raises:
-        NoModuleError: nothing matches.
-        AdapterError: something that is not an adaptable projection does (embedding, head),
-            `strict` is not met, or matching takes too long; the message names it.
+        NoModuleError: no module matches.
+        AdapterError: a name matches an unsupported module (embedding, head), `strict` is violated, or matching
+            takes too long; the message names the culprit.
     """
     try:
         return LoraShape(tuple(_modules(config, spec, strict, Steps(_MATCH_STEPS))))
     except TimeoutError as error:
-        raise AdapterError(f"target_modules or patterns: {error}; expected fewer or simpler ones") from None
+        raise AdapterError(f"target_modules or patterns: {error}; use fewer or simpler ones") from None
 
 
 def _modules(config: LoraConfig, spec: DecoderSpec, strict: bool, steps: Steps) -> list[LoraModule]:
@@ -198,14 +198,14 @@ def _modules(config: LoraConfig, spec: DecoderSpec, strict: bool, steps: Steps) 
 
 
 def init_weights(shape: LoraShape, config: LoraConfig, spec: DecoderSpec, seed: int) -> LoraWeights:
-    """Initial weights on the host, f32: a module's A depends on (seed, layer, target, rank) alone, B is zero.
+    """Initial weights on the host, f32: a module's A depends only on (seed, layer, target, rank), B is zero.
 
     A is kaiming_uniform(a=sqrt(5)), that is U(-1/sqrt(in), 1/sqrt(in)), or normal of standard deviation 1/r
     for "gaussian" (PEFT, `LoraLayer.reset_lora_parameters`).
 
     Args:
         shape: What `resolve_shape(config, spec)` returned.
-        config: Its `init_lora_weights` is used.
+        config: Provides `init_lora_weights`.
         spec: The base.
         seed: An integer >= 0.
     """
@@ -224,7 +224,7 @@ def init_weights(shape: LoraShape, config: LoraConfig, spec: DecoderSpec, seed: 
 
 
 def check_weights(weights: Mapping[str, Any], shape: LoraShape, spec: DecoderSpec) -> None:
-    """Raises AdapterError unless `weights` has exactly the modules and sizes of `shape` on the base."""
+    """Raises AdapterError unless `weights` has exactly the modules and array shapes of `shape` on the base."""
     expected = shape.array_shapes(spec)
     for key in sorted(weights.keys() | expected.keys()):
         if (key in weights) != (key in expected):
@@ -283,7 +283,7 @@ def _check_rank(name: str, value: Any) -> None:
 
 
 def _check_alpha(name: str, value: Any) -> None:
-    # Compared, not converted: a file may hold an integer that no float can.
+    # Compared without conversion: a file may hold an integer too large for a float.
     require(_is_number(value) and 0 < value < 1e38, name, value, "a number > 0, below 1e38")
 
 

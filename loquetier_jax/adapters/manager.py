@@ -1,4 +1,4 @@
-"""Adapters at run time: load, unload, rename, pin, save."""
+"""The engine's adapter methods: load, add, unload, rename, pin, save, export."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,24 +17,24 @@ from loquetier_jax.models.spec import DecoderSpec
 
 
 class AdapterManager:
-    """Brings adapters in and out, in any thread; folders are read and written without the loop's lock.
+    """Loads, saves and manages adapters. Thread-safe; folders are read and written without the loop's lock.
 
     Args:
         spec: The base.
         store: The adapters.
-        driver: Of the loop.
-        base: The folder of the base, and what exported adapters name as it; "" where there is none.
+        driver: The loop's driver.
+        base: The base model's folder, also written into exported adapters; "" if there is none.
     """
 
     def __init__(self, spec: DecoderSpec, store: AdapterStore, driver: Driver, base: str) -> None:
         self._spec, self._store, self._driver, self._base = spec, store, driver, base
 
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> Version:
-        """Adds an adapter from a PEFT folder; it serves the next request, nothing recompiles.
+        """Adds an adapter from a PEFT folder; it serves from the next request on, and nothing recompiles.
 
         Raises:
-            AdapterError: see `adapters.peft.read_peft`; also not a path, or a name in use, unless `replace`
-                makes a new version.
+            AdapterError: see `adapters.peft.read_peft`; also an invalid path, or a name in use without `replace`,
+                which makes a new version.
         """
         path = path_of(path, "path", "a PEFT folder", AdapterError)
         check_name(name)
@@ -49,7 +49,7 @@ class AdapterManager:
         """Adds an adapter from weights in memory (copied to the host).
 
         Raises:
-            AdapterError: not weights, or ones that do not fit the shape or the base, or a name in use.
+            AdapterError: invalid weights, weights that do not fit the shape or the base, or a name in use.
         """
         for argument, value, kind in (("weights", weights, Mapping), ("shape", shape, LoraShape)):
             if not isinstance(value, kind):
@@ -58,12 +58,12 @@ class AdapterManager:
             return self._store.add(name, weights, shape, replace=replace)
 
     def unload_adapter(self, name: str) -> None:
-        """Takes a name out of service; requests that have it run to their end."""
+        """Removes a name; requests already using the adapter run to completion."""
         with self._driver.entered():
             self._store.unload(name)
 
     def rename_adapter(self, name: str, new: str) -> None:
-        """Gives an adapter another name."""
+        """Renames an adapter."""
         with self._driver.entered():
             self._store.rename(name, new)
 
@@ -72,13 +72,13 @@ class AdapterManager:
 
         Raises:
             AdapterError: unknown name.
-            CapacityError: no room now.
+            CapacityError: not enough free adapter pages at the moment.
         """
         with self._driver.entered():
             self._store.pin(name) if pinned else self._store.unpin(name)
 
     def save_adapter(self, name: str, path: str | Path) -> Path:
-        """Writes the current version of an adapter as a PEFT folder; raises AdapterError for an unknown one."""
+        """Writes the current version of an adapter as a PEFT folder; raises AdapterError for an unknown name."""
         path = path_of(path, "path", "the folder to write", AdapterError)
         with self._driver.entered():
             version = self._store.get(name)
@@ -96,12 +96,12 @@ class AdapterManager:
     def export_merged(self, name: str, path: str | Path) -> Path:
         """Writes base and adapter as one HF model folder, which transformers loads without PEFT.
 
-        The current version is merged, on the host, into the tensors of the folder that the base was loaded from, in
-        their own dtype: that folder has to be as it was then. See `adapters.merge.write_merged`.
+        The current version is merged, on the host, into the tensors of the folder the base was loaded from, in their
+        own dtype; that folder must not have changed. See `adapters.merge.write_merged`.
 
         Raises:
-            AdapterError: an unknown name, or a folder that holds something.
-            ModelError: the base was not loaded from a folder, or that cannot be read any more.
+            AdapterError: an unknown name, or a folder that is not empty.
+            ModelError: the base was not loaded from a folder, or the folder can no longer be read.
         """
         path = path_of(path, "path", "the folder to write", AdapterError)
         if not self._base:

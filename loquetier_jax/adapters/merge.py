@@ -1,4 +1,4 @@
-"""A base and an adapter as one ordinary model: merged tensor by tensor on the host, from the base's own files."""
+"""Merges an adapter into its base, tensor by tensor on the host, from the base's own files."""
 
 import json
 import os
@@ -19,29 +19,29 @@ from loquetier_jax.models.checkpoint import INDEX, Checkpoint
 from loquetier_jax.models.load import open_hf
 
 MAX_SHARD = 2 * 10**9
-"""Most bytes of tensors in a file, unless a single one is larger: the host holds about twice as much at a time."""
+"""Maximum bytes of tensors per file, unless one tensor is larger; the host holds about twice as much at a time."""
 
 _BESIDE = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, chat template
-_NOT_BESIDE = (".index.json", "adapter_config.json")  # of the weights; of an adapter that transformers would load, too
+_NOT_BESIDE = (".index.json", "adapter_config.json")  # weight index; an adapter, which transformers would load as well
 
 
 def write_merged(
     folder: str | os.PathLike[str], base: str | os.PathLike[str], weights: LoraWeights, shape: LoraShape
 ) -> None:
-    """Writes a HF model folder with W + scaling * B A in the place of every adapted W; complete once it is there.
+    """Writes a HF model folder with every adapted W replaced by W + scaling * B A; the folder appears atomically.
 
-    Sums are formed in float32 and rounded to the dtype of the base's tensor; what is not adapted, the config and the
-    tokenizer are copied as they are. The device is not used, and the host holds one file of the new folder at a time.
+    Sums are computed in float32 and rounded to the dtype of the base's tensor; other tensors, the config and the
+    tokenizer are copied unchanged. The device is not used; the host holds one file of the new folder at a time.
 
     Args:
-        folder: Made, parents included; it must not exist, or be empty.
+        folder: Created along with its parents; must be missing or empty.
         base: The base model's folder.
         weights: f32, numpy or jax arrays.
         shape: Ranks and scalings.
 
     Raises:
         AdapterError: the weights do not belong to `shape` or to the base, a merged weight is not finite in the base's
-            dtype, or `folder` holds something or cannot be made.
+            dtype, or `folder` is not empty or cannot be created.
         ModelError: the base cannot be read.
     """
     folder, base = Path(folder), Path(base)
@@ -50,7 +50,7 @@ def write_merged(
     except OSError as error:
         raise _unusable(folder, error) from error
     if taken:
-        raise AdapterError(f"folder: got {folder}, which exists, expected a new one")
+        raise AdapterError(f"folder: {folder} exists; expected a new or empty folder")
     spec, checkpoint = open_hf(base)
     check_weights(weights, shape, spec)
     try:
@@ -69,11 +69,11 @@ def write_merged(
 
 
 def _unusable(folder: Path, error: OSError) -> AdapterError:
-    return AdapterError(f"folder: got {folder}, expected one that can be made: {error.strerror or error}")
+    return AdapterError(f"folder: {folder} cannot be created: {error.strerror or error}")
 
 
 def _beside(base: Path) -> Iterator[Path]:
-    """The files of a model folder that go along with its weights."""
+    """The files of a model folder to copy along with its weights."""
     for file in sorted(base.iterdir()):
         license_text = file.name.upper().startswith(("LICENSE", "NOTICE"))
         if file.is_file() and (license_text or file.name.endswith(_BESIDE)) and not file.name.endswith(_NOT_BESIDE):
@@ -89,7 +89,7 @@ def _write_tensors(folder: Path, checkpoint: Checkpoint, weights: LoraWeights, s
     )
     adapted = {f"{module_name(m.layer, m.target)}.weight": key for key, m in shape.by_key.items()}
     if strange := sorted(adapted.keys() - checkpoint.entries.keys()):
-        raise AdapterError(f"weights: {strange[0]!r} is adapted, but {checkpoint.folder} has no such tensor")
+        raise AdapterError(f"weights: {strange[0]!r} is adapted, but {checkpoint.folder} has no tensor of that name")
     for file, names in split.filename_to_tensors.items():
         tensors = {name: checkpoint.read(name) for name in names}
         for name in adapted.keys() & tensors.keys():
@@ -105,8 +105,8 @@ def _merged(
     name: str, weight: Float[np.ndarray, "out in"], pair: dict[str, Float[np.ndarray, "_ _"]], scaling: float
 ) -> Float[np.ndarray, "out in"]:
     a, b = (np.asarray(pair[part], np.float32) for part in ("lora_A", "lora_B"))
-    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+    with np.errstate(over="ignore", invalid="ignore"):  # checked below
         merged = (weight.astype(np.float32) + np.float32(scaling) * (b @ a)).astype(weight.dtype)
     if not np.isfinite(merged).all():
-        raise AdapterError(f"{name}: merged with the adapter it is not finite in {weight.dtype}")
+        raise AdapterError(f"{name}: not finite in {weight.dtype} after merging the adapter")
     return merged

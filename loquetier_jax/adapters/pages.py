@@ -1,9 +1,9 @@
-"""Device pages: an adapter cut into chunks of 16 ranks, in the fused layout of the base's projections.
+"""Device pages: an adapter split into chunks of 16 ranks, in the fused layout of the base's projections.
 
-Of a group with n targets, rows i*16 to i*16+16 of A belong to target i, whose columns of B are its slice of the
-fused output. The scaling is folded into B: a delta is the sum over an adapter's pages and targets of
-(x @ A_i.T) @ B_i. Ranks beyond a module's own, and modules the adapter leaves alone, are zeros. Page 0 is all
-zeros and is never written.
+In a group of n targets, rows i*16 to i*16+16 of A belong to target i, whose columns of B are its slice of the
+fused output. The scaling is folded into B: the delta is the sum over an adapter's pages and targets of
+(x @ A_i.T) @ B_i. Ranks beyond a module's own, and modules without an adapter, are zero. Page 0 is all zeros and is
+never written.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,11 +26,11 @@ from loquetier_jax.models.spec import GROUPS, DecoderSpec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraPages:
-    """Pages of one layer and one group of n targets, which share its input; or gradients of pages.
+    """Pages (or their gradients) of one layer and one group of n targets, which share an input.
 
     Attributes:
         A: [P, n*16, in].
-        B: [P, 16, out], out the sum of the targets' outputs.
+        B: [P, 16, out], where out is the sum of the targets' output widths.
     """
 
     A: Float[Array, "P ranks in"]
@@ -40,17 +40,17 @@ class LoraPages:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AdapterPages:
-    """Pages of every layer and group: the stacks of an engine, its gradient pool, or one adapter's own pages.
+    """Pages of every layer and group: the stacks of an engine, its gradient pool, or the pages of one adapter.
 
     Attributes:
-        layers: By layer {group: LoraPages}, P the same in all: A [P, n*16, in], B [P, 16, out].
+        layers: Per layer {group: LoraPages}, with the same P throughout: A [P, n*16, in], B [P, 16, out].
     """
 
     layers: list[dict[str, LoraPages]]
 
     @classmethod
     def empty(cls, spec: DecoderSpec, num_pages: int, dtype: DTypeLike) -> "AdapterPages":
-        """Pages of zeros on the device, page 0 being one of them; also the gradient pool (float32)."""
+        """`num_pages` pages of zeros on the device, including page 0; also makes the gradient pool (float32)."""
         return cls(
             [
                 {
@@ -70,25 +70,25 @@ class AdapterPages:
         return self.layers[0]["qkv_proj"].A.shape[0]
 
     def cut(self, start: int, stop: int) -> "AdapterPages":
-        """Those of layers [start, stop), by reference."""
+        """The pages of layers [start, stop), by reference."""
         return AdapterPages(self.layers[start:stop])
 
     def spliced(self, start: int, new: "AdapterPages") -> "AdapterPages":
-        """These with `new` in place of as many layers from `start` on."""
+        """A copy with the layers from `start` on replaced by those of `new`, as many as it has."""
         return AdapterPages([*self.layers[:start], *new.layers, *self.layers[start + len(new.layers) :]])
 
 
 def pages_of(weights: LoraWeights, shape: LoraShape, spec: DecoderSpec, dtype: DTypeLike) -> AdapterPages:
-    """Casts an exact-rank adapter to pages; pure, for jax arrays inside jit or numpy arrays on the host.
+    """Casts an exact-rank adapter to pages; pure, works on jax arrays inside jit and on numpy arrays on the host.
 
     Args:
         weights: f32, {"layers.{i}.{target}": {"lora_A": [r, in], "lora_B": [out, r]}}.
         shape: Its shape; static under jit.
         spec: The base; static under jit.
-        dtype: Compute dtype; the scaling multiplies B in f32 before the cast.
+        dtype: Compute dtype; B is scaled in f32 before the cast.
 
     Returns:
-        Pages with a leading axis of `shape.num_pages`; numpy when `weights` is.
+        Pages with a leading axis of `shape.num_pages`; numpy if `weights` is.
     """
     host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(weights))
     xp = np if host else jnp
@@ -104,10 +104,10 @@ def pages_of(weights: LoraWeights, shape: LoraShape, spec: DecoderSpec, dtype: D
 
 
 def gradients_of(page_gradients: AdapterPages, shape: LoraShape, spec: DecoderSpec) -> LoraWeights:
-    """The exact-rank gradient that belongs to gradients of an adapter's pages; pure, for use inside jit.
+    """Converts gradients of an adapter's pages to exact-rank gradients; pure, for use inside jit.
 
-    The chain rule through `pages_of`: B's gradient is multiplied by the scaling that was folded in; the
-    rounding of the cast counts as the identity; gradients of filled ranks and untargeted modules are dropped.
+    Applies the chain rule through `pages_of`: B's gradient is multiplied by the scaling that was folded in, the
+    cast is treated as the identity, and gradients of padding ranks and untargeted modules are dropped.
 
     Args:
         page_gradients: AdapterPages with a leading axis of `shape.num_pages`, f32.
@@ -115,7 +115,7 @@ def gradients_of(page_gradients: AdapterPages, shape: LoraShape, spec: DecoderSp
         spec: Static under jit.
 
     Returns:
-        f32, in the structure of `LoraWeights`.
+        f32, structured like `LoraWeights`.
     """
     gradients: LoraWeights = {}
     for layer, group, index, columns, module in _modules(shape, spec):
@@ -132,7 +132,7 @@ def gradients_of(page_gradients: AdapterPages, shape: LoraShape, spec: DecoderSp
 def put_pages(pages: AdapterPages, page_ids: Int[Array, " k"], new: AdapterPages) -> AdapterPages:
     """`pages` with `new` (leading axis k) at `page_ids`; pure, for use inside a jit that donates `pages`.
 
-    In place when donated. The caller owns the ids: none may be 0 or out of range (out of range is dropped).
+    In place when donated. The caller must own the ids; none may be 0, and ids out of range are dropped.
     """
     return jax.tree.map(lambda old, one: old.at[page_ids].set(one), pages, new)
 
@@ -143,18 +143,18 @@ def take_pages(pages: AdapterPages, page_ids: Int[Array, " k"]) -> AdapterPages:
 
 
 def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages) -> AdapterPages:
-    """Writes an adapter's pages into the device stacks, in place: `pages` is donated, use the returned ones.
+    """Writes an adapter's pages into the device stacks in place; `pages` is donated, use the result instead.
 
-    One page is written per dispatch with its id traced, so one compile serves adapters of all shapes. Not for
-    use inside jit: see `put_pages`.
+    Writes one page per dispatch, with a traced id, so that one compile serves adapters of all shapes. Inside jit,
+    use `put_pages`.
 
     Args:
         pages: Device stacks, donated.
         page_ids: Distinct, in 1 .. P-1.
-        new: Leading axis len(page_ids), best numpy arrays (as `pages_of` gives for host weights).
+        new: Leading axis len(page_ids); preferably numpy, as `pages_of` returns for host weights.
 
     Raises:
-        IntegrityError: page ids that are not such; nothing is written.
+        IntegrityError: invalid page ids; nothing is written.
     """
     ids = [int(i) for i in page_ids]
     total, count = pages.num_pages, new.num_pages

@@ -1,29 +1,29 @@
-"""Regular expressions that came with an adapter, matched in a number of steps that is counted and limited.
+"""Matches untrusted regular expressions, which come with adapters, in a bounded number of steps.
 
-`re` may need exponential time for "(.*)*!", with the interpreter's lock held. Here a part of a pattern maps the set of
-places it may begin at to the set of places it may end at, as bits of an integer, so there is nothing to backtrack. The
-parser is that of `re`: what a pattern means is what PEFT takes it to mean.
+`re` may need exponential time for "(.*)*!", while holding the GIL. Here each node of a pattern maps the set of
+positions where it may start to the set where it may end, as bits of an integer, so there is no backtracking. The parser
+is that of `re`, so patterns mean the same as in PEFT.
 """
 
 import re
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
-from re import _parser as parser  # public by its old name, sre_parse, alone, which warns
+from re import _parser as parser  # the public alias, sre_parse, is deprecated and warns
 from typing import Any
 
 MAX_LENGTH = 10_000
-"""Most characters of a pattern."""
+"""Maximum number of characters in a pattern."""
 
 Node = tuple[str, Any]
-"""A part of a pattern: ("CHAR", what it may be), ("AT", where), ("BRANCH", ...), ("REPEAT", ...), ("ASSERT", ...)."""
+"""A node of a pattern: ("CHAR", accepted set), ("AT", anchor), ("BRANCH", ...), ("REPEAT", ...), ("ASSERT", ...)."""
 
 _CHARS = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
 _CATEGORIES = {"DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": lambda c: c.isalnum() or c == "_"}
 
 
 class Steps:
-    """A supply of steps that several matches share; `take` raises TimeoutError when it is used up."""
+    """A budget of steps shared by several matches; `take` raises TimeoutError when it is exhausted."""
 
     def __init__(self, limit: int) -> None:
         self.left = self.limit = limit
@@ -31,16 +31,16 @@ class Steps:
     def take(self, count: int = 1) -> None:
         self.left -= count
         if self.left < 0:
-            raise TimeoutError(f"matching them takes more than {self.limit:,} steps")
+            raise TimeoutError(f"matching takes more than {self.limit:,} steps")
 
 
 @lru_cache(1024)
 def parse(pattern: str) -> tuple[Node, ...]:
-    """The parts of a pattern in order.
+    """The top-level nodes of a pattern, in order.
 
     Raises:
-        ValueError: it is no regular expression, too long, or has a part that cannot be matched in bounded time
-            (a reference to a group, an atomic group) or flags.
+        ValueError: not a regular expression, too long, flags, or a construct that cannot be matched in bounded time
+            (a backreference, an atomic group).
     """
     if len(pattern) > MAX_LENGTH:
         raise ValueError(f"it has {len(pattern)} characters, more than {MAX_LENGTH}")
@@ -57,7 +57,7 @@ def parse(pattern: str) -> tuple[Node, ...]:
 
 
 def _supported(tree: Any) -> Iterator[Node]:
-    """The nodes of a tree of re's parser as plain tuples, down to the last group."""
+    """Converts a tree from re's parser to plain tuples, recursively."""
     for op, arg in tree:
         kind = str(op)
         if kind in _CHARS:
@@ -73,7 +73,7 @@ def _supported(tree: Any) -> Iterator[Node]:
         elif kind in ("ASSERT", "ASSERT_NOT"):
             yield "ASSERT", (kind == "ASSERT", arg[0] > 0, tuple(_supported(arg[1])))
         else:
-            what = {"SUBPATTERN": "a flag of a group", "GROUPREF": "a reference to a group"}
+            what = {"SUBPATTERN": "an inline flag", "GROUPREF": "a backreference"}
             raise ValueError(f"{what.get(kind, kind.lower().replace('_', ' '))} is not supported")
 
 
@@ -83,21 +83,21 @@ def fullmatch(pattern: str, text: str, steps: Steps, starts: int = 1) -> bool:
     Args:
         pattern: See `parse`.
         text: A module's name.
-        steps: What the match may take: one for each part of the pattern that is tried.
-        starts: Bit i: the match may as well begin at i.
+        steps: The budget; each node of the pattern that is tried takes one step.
+        starts: Bit i is set if the match may start at position i.
 
     Raises:
         ValueError: see `parse`.
-        TimeoutError: not enough steps.
+        TimeoutError: the budget is exhausted.
     """
     return bool(_sequence(parse(pattern), _places(text), starts, steps) >> len(text))
 
 
 class _Places:
-    """The places in one text; sets of them are integers, bit i for the place before character i."""
+    """Positions in one text; sets of them are integers, bit i for the position before character i."""
 
     def __init__(self, text: str) -> None:
-        self.chars: dict[str, int] = {}  # character -> the places before it
+        self.chars: dict[str, int] = {}  # character -> positions before it
         for place, char in enumerate(text):
             self.chars[char] = self.chars.get(char, 0) | 1 << place
         last, self.count = 1 << len(text), len(text) + 1
@@ -108,7 +108,7 @@ class _Places:
         self.at |= {"AT_BOUNDARY": edges, "AT_NON_BOUNDARY": ~edges}
 
     def before(self, kind: str, arg: Any, steps: Steps) -> int:
-        """The places before a character that this part of a pattern stands for."""
+        """The positions before a character that this node accepts."""
         if kind == "LITERAL":
             return self.chars.get(chr(arg), 0)
         if kind == "ANY":
@@ -121,7 +121,7 @@ _places = lru_cache(1024)(_Places)
 
 
 def _sequence(nodes: tuple[Node, ...], places: _Places, starts: int, steps: Steps) -> int:
-    """Where `nodes`, one after the other, may end."""
+    """Positions where the sequence of `nodes` may end."""
     for kind, arg in nodes:
         if not starts:
             break
@@ -138,13 +138,13 @@ def _sequence(nodes: tuple[Node, ...], places: _Places, starts: int, steps: Step
             starts &= places.at[arg]
         elif kind == "ASSERT":
             starts = sum(1 << i for i in range(places.count) if starts >> i & 1 and _holds(*arg, places, i, steps))
-        else:  # (?!), which nothing matches
+        else:  # (?!), which never matches
             starts = 0
     return starts
 
 
 def _repeat(least: int, most: int, nodes: tuple[Node, ...], places: _Places, starts: int, steps: Steps) -> int:
-    # After one round more than there are places, a further one leads nowhere new.
+    # More rounds than there are positions reach no new ones.
     for _ in range(min(least, places.count)):
         before, starts = starts, _sequence(nodes, places, starts, steps)
         if starts in (0, before):
@@ -159,14 +159,14 @@ def _repeat(least: int, most: int, nodes: tuple[Node, ...], places: _Places, sta
 
 
 def _holds(wanted: bool, ahead: bool, nodes: tuple[Node, ...], places: _Places, place: int, steps: Steps) -> bool:
-    """Whether what a pattern asks of the text ahead of a place, or behind it, is so."""
+    """Whether a lookahead or lookbehind assertion holds at a position."""
     if ahead:
         return bool(_sequence(nodes, places, 1 << place, steps)) == wanted
     return bool(_sequence(nodes, places, (2 << place) - 1, steps) >> place & 1) == wanted
 
 
 def _accepts(kind: str, arg: Any, char: str) -> bool:
-    """Whether a part that stands for one character stands for this one."""
+    """Whether a single-character node accepts `char`."""
     if kind in ("LITERAL", "NOT_LITERAL"):
         return (ord(char) == arg) == (kind == "LITERAL")
     if kind == "RANGE":

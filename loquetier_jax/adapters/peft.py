@@ -1,4 +1,4 @@
-"""PEFT LoRA folders in and out: adapter_config.json and adapter_model.safetensors; nothing is dropped."""
+"""Reads and writes PEFT LoRA folders (adapter_config.json, adapter_model.safetensors); drops nothing silently."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  (makes "bfloat16" a numpy dtype, which safetensors asks for by name)
+import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy, where safetensors looks it up)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -27,11 +27,11 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
-# The prefix is missing, or is there twice, where a PEFT model was not saved by its own save_pretrained; the name of the
-# adapter ("default") then stands behind lora_A.
+# Models not saved by PEFT's own save_pretrained may lack the prefix or repeat it, and have the name of the adapter
+# ("default") after lora_A.
 _TENSOR = re.compile(r"(?:base_model\.model\.)*(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight")
 _WHOLE = (
-    "a whole embedding or output head, as PEFT saves it beside LoRA once the vocabulary was resized, is not supported; "
+    "a full embedding or output head, which PEFT saves along with LoRA after a vocabulary resize, is not supported; "
     "merge the adapter into its base (PEFT: merge_and_unload) and load the result as a model"
 )
 _FOREIGN = {
@@ -47,11 +47,11 @@ _FOREIGN = {
 
 
 class PeftAdapter(NamedTuple):
-    """What a PEFT folder holds.
+    """The contents of a PEFT folder.
 
     Attributes:
-        config: The LoRA settings; of the initialisations only "gaussian" is told apart.
-        shape: The modules with rank and scaling.
+        config: The LoRA settings; any initialisation other than "gaussian" reads as True.
+        shape: The modules with ranks and scalings.
         weights: numpy, f32.
     """
 
@@ -63,14 +63,14 @@ class PeftAdapter(NamedTuple):
 def read_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> PeftAdapter:
     """Reads an adapter saved by PEFT for the base `spec`.
 
-    Every key of the config and every tensor is accounted for: the tensors must be exactly those that the
-    config's targets and patterns ask for, in PEFT's shapes. float64, float16 and bfloat16 become float32. What wrappers
-    such as torch.compile and DDP add to names is taken off. A regular expression in target_modules that matches no
-    module of this base (it was written for the names of a wrapper or of a larger model) says nothing about what was
-    trained: then the modules are those that the file has tensors of, and a warning says so.
+    Every key of the config and every tensor is accounted for: the tensors must be exactly those implied by the
+    config's targets and patterns, in PEFT's shapes. float64, float16 and bfloat16 become float32. Name components added
+    by wrappers such as torch.compile and DDP are stripped. If target_modules is a regular expression that matches no
+    module of this base (because it was written for a wrapper or a larger model), the modules are taken from the tensors
+    in the file, with a warning.
 
     Raises:
-        AdapterError: a file absent or unreadable, or what cannot be honoured; names the key or the tensor.
+        AdapterError: a missing or unreadable file, or an unsupported key or tensor; the message names it.
     """
     folder = Path(folder)
     path = _existing(folder, CONFIG_FILE)
@@ -88,34 +88,34 @@ def read_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> PeftAdapter:
 
 
 def _resolve(config: LoraConfig, spec: DecoderSpec, path: Path) -> tuple[LoraConfig, LoraShape]:
-    """The shape that a config means, and the config with targets that match."""
+    """(config with targets that match, the shape it describes)."""
     try:
         return config, resolve_shape(config, spec, strict=False)
     except NoModuleError:
         held = sorted(_held_modules(path, spec)) if isinstance(config.target_modules, str) else []
         if not held:
             raise
-        log.warning("%s: target_modules matches no module of this base; taking the %d of its tensors", path, len(held))
+        log.warning("%s: target_modules matches no module of this base; using the %d in the file", path, len(held))
         config = replace(config, target_modules=tuple(held))
         return config, resolve_shape(config, spec, strict=False)
 
 
 def _held_modules(path: Path, spec: DecoderSpec) -> set[str]:
-    """Full names of the base's modules that the file has tensors of; none where it cannot be read."""
+    """Full names of the base's modules that have tensors in the file; empty if it cannot be read."""
     known = {module_name(i, t) for i in range(spec.num_hidden_layers) for t in TARGETS}
     try:
         with safe_open(path, "numpy") as file:
-            found = [_TENSOR.fullmatch(unwrapped(tensor)) for tensor in file.keys()]  # noqa: SIM118  (it is no dict)
+            found = [_TENSOR.fullmatch(unwrapped(tensor)) for tensor in file.keys()]  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError):
         return set()
     return {match[1] for match in found if match} & known
 
 
 def read_weights(folder: str | os.PathLike[str], shape: LoraShape, spec: DecoderSpec) -> LoraWeights:
-    """The weights alone, where the shape of what a folder holds is known.
+    """Reads only the weights of a folder whose shape is known.
 
     Raises:
-        AdapterError: the file is absent or unreadable, or does not hold exactly that shape; names the tensor.
+        AdapterError: the file is missing or unreadable, or does not match `shape` exactly; names the tensor.
     """
     path = _existing(Path(folder), WEIGHTS_FILE)
     try:
@@ -127,7 +127,7 @@ def read_weights(folder: str | os.PathLike[str], shape: LoraShape, spec: Decoder
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> tuple[tuple[int, int], ...]:
-    """(bytes, modification time in ns) of the folder's two files: differs once they are written anew.
+    """(bytes, modification time in ns) of the folder's two files; changes when they are rewritten.
 
     Raises:
         AdapterError: a file is missing.
@@ -145,14 +145,14 @@ def write_peft(
     config: LoraConfig | None = None,
     base_model_name_or_path: str | None = None,
 ) -> None:
-    """Writes a folder that PEFT loads to the same deltas; complete from the moment it appears under its name.
+    """Writes a folder from which PEFT loads the same deltas; the folder appears atomically.
 
     Args:
-        folder: Made, parents included; one that holds an adapter and nothing else is replaced.
+        folder: Created along with its parents; replaced if it holds only an adapter.
         weights: f32, numpy or jax arrays.
-        shape: Ranks and scalings; where they differ they become `rank_pattern` and `alpha_pattern`.
+        shape: Ranks and scalings; `rank_pattern` and `alpha_pattern` are written where they vary.
         spec: The base, for names and sizes.
-        config: Gives lora_dropout and init_lora_weights; ranks, scalings and targets are those of `shape`.
+        config: Provides lora_dropout and init_lora_weights; ranks, scalings and targets come from `shape`.
         base_model_name_or_path: Written as given.
 
     Raises:
@@ -161,7 +161,7 @@ def write_peft(
     check_weights(weights, shape, spec)
     folder = Path(folder)
     _check_replaceable(folder)
-    # safetensors stores a buffer as it lies: of a transposed view it would save the transpose.
+    # safetensors writes the raw buffer, so a transposed view would be saved untransposed.
     tensors = {
         _tensor_name(key, name, shape): np.ascontiguousarray(weights[key][name], np.float32)
         for key in shape.by_key
@@ -184,11 +184,11 @@ def _check_replaceable(folder: Path) -> None:
     if folder.exists():
         found = {p.name for p in folder.iterdir()} if folder.is_dir() else {"no folder"}
         if found - {CONFIG_FILE, WEIGHTS_FILE}:
-            raise AdapterError(f"folder: {folder} is or holds {sorted(found)}, expected only an adapter")
+            raise AdapterError(f"folder: {folder} is or contains {sorted(found)}, expected only an adapter")
 
 
 def _replace(new: Path, folder: Path) -> None:
-    # A folder cannot be renamed over a full one: the old one steps aside first, and back if that fails.
+    # rename() cannot replace a non-empty folder: move the old one aside, and back on failure.
     aside = new.with_name(new.name + ".old")
     if folder.exists():
         folder.rename(aside)
@@ -207,7 +207,7 @@ def _existing(folder: Path, name: str) -> Path:
         return path
     if name == WEIGHTS_FILE and (folder / "adapter_model.bin").exists():
         raise AdapterError(
-            f"{folder}: adapter_model.bin is a pickle and is not read; convert it to {WEIGHTS_FILE} "
+            f"{folder}: adapter_model.bin is a pickle, which is not supported; convert it to {WEIGHTS_FILE} "
             "(load it with PEFT and call save_pretrained)"
         )
     raise AdapterError(f"{path}: no such file; expected a PEFT folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -229,7 +229,7 @@ def _read_tensors(path: Path, shape: LoraShape, spec: DecoderSpec) -> LoraWeight
             if tuple(view.get_shape()) != sizes[key][name]:
                 got, expected = tuple(view.get_shape()), sizes[key][name]
                 raise AdapterError(f"tensor {tensor!r}: got shape {got}, expected {expected}")
-            with np.errstate(all="ignore"):  # NaN and infinity stay what they are, and are their owner's alone
+            with np.errstate(all="ignore"):  # NaN and infinity are kept; they affect only this adapter's rows
                 weights.setdefault(key, {})[name] = file.get_tensor(tensor).astype(np.float32)
     missing = [_tensor_name(k, n, shape) for k in sizes for n in sizes[k] if n not in weights.get(k, {})]
     if missing:
@@ -238,7 +238,7 @@ def _read_tensors(path: Path, shape: LoraShape, spec: DecoderSpec) -> LoraWeight
 
 
 def _located(tensors: list[str], shape: LoraShape, spec: DecoderSpec) -> dict[str, tuple[str, str]]:
-    """Tensor -> (key, "lora_A" or "lora_B"): where in `LoraWeights` it belongs."""
+    """Tensor -> (key, "lora_A" or "lora_B"), its place in `LoraWeights`."""
     keys = {module_name(i, t): weight_key(i, t) for i in range(spec.num_hidden_layers) for t in TARGETS}
     found: dict[tuple[str, str], str] = {}
     for tensor in tensors:
@@ -251,5 +251,5 @@ def _located(tensors: list[str], shape: LoraShape, spec: DecoderSpec) -> dict[st
             raise AdapterError(f"unknown tensor {tensor!r}: its module is not among the target_modules")
         other = found.setdefault((key, match[2]), tensor)
         if other != tensor:
-            raise AdapterError(f"tensors {other!r} and {tensor!r}: expected one {match[2]} of a module")
+            raise AdapterError(f"tensors {other!r} and {tensor!r}: expected one {match[2]} per module")
     return {tensor: place for place, tensor in found.items()}

@@ -1,4 +1,4 @@
-"""adapter_config.json: PEFT's keys to a LoraConfig, and an adapter's shape back to PEFT's keys."""
+"""Converts between adapter_config.json and LoraConfig / LoraShape."""
 
 import math
 from collections import Counter
@@ -13,28 +13,28 @@ _HONOURED = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "use_rslora", "rank_pattern",
     "alpha_pattern", "layers_to_transform", "init_lora_weights",
 }
-# Say where an adapter comes from, or qualify something that must be absent itself.
+# Provenance, and settings of features that must themselves be off.
 _INERT = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "auto_mapping", "megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config",
-    # ms-swift's: learning rates, and the dtype it trained in.
+    # Written by ms-swift: learning rates, and the training dtype.
     "lorap_lr_ratio", "lorap_emb_lr", "lora_dtype",
 }
-# These leave the base as it is, so that the saved A and B are the whole adapter; pissa, olora, ... do not.
+# Initialisations that leave the base unchanged, so that A and B are the whole adapter; pissa, olora, ... modify it.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def config_from_peft(data: Any) -> LoraConfig:
-    """The LoRA settings among the keys of an adapter_config.json.
+    """The LoRA settings in an adapter_config.json.
 
-    A key that is neither honoured nor without influence must be empty (null, false, "none", [], {}):
-    newer PEFT versions write such a key for each variant that is not in use.
+    Any key that is neither supported nor inert must be empty (null, false, "none", [], {}): newer PEFT versions write
+    such a key for each unused variant.
 
     Args:
-        data: What the file holds, parsed.
+        data: The parsed file.
 
     Raises:
-        AdapterError: something that is not supported, or a senseless value; names the key.
+        AdapterError: an unsupported setting or an invalid value; names the key.
     """
     if not isinstance(data, dict):
         raise AdapterError(f"got {type(data).__name__}, expected a mapping")
@@ -43,10 +43,10 @@ def config_from_peft(data: Any) -> LoraConfig:
     if data.get("task_type") not in (None, "CAUSAL_LM"):
         raise AdapterError(f"task_type: got {short(data['task_type'])}, expected 'CAUSAL_LM'")
     for key in sorted(data.keys() - _HONOURED - _INERT):
-        # The only list of layers that our bases have is "layers": naming it changes nothing.
+        # Every supported base names its list of layers "layers", so naming it changes nothing.
         if not _empty(data[key]) and not (key == "layers_pattern" and data[key] in ("layers", ["layers"])):
-            raise AdapterError(f"{key:.100}: got {short(data[key])}, which is not supported; expected none")
-    # null stands for the default.
+            raise AdapterError(f"{key:.100}: got {short(data[key])}, which is not supported; leave it unset")
+    # null means the default.
     fields = {key: _unwrapped(data[key]) for key in _HONOURED if data.get(key) is not None}
     init = fields.pop("init_lora_weights", True)
     if init not in _INITS:
@@ -62,7 +62,7 @@ def config_from_peft(data: Any) -> LoraConfig:
 def config_to_peft(
     shape: LoraShape, spec: DecoderSpec, config: LoraConfig, base_model_name_or_path: str | None
 ) -> dict[str, Any]:
-    """The keys from which PEFT rebuilds `shape`; dropout and init are those of `config`."""
+    """The adapter_config.json from which PEFT rebuilds `shape`; dropout and init come from `config`."""
     use_rslora, alphas = _alphas(shape)
     r = Counter(m.r for m in shape.modules).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -81,16 +81,16 @@ def config_to_peft(
         "lora_dropout": config.lora_dropout,
         "init_lora_weights": config.init_lora_weights,
         "use_rslora": use_rslora,
-        # Never left out: PEFT would take q_proj and v_proj alone and drop the other tensors without a word.
+        # Always written: otherwise PEFT silently targets only q_proj and v_proj and drops the other tensors.
         "target_modules": _target_modules(shape, spec),
-        # Full names, so that the order of the keys cannot matter.
+        # Full names, so that the order of keys does not matter.
         "rank_pattern": {names[key]: m.r for key, m in shape.by_key.items() if m.r != r},
         "alpha_pattern": {names[key]: value for key, value in alphas.items() if value != alpha},
     }
 
 
 def _unwrapped(value: Any) -> Any:
-    """The same names without what wrappers put into them: lists of names, and the keys of patterns."""
+    """Strips the components that wrappers add from a list of names or from the keys of a pattern."""
     if isinstance(value, list):
         return [unwrapped(name) if isinstance(name, str) else name for name in value]
     return {unwrapped(key): one for key, one in value.items()} if isinstance(value, dict) else value
@@ -107,7 +107,7 @@ def _target_modules(shape: LoraShape, spec: DecoderSpec) -> list[str]:
 
 
 def _alphas(shape: LoraShape) -> tuple[bool, dict[str, float]]:
-    """(use_rslora, {key: lora_alpha}) giving the scalings back, to the last bit where any value does."""
+    """(use_rslora, {key: lora_alpha}) that reproduce the scalings, bit for bit where that is possible."""
     forms = []
     for use_rslora in (False, True):
         found = [_alpha(m.scaling, math.sqrt(m.r) if use_rslora else m.r) for m in shape.modules]
@@ -120,7 +120,7 @@ def _alphas(shape: LoraShape) -> tuple[bool, dict[str, float]]:
 
 
 def _alpha(scaling: float, divisor: float) -> tuple[float, bool]:
-    """(the roundest number that gives the scaling, usually the user's own; whether it does so exactly)."""
+    """(the roundest alpha that gives the scaling, usually what the user set; whether it does so exactly)."""
     product = scaling * divisor
     for alpha in (*(round(product, digits) for digits in range(16)), product):
         if alpha / divisor == scaling:

@@ -1,4 +1,4 @@
-"""Which names there are, which version each points to, and who still uses an older one."""
+"""Adapter names, the version each points to, and the users of every version."""
 
 import functools
 import itertools
@@ -11,7 +11,7 @@ from loquetier_jax.errors import AdapterError, IntegrityError, short
 
 
 def check_name(name: object) -> None:
-    """Raises AdapterError unless an adapter could be called so."""
+    """Raises AdapterError unless `name` is a valid adapter name."""
     if not isinstance(name, str) or not name:
         raise AdapterError(f"name: got {short(name, 200)}, expected a non-empty string")
 
@@ -20,7 +20,7 @@ C = TypeVar("C")
 
 
 def locked(*names: str) -> Callable[[type[C]], type[C]]:
-    """A class whose methods of these names run under `self.lock`: one thread at a time is inside of any of them."""
+    """Class decorator: the named methods run under `self.lock`, so that one thread at a time is inside any of them."""
 
     def one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -40,10 +40,9 @@ def locked(*names: str) -> Callable[[type[C]], type[C]]:
 
 @locked("names", "versions", "get", "rename", "unload", "hold", "drop", "acquire", "release", "check_integrity")
 class Registry:
-    """Names, versions and their users; knows nothing of weights. In any thread.
+    """Names, versions and their users; does not deal with weights. Thread-safe.
 
-    A name points to one version; when it is pointed to another, the old one lives on until its last user is
-    gone.
+    A name points to one version. When it is repointed, the old version lives until its last user has released it.
     """
 
     def __init__(self) -> None:
@@ -58,18 +57,18 @@ class Registry:
         return name in self._names and self._names[name].failure is None
 
     def names(self) -> list[str]:
-        """Names that serve, sorted."""
+        """Names that can serve requests, sorted."""
         return sorted(name for name in self._names if name in self)
 
     def versions(self) -> list[Version]:
-        """All living versions, oldest first: the current ones, and old ones that somebody still uses.
+        """All live versions, oldest first: the current ones, and old ones still in use.
 
-        Placeholders of failed names are left out.
+        Placeholders of failed names are excluded.
         """
         return [version for version in self._versions.values() if version.failure is None]
 
     def get(self, name: str) -> Version:
-        """The version that `name` points to; of a name that has failed, one whose weights raise why.
+        """The version that `name` points to; for a failed name, a placeholder whose weights raise the reason.
 
         Raises:
             AdapterError: unknown name.
@@ -79,11 +78,11 @@ class Registry:
         return self._names[name]
 
     def is_current(self, version: Version) -> bool:
-        """Whether its name points to it."""
+        """Whether the version's name still points to it."""
         return self._names.get(version.name) is version
 
     def rename(self, name: str, new: str) -> None:
-        """Gives an adapter another name, its pin included; requests under way are not disturbed.
+        """Renames an adapter, keeping its pin; requests in progress are unaffected.
 
         Raises:
             AdapterError: unknown name, or `new` is in use.
@@ -100,7 +99,7 @@ class Registry:
             self._pinned.add(new)
 
     def unload(self, name: str) -> None:
-        """Takes a name out of service; its pages come back when the last user of its version has released it.
+        """Removes a name; the version's pages are returned once its last user has released it.
 
         Raises:
             AdapterError: unknown name.
@@ -111,7 +110,7 @@ class Registry:
         self._forget_unused(version)
 
     def hold(self, name: str, count: int = 1) -> Version:
-        """The current version, for `count` requests that wait: it is kept alive, but may be evicted; see `drop`.
+        """Holds the current version for `count` waiting requests: it stays alive but may be evicted; see `drop`.
 
         Raises:
             AdapterError: unknown name.
@@ -124,21 +123,21 @@ class Registry:
         """Ends one `hold`.
 
         Raises:
-            IntegrityError: nobody holds it.
+            IntegrityError: the version is not held.
         """
         if version.holds < 1:
-            raise IntegrityError(f"version {version.id} of {version.name!r} is dropped, but nobody holds it")
+            raise IntegrityError(f"version {version.id} of {version.name!r} is dropped, but is not held")
         version.holds -= 1
         self._forget_unused(version)
 
     def acquire(self, which: str | Version) -> Version:
-        """Registers a user whose steps will read the pages: while there is one, they are not evicted.
+        """Registers a user whose steps will read the pages, which are not evicted until it calls `release`.
 
         Args:
-            which: A name (its current version), or a living version (one that is held, or current).
+            which: A name (meaning its current version), or a live version (one that is held or current).
 
         Raises:
-            AdapterError: unknown name, or a version that is no more.
+            AdapterError: unknown name, or a version that has been unloaded.
         """
         version = self._alive(which) if isinstance(which, Version) else self.get(which)
         version.in_flight += 1
@@ -150,23 +149,23 @@ class Registry:
 
         Args:
             version: What `acquire` returned.
-            epoch: The last step dispatched with its pages by this user, 0 when there was none.
+            epoch: The last step that this user dispatched with its pages, 0 if none.
 
         Raises:
-            IntegrityError: nobody has acquired it.
+            IntegrityError: the version is not acquired.
         """
         if version.in_flight < 1:
-            raise IntegrityError(f"version {version.id} of {version.name!r} is released, but nobody has it")
+            raise IntegrityError(f"version {version.id} of {version.name!r} is released, but is not acquired")
         version.in_flight -= 1
         version.last_epoch = max(version.last_epoch, epoch)
         self._forget_unused(version)
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless every living version is wanted, and every name and pin has one."""
+        """Raises IntegrityError unless every live version is in use or current, and every name and pin has one."""
         for version in self._versions.values():
             users = (version.in_flight, version.holds)
             if min(users) < 0 or not self._is_wanted(version):
-                raise IntegrityError(f"version {version.id} of {version.name!r} lives with {users} users")
+                raise IntegrityError(f"version {version.id} of {version.name!r} is live with {users} users")
         lost = [name for name, v in self._names.items() if self._versions.get(v.id) is not v]
         if lost or not self._pinned <= self._names.keys():
             raise IntegrityError(f"names {lost} or pins {self._pinned} have no version")
@@ -174,7 +173,7 @@ class Registry:
     def _check_name(self, name: str, replace: bool) -> None:
         check_name(name)
         if name in self and not replace:
-            raise AdapterError(f"name: adapter {name!r} exists; pass replace=True for a new version of it")
+            raise AdapterError(f"name: adapter {name!r} exists; pass replace=True to add a new version of it")
 
     def _point(self, name: str, version: Version) -> Version:
         version.last_used = next(self._clock)
@@ -187,7 +186,7 @@ class Registry:
 
     def _alive(self, version: Version) -> Version:
         if self._versions.get(version.id) is not version:
-            raise AdapterError(f"version {version.id} of adapter {version.name!r} is no more")
+            raise AdapterError(f"version {version.id} of adapter {version.name!r} has been unloaded")
         return version
 
     def _is_wanted(self, version: Version) -> bool:

@@ -1,4 +1,4 @@
-"""Adapters by name: versions of each, and which of them are on the device, on the host or in a folder."""
+"""The adapter store: adapters by name, their versions, and where each version's weights are."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -19,22 +19,22 @@ from loquetier_jax.pool import IdPool
 @locked("take_in", "fail", "pin", "unpin", "complete", "ensure_resident", "num_reclaimable")
 @locked("reserve", "give_back", "publish", "check_integrity")
 class AdapterStore(Registry):
-    """Bookkeeping of adapters and of the device's page ids; touches the device only through `write`.
+    """Bookkeeping of adapters and device page ids; touches the device only through `write`.
 
-    A name points to one version; loading or publishing under it points it to another, and the old one serves
-    those who acquired it until the last of them releases it.
+    A name points to one version. Loading or publishing repoints it; the old version keeps serving its users until the
+    last of them releases it.
 
-    In any thread; but what touches the device or a job's masters (`pin`, `ensure_resident`, `weights` of a version that
-    a job published, `reserve`, `publish`) is for who has the loop's lock.
+    Thread-safe, but methods that touch the device or a job's masters (`pin`, `ensure_resident`, `weights` of a version
+    published by a job, `reserve`, `publish`) require the loop's lock.
 
     Args:
         spec: The base.
-        num_pages: Rows of the device page stacks, page 0 included.
-        max_pages: Most pages of one adapter.
-        cast: `cast(weights, shape)` makes pages of host weights, on the host (see `pages.pages_of`); in any thread.
-        write: `write(page_ids, pages)` writes those into device pages (see `pages.write_pages`).
-        max_host_adapters: Host copies kept where the weights are also in a folder, least recently used
-            dropped first; those without a folder always stay. None keeps all.
+        num_pages: Pages in the device stacks, including page 0.
+        max_pages: Maximum pages of one adapter.
+        cast: `cast(weights, shape)` casts host weights to pages, on the host (see `pages.pages_of`); thread-safe.
+        write: `write(page_ids, pages)` writes them to the device (see `pages.write_pages`).
+        max_host_adapters: Host copies kept of adapters that are also in a folder, least recently used dropped
+            first; those without a folder are always kept. None keeps all.
     """
 
     def __init__(
@@ -66,40 +66,40 @@ class AdapterStore(Registry):
         source: str | os.PathLike[str] | None = None,
         replace: bool = False,
     ) -> Version:
-        """Adds an adapter from weights, which are copied to the host; no device page is taken.
+        """Adds an adapter from weights, which are copied to the host; takes no device pages.
 
         Args:
-            name: Any text but "".
+            name: Any non-empty string.
             weights: numpy or jax arrays.
             shape: Its modules.
-            config: Kept with the version.
-            source: A PEFT folder that holds these very weights, from which they may be read again.
-            replace: Whether a name in use becomes a new version; otherwise it is refused.
+            config: Stored with the version.
+            source: A PEFT folder with the same weights, from which they may be read again.
+            replace: Whether to add a new version if the name is in use; otherwise it is refused.
 
         Raises:
-            AdapterError: weights that do not fit, too large a rank, a name in use; nothing is changed.
+            AdapterError: weights that do not fit, too high a rank, or a name in use; nothing is changed.
         """
         self.check_new(name, shape, replace=replace)
         check_weights(weights, shape, self.spec)
-        stamp, host = () if source is None else fingerprint(source), host_copy(weights)
+        on_disk, host = () if source is None else fingerprint(source), host_copy(weights)
         with self.lock:
             self.check_new(name, shape, replace=replace)
-            return self._serve(name, shape, config, host, source, stamp)
+            return self._serve(name, shape, config, host, source, on_disk)
 
     def take_in(self, name: str, found: FoundAdapter, *, replace: bool = False) -> Version:
-        """Adds what `read_folder` has read, to the host; the folder has to stay as it is while that serves.
+        """Adds an adapter returned by `read_folder`; its folder must not change while the version is in use.
 
         Raises:
-            AdapterError: too large a rank, a name in use; nothing is changed.
+            AdapterError: too high a rank, or a name in use; nothing is changed.
         """
         config, shape, weights = found.adapter
         self.check_new(name, shape, replace=replace)
-        return self._serve(name, shape, config, weights, found.folder, found.stamp)
+        return self._serve(name, shape, config, weights, found.folder, found.fingerprint)
 
     def fail(self, name: str, reason: str) -> None:
-        """Takes a name out of service because of an error: who asks for it is told, and the name is free again.
+        """Takes a name out of service after an error: further requests for it raise `reason`; it can be reused.
 
-        Requests that have its version keep it to their end.
+        Requests that already use its version keep it until they end.
 
         Raises:
             AdapterError: unknown name.
@@ -113,11 +113,11 @@ class AdapterStore(Registry):
         self._point(name, Version(id=next(self._ids), name=name, shape=shape, snapshot=nothing, failure=reason))
 
     def pin(self, name: str) -> None:
-        """Makes an adapter resident and keeps it so, whatever version its name points to.
+        """Makes an adapter resident and keeps it resident, whichever version its name points to.
 
         Raises:
             AdapterError: unknown name, or weights that cannot be read.
-            CapacityError: no room now; nothing is changed.
+            CapacityError: not enough pages can be freed now; nothing is changed.
         """
         self.ensure_resident(self.get(name))
         self._pinned.add(name)
@@ -132,19 +132,19 @@ class AdapterStore(Registry):
         self._pinned.discard(name)
 
     def complete(self, epoch: int) -> None:
-        """Step `epoch`, and with it all before it, has completed on the device: its pages may be reused."""
+        """Records that all steps up to `epoch` have completed on the device, so that their pages may be reused."""
         self.pool.complete(epoch)
 
     # Residency.
 
     def ensure_resident(self, version: Version) -> tuple[int, ...]:
-        """The version's pages; where it has none, writes them, evicting what was idle longest.
+        """The version's pages; if it has none, writes them, evicting the least recently used idle versions.
 
-        They are good for steps dispatched while the caller has the version acquired.
+        The pages are valid for steps dispatched while the caller has the version acquired.
 
         Raises:
-            AdapterError: a version that is no more, or its weights cannot be read.
-            CapacityError: all pages are in flight, pinned, with jobs, or waiting for a step; nothing is
+            AdapterError: the version has been unloaded, or its weights cannot be read.
+            CapacityError: all pages are in flight, pinned, owned by jobs, or waiting for a step; nothing is
                 changed.
         """
         self._alive(version)
@@ -153,9 +153,9 @@ class AdapterStore(Registry):
         return pages
 
     def weights(self, version: Version) -> LoraWeights:
-        """The version's f32 weights on the host, not to be written to.
+        """The version's f32 weights on the host; read-only.
 
-        A job calls this before its masters change, so that a version published from them owns its weights.
+        A job calls this before its masters change, so that a version published from them has its own copy.
 
         Raises:
             AdapterError: they cannot be read.
@@ -164,15 +164,15 @@ class AdapterStore(Registry):
             self._alive(version)
             if version.host is not None or version.snapshot is not None:
                 return self._residency.load_host(version)
-        read = self._residency.read_source(version)  # of a folder, which takes long: others go on meanwhile
+        read = self._residency.read_source(version)  # slow, so without the lock
         with self.lock:
             version.host = read if version.host is None else version.host
             return version.host
 
     def prepare(self, version: Version) -> None:
-        """Makes a version ready to be written to the device, where it is not there: reads it, and casts it to pages.
+        """Reads a version that is not on the device and casts it to pages, ready to be written.
 
-        For the thread that brings a request in, so that the loop's need not do either; who holds the version calls it.
+        Called by the thread that submits a request, so that the loop need not do it. The caller must hold the version.
 
         Raises:
             AdapterError: its weights cannot be read.
@@ -185,25 +185,25 @@ class AdapterStore(Registry):
                 version.prepared = prepared
 
     def num_reclaimable(self) -> int:
-        """Pages that are free, or of versions that may be evicted."""
+        """Number of pages that are free or belong to versions that may be evicted."""
         idle = [v for v in self.versions() if v.pages and not v.in_flight and not self.is_pinned(v)]
         return self.pool.num_free + sum(len(v.pages) for v in idle)
 
     # Jobs.
 
     def reserve(self, count: int) -> tuple[int, ...]:
-        """Pages for a training job, evicting idle versions where needed; what they contain is arbitrary.
+        """Takes pages for a training job, evicting idle versions if needed; their contents are arbitrary.
 
         Raises:
-            CapacityError: no room now; nothing is changed.
+            CapacityError: not enough pages can be freed now; nothing is changed.
         """
         return self._residency.take(count, JOBS)
 
     def give_back(self, pages: Sequence[int], epoch: int) -> None:
-        """Returns a job's pages; they are free once step `epoch`, the last dispatched with them, is complete.
+        """Returns a job's pages; they are free once step `epoch`, the last dispatched with them, has completed.
 
         Raises:
-            IntegrityError: they are not a job's pages.
+            IntegrityError: they are not owned by a job.
         """
         self.pool.give_back(pages, epoch, JOBS)
 
@@ -218,26 +218,26 @@ class AdapterStore(Registry):
         fresh: bool = True,
         config: LoraConfig | None = None,
     ) -> Published:
-        """Points `name` to a job's present state, copying nothing: a new version takes over the job's pages.
+        """Points `name` to a job's current state without copying: a new version takes over the job's pages.
 
-        The job goes on with fresh pages: it casts its next optimizer step into `Published.pages`, and until
-        then its steps read `version.pages`, so the version comes acquired once for it (when `fresh` and
-        `version.pages` is not None): `release(version, epoch)` after that cast. Without room for fresh pages
-        the weights are copied to the host instead, and the job keeps the pages that it has.
+        The job continues with fresh pages: it casts its next optimizer step into `Published.pages`. Until then its
+        steps read `version.pages`, so the version is returned acquired once on its behalf (if `fresh` and
+        `version.pages` is not None); the job calls `release(version, epoch)` after that cast. Without room for
+        fresh pages, the weights are copied to the host instead and the job keeps its pages.
 
         Args:
-            name: New, or to be pointed to the new version.
-            shape: Of the job's adapter.
+            name: Created, or repointed to the new version.
+            shape: Shape of the job's adapter.
             pages: The job's pages, holding the published state.
-            host_weights_fn: Gives the published f32 weights at any later time; called at most once, so a job
-                calls `weights(version)` before its masters change.
+            host_weights_fn: Returns the published f32 weights; called at most once, at any later time, so the
+                job calls `weights(version)` before its masters change.
             epoch: The last step dispatched with the pages.
-            fresh: Whether the job goes on; False when this is its last act.
-            config: Kept with the version.
+            fresh: Whether the job continues; False for its final publish.
+            config: Stored with the version.
 
         Raises:
-            AdapterError: not a name.
-            IntegrityError: `pages` are not a job's pages of that number; nothing is changed.
+            AdapterError: an invalid name.
+            IntegrityError: `pages` are not `shape.num_pages` pages of a job; nothing is changed.
         """
         self.check_new(name, shape, replace=True)
         pages = self._of_a_job(pages, shape.num_pages)
@@ -254,12 +254,12 @@ class AdapterStore(Registry):
         return Published(self._point(name, version), kept)
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless every page is in one place and every version is wanted and whole."""
+        """Raises IntegrityError unless every page is in one state and every version is in use and has weights."""
         self._residency.check_integrity()
         super().check_integrity()
 
     def check_new(self, name: str, shape: LoraShape, *, replace: bool = False) -> None:
-        """Raises AdapterError unless an adapter of that shape may come under that name; changes nothing."""
+        """Raises AdapterError unless an adapter of this shape can be added under this name; changes nothing."""
         self._check_name(name, replace)
         if shape.num_pages > self._max_pages:
             most = self._max_pages * RANK_PAGE
@@ -272,18 +272,18 @@ class AdapterStore(Registry):
         config: LoraConfig | None,
         host: LoraWeights,
         source: str | os.PathLike[str] | None,
-        stamp: tuple[tuple[int, int], ...],
+        on_disk: tuple[tuple[int, int], ...],
     ) -> Version:
         folder = None if source is None else Path(source).absolute()
         version = Version(
-            id=next(self._ids), name=name, shape=shape, config=config, host=host, source=folder, stamp=stamp
+            id=next(self._ids), name=name, shape=shape, config=config, host=host, source=folder, fingerprint=on_disk
         )
         self._point(name, version)
         self._residency.trim_host()
         return version
 
     def is_pinned(self, version: Version) -> bool:
-        """Whether the version has to stay on the device."""
+        """Whether the version must stay on the device."""
         return version.name in self._pinned and self.is_current(version)
 
     def _of_a_job(self, pages: Sequence[int], count: int) -> tuple[int, ...]:

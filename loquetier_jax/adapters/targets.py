@@ -1,4 +1,4 @@
-"""Names of the adaptable projections: ours, HF's, and PEFT's rules for matching one against the other."""
+"""Names of the adaptable projections, ours and HF's, and PEFT's rules for matching them."""
 
 import re
 from typing import Any
@@ -8,13 +8,13 @@ from loquetier_jax.models.spec import MODULES
 
 TARGETS: tuple[str, ...] = tuple(MODULES)
 
-# What torch.compile, DDP, FSDP and activation checkpointing put into the names of the modules they wrap.
+# Name components that torch.compile, DDP, FSDP and activation checkpointing add to modules they wrap.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PLAIN = re.compile(r"[\w.]+")
 
 
 def unwrapped(name: str) -> str:
-    """A module's or a tensor's name without the parts that wrappers of training frameworks put into it."""
+    """A module or tensor name without the components added by training wrappers."""
     return _WRAPPERS.sub("", name)
 
 
@@ -40,10 +40,10 @@ def is_targeted(
     Args:
         name: Its full name.
         targets, excluded, layers: `target_modules`, `exclude_modules` and `layers_to_transform` of a LoraConfig.
-        steps: What matching may take.
+        steps: The budget for matching.
 
     Raises:
-        TimeoutError: it takes more steps than there are left.
+        TimeoutError: the budget is exhausted.
     """
     if excluded and matches(excluded, name, steps):
         return False
@@ -51,7 +51,7 @@ def is_targeted(
         return True
     if not matches(targets, name, steps):
         return False
-    # A name written out in full is taken whatever the layers say; a suffix only in those layers.
+    # `layers` restricts suffixes but not full names.
     if not layers or isinstance(targets, str) or name in targets:
         return True
     index = re.match(r".*?\.[^.]*\.(\d+)\.", name)
@@ -59,10 +59,10 @@ def is_targeted(
 
 
 def matches(names: tuple[str, ...] | str, name: str, steps: Steps) -> bool:
-    """PEFT's rule: a string is a regular expression for all of `name`, a list holds names or suffixes.
+    """PEFT's rule: a string is a regular expression for the whole of `name`, a list holds names or suffixes.
 
     Raises:
-        TimeoutError: it takes more steps than there are left.
+        TimeoutError: the budget is exhausted.
     """
     if isinstance(names, str):
         return fullmatch(names, name, steps)
@@ -74,18 +74,18 @@ def first_match(pattern: dict[str, Any], name: str, default: Any, steps: Steps) 
     """The value of the first key that matches (PEFT, utils.other.get_pattern_key), or `default`.
 
     Raises:
-        TimeoutError: it takes more steps than there are left.
+        TimeoutError: the budget is exhausted.
     """
     return next((value for key, value in pattern.items() if pattern_matches(key, name, steps)), default)
 
 
 def pattern_matches(key: str, name: str, steps: Steps) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` stands for the module `name`: as (.*\\.)?(key)$ does.
+    """Whether a key of `rank_pattern` or `alpha_pattern` matches the module `name`, as (.*\\.)?(key)$ does.
 
     Raises:
-        TimeoutError: it takes more steps than there are left.
+        TimeoutError: the budget is exhausted.
     """
-    if _PLAIN.fullmatch(key):  # PEFT itself writes one for each module: there may be hundreds
+    if _PLAIN.fullmatch(key):  # fast path: PEFT writes one such key per module, possibly hundreds
         steps.take()
         head, tail = name[: -len(key)], name[-len(key) :]
         whole = len(key) <= len(name) and (not head or head.endswith("."))

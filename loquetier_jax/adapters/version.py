@@ -1,4 +1,4 @@
-"""One immutable state of an adapter, and where its weights are."""
+"""One version of an adapter: fixed weights, and the bookkeeping of where they are and who uses them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,25 +12,24 @@ Residency = Literal["device", "host", "disk"]
 
 @dataclass(eq=False, kw_only=True)
 class Version:
-    """What a name meant at some time. Only `AdapterStore` changes it; everybody else reads.
+    """One version of an adapter, whose weights never change. Only `AdapterStore` modifies the bookkeeping.
 
     Attributes:
-        id: Unique and increasing: the later version has the larger id.
-        name: The name it was made under (or has been renamed to); `AdapterStore.is_current` says if it still
-            holds.
+        id: Unique and increasing.
+        name: The name it was created under or renamed to; see `AdapterStore.is_current`.
         shape: Modules, ranks and scalings.
-        config: The settings it was made with, where known.
+        config: The settings it was created with, if known.
         pages: Its device pages, or None.
-        host: Its f32 weights, or None; not to be written to.
-        snapshot: Gives `host` where neither `host` nor `source` does, or None.
-        source: The PEFT folder that holds the same weights, or None.
-        stamp: `peft.fingerprint(source)` when it was read.
-        prepared: Its pages on the host, ready to be written to the device; None again once they are.
-        in_flight: Users whose steps read its pages: as long as there is one, they stay where they are.
-        holds: Users that wait: the version stays, its pages need not.
+        host: Its f32 weights, or None; read-only.
+        snapshot: Returns the weights if neither `host` nor `source` has them, else None.
+        source: The PEFT folder with the same weights, or None.
+        fingerprint: `peft.fingerprint(source)` when it was read.
+        prepared: Its pages on the host, ready to be written to the device; None once they are.
+        in_flight: Number of users whose steps read its pages; while > 0 the pages are not evicted.
+        holds: Number of waiting users; while > 0 the version lives, but its pages may be evicted.
         last_epoch: The last step dispatched with its pages by users that have released it.
-        last_used: Larger for the more recently used.
-        failure: Why there are no weights and never will be (`snapshot` raises it); None of all others.
+        last_used: Larger means more recently used.
+        failure: For the placeholder of a failed name, the reason, which `snapshot` raises; otherwise None.
     """
 
     id: int
@@ -41,7 +40,7 @@ class Version:
     host: LoraWeights | None = None
     snapshot: Callable[[], LoraWeights] | None = None
     source: Path | None = None
-    stamp: tuple[tuple[int, int], ...] = ()
+    fingerprint: tuple[tuple[int, int], ...] = ()
     prepared: Any = None
     in_flight: int = 0
     holds: int = 0
@@ -51,19 +50,19 @@ class Version:
 
     @property
     def residency(self) -> Residency:
-        """The nearest place that has the weights; a snapshot counts as host."""
+        """The fastest tier that has the weights; a snapshot counts as host."""
         if self.pages is not None:
             return "device"
         return "host" if self.host is not None or self.snapshot is not None else "disk"
 
 
 class Published(NamedTuple):
-    """What `AdapterStore.publish` did.
+    """Result of `AdapterStore.publish`.
 
     Attributes:
-        version: Serves the name from now on.
-        pages: The job's own from its next cast on: fresh ones, or the same as before when there was no room
-            (the version is then on the host), or () when the job wanted none.
+        version: The version that the name now points to.
+        pages: The job's pages from its next cast on: fresh ones, or the old ones if there was no room (the
+            version is then on the host), or () for `fresh=False`.
     """
 
     version: Version

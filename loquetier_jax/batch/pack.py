@@ -1,4 +1,4 @@
-"""From what the scheduler chose to the numpy batch of one step: rows grouped by adapter once, on the host."""
+"""Lays out the work chosen by the scheduler as the numpy batch of one step, with rows grouped by adapter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from loquetier_jax.sampling_params import SamplingParams
 from pallas_kernels import build_plan
 
 AdapterPages = tuple[int, ...]
-Segment = tuple[int, int, AdapterPages]  # first row, rows, pages
+Segment = tuple[int, int, AdapterPages]  # first row, number of rows, pages
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TrainItem:
     Attributes:
         pack: The rows.
         pages: The job's adapter pages.
-        grad_pages: Its pages of the gradient pool, as many.
+        grad_pages: Its pages in the gradient pool, one per adapter page.
         dropout: Its LoRA dropout rate.
     """
 
@@ -36,14 +36,14 @@ class TrainItem:
 
 @dataclass(frozen=True)
 class ScoreItem:
-    """One pack that is only scored."""
+    """One pack to score without training on it."""
 
     pack: Pack
     pages: AdapterPages
 
 
 class ServedRequest(Protocol):
-    """What the rows of a request need to know of it; `serve.request.Request` is one, see its attributes."""
+    """The part of a request that its rows depend on; implemented by `serve.request.Request`, see its attributes."""
 
     slot: int | None
     adapter_pages: AdapterPages
@@ -56,21 +56,21 @@ class ServedRequest(Protocol):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end it, which min_tokens holds back."""
+        """Ids that end it, banned until min_tokens is reached."""
 
 
 R = TypeVar("R", bound=ServedRequest)
 Chunk = tuple[R, int]
-"""The next so many tokens of a request's prompt; the last of them samples its first token."""
+"""(request, number of prompt tokens to prefill next); the last token of the prompt samples the first output."""
 
 
 @dataclass
 class StepItems(Generic[R]):
-    """Everything one step carries, before it has a shape.
+    """Everything in one step, before it is laid out in a bucket.
 
     Attributes:
         train, score: Packs.
-        prefill: Pieces of prompts.
+        prefill: Prompt chunks.
         decode: Requests that get their next token.
     """
 
@@ -84,7 +84,7 @@ def pack_step(items: StepItems[R], bucket: Bucket, cfg: EngineConfig) -> tuple[S
     """Lays the items out in the rows of `bucket`, requests grouped by adapter.
 
     Returns:
-        A numpy SegmentBatch, and (sample row, request) of every row from which a token is drawn, in order.
+        A numpy SegmentBatch, and (sample row, request) for every sampled token, in order.
     """
     prefill = sorted(items.prefill, key=lambda chunk: chunk[0].adapter_pages)
     decode = sorted(items.decode, key=lambda request: request.adapter_pages)
@@ -103,7 +103,7 @@ def pack_step(items: StepItems[R], bucket: Bucket, cfg: EngineConfig) -> tuple[S
 
 
 def ends_prompt(request: ServedRequest, count: int) -> bool:
-    """Whether the next `count` tokens of its prompt are the last ones."""
+    """Whether the next `count` tokens complete the request's prompt."""
     return request.num_prefilled + count == len(request.prompt_ids)
 
 

@@ -1,4 +1,4 @@
-"""What one step carries: the rows of a bucket as a pytree, and its one flat buffer on the way to the device."""
+"""The batch of one step: the rows of a bucket as a pytree, and the flat buffer that carries it to the device."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from pallas_kernels.smlm import num_wide_bound
 
 @flax.struct.dataclass
 class PackRows:
-    """Rows of packs that attend among themselves (train and score), G packs of L rows, flat.
+    """Rows of train or score packs, which attend only within their samples: G packs of L rows, flattened.
 
     Attributes:
         tokens, targets, positions, segments: [G * L]; segment -1 is padding.
@@ -30,12 +30,12 @@ class PackRows:
 
 @flax.struct.dataclass
 class TrainRows:
-    """What the backward needs of the packs beside their rows.
+    """Training packs: their rows, and what only the backward needs.
 
     Attributes:
         rows: The packs' rows.
-        weights: [G * L] loss weight of each target, 0 where there is none.
-        pages: [G, MP] adapter pages of the pack's adapter, 0 = none.
+        weights: [G * L] loss weight of each target, 0 without a target.
+        pages: [G, MP] pages of the pack's adapter, 0 = none.
         grad_pages: [G, MP] pages of the gradient pool, 0 = the trash page.
         drop_keys: [G * L] hash of (job seed, optimizer step, sample, position).
         drop_rates: [G] LoRA dropout rate.
@@ -51,13 +51,13 @@ class TrainRows:
 
 @flax.struct.dataclass
 class PrefillRows:
-    """Prompt chunks; each starts on a BLOCK boundary and lies in one row range.
+    """Prompt chunks; each is a contiguous row range that starts on a BLOCK boundary.
 
     Attributes:
         tokens, positions: [rows].
-        kv_page, kv_offset: [rows] where the row's key and value are written; page 0 is trash.
-        plan: Blocks of BLOCK rows.
-        last_row: [C] row of a chunk's last token, counted within the prefill rows.
+        kv_page, kv_offset: [rows] where the row's key and value are written; page 0 is the trash page.
+        plan: Attention plan in blocks of BLOCK rows.
+        last_row: [C] row of each chunk's last token, relative to the first prefill row.
     """
 
     tokens: Int[Array, " rows"]
@@ -70,12 +70,12 @@ class PrefillRows:
 
 @flax.struct.dataclass
 class DecodeRows:
-    """One token of each decoding sequence; the token itself is the slot's last token on the device.
+    """One token of each decoding sequence; the token id itself stays on the device, in the slot.
 
     Attributes:
         slots: [B] slot of the sequence; the trash slot for padding.
         positions, kv_page, kv_offset: [B] as for prefill.
-        plan: Blocks of one row.
+        plan: Attention plan in blocks of one row.
     """
 
     slots: Int[Array, " B"]
@@ -91,10 +91,10 @@ class SampleRows:
 
     Attributes:
         slots: [n] slot that receives the token; the trash slot where nothing is sampled.
-        index: [n] how many tokens the request has produced: the token's random key is f(seed, index).
-        temperature ... frequency_penalty: [n], vLLM's meaning; neutral values for padding.
-        bias_ids, bias: [n, NB] logit_bias, id -1 = none.
-        banned_ids: [n, NS] ids that may not be sampled yet (min_tokens), -1 = none.
+        index: [n] number of tokens the request has produced; the token's random key depends on (seed, index).
+        temperature ... frequency_penalty: [n] with vLLM's semantics; neutral values for padding.
+        bias_ids, bias: [n, NB] logit_bias; id -1 = unused.
+        banned_ids: [n, NS] ids that may not be sampled yet (min_tokens); -1 = unused.
     """
 
     slots: Int[Array, " n"]
@@ -124,19 +124,19 @@ class SegmentBatch:
     sample: SampleRows | None = None
 
 
-MAX_BANNED = 16  # end-of-sequence and stop ids of a request that min_tokens can hold back
+MAX_BANNED = 16  # maximum end-of-sequence and stop ids of a request with min_tokens
 
 
 def num_tiles(bucket: Bucket) -> int:
-    """LoRA tiles that are enough for any mix of adapters in the bucket.
+    """Number of LoRA tiles that suffices for any mix of adapters in the bucket.
 
-    Packs and chunks start on tile boundaries, so only decode rows can need a tile each.
+    Packs and chunks start on tile boundaries, so only decode rows may need one tile each.
     """
     return (bucket.train_rows + bucket.score_rows + bucket.prefill) // BLOCK + bucket.decode
 
 
 def num_wide(bucket: Bucket) -> int:
-    """Wide LoRA tiles that are enough: every program beyond the step's own is launched for nothing."""
+    """Number of wide LoRA tiles that suffices, as tight as possible: unused ones still launch a program."""
     rows = (bucket.train_rows, bucket.score_rows, bucket.prefill, bucket.decode)
     return num_wide_bound(rows, (bucket.packs, bucket.score_packs, bucket.chunks, bucket.decode))
 
@@ -150,7 +150,7 @@ def _f32(*shape: int, fill: float = 0.0) -> np.ndarray:
 
 
 def empty_batch(bucket: Bucket, cfg: EngineConfig) -> SegmentBatch:
-    """A batch of nothing but padding, numpy, in the shapes of `bucket`; the packer fills it in."""
+    """A numpy batch of padding only, in the shapes of `bucket`, for `pack_step` to fill."""
     plan = plan_shapes(bucket.rows, num_tiles(bucket), cfg.max_lora_pages, num_wide(bucket))
     return SegmentBatch(
         lora=jax.tree.map(lambda s: np.zeros(s.shape, np.int32), plan),
@@ -227,19 +227,19 @@ def _empty_sample(bucket: Bucket, cfg: EngineConfig) -> SampleRows:
 
 
 def shapes_of(tree: Any) -> Any:
-    """The same tree with a ShapeDtypeStruct for every leaf."""
+    """`tree` with every leaf replaced by its ShapeDtypeStruct."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
 def ravel(tree: Any) -> np.ndarray:
-    """All leaves (4-byte numpy arrays) as one int32 buffer: one host-to-device copy a step instead of dozens."""
+    """Flattens all leaves (4-byte numpy arrays) into one int32 buffer, to make one host-to-device copy per step."""
     return np.concatenate(
         [np.ascontiguousarray(leaf).view(np.int32).ravel() for leaf in jax.tree.leaves(tree)]
     )
 
 
 def unravel(template: Any, flat: Int[Array, " N"]) -> Any:
-    """The inverse of `ravel` inside jit; `template` has the shapes and dtypes."""
+    """The inverse of `ravel`, for use inside jit; `template` gives shapes and dtypes."""
     leaves, tree = jax.tree.flatten(template)
     out, start = [], 0
     for leaf in leaves:
@@ -251,12 +251,12 @@ def unravel(template: Any, flat: Int[Array, " N"]) -> Any:
 
 
 def host_tree_size(tree: Any) -> int:
-    """Length of the flat buffer of `tree`."""
+    """Length of the buffer that `ravel(tree)` returns."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def positions_of(batch: SegmentBatch) -> Int[Array, " T"]:
-    """Positions of all rows in flat order."""
+    """Positions of all rows, in flat order."""
     parts = [
         batch.train.rows.positions if batch.train else None,
         batch.score.positions if batch.score else None,

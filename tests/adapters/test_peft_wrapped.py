@@ -93,7 +93,7 @@ def test_a_compiled_model_that_peft_saved(base, tmp_path: Path, saved: str) -> N
 def test_two_adapters_in_a_file_are_refused(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS_FILE)
     save_file(tensors | {k.replace(".weight", ".b.weight"): v for k, v in tensors.items()}, folder / WEIGHTS_FILE)
-    with pytest.raises(AdapterError, match=r"lora_A\.b\.weight.*expected one lora_A of a module"):
+    with pytest.raises(AdapterError, match=r"lora_A\.b\.weight.*expected one lora_A per module"):
         read_peft(folder, SPEC)
 
 
