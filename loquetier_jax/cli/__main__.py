@@ -1,4 +1,4 @@
-"""`python -m loquetier_jax.cli` is `loquetier`."""
+"""Makes `python -m loquetier_jax.cli` equivalent to `loquetier`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`loquetier bench`: lists and runs the benchmarks of a checkout."""
+"""`loquetier bench`: lists or runs the benchmarks of a checkout."""
 
 import argparse
 import ast
@@ -12,7 +12,7 @@ from loquetier_jax.cli.options import new_parser
 from loquetier_jax.errors import ConfigError
 
 DESCRIPTION = """\
-Lists the benchmarks of this checkout, or runs one (`python -m benchmarks.NAME`); what follows the name is for it.
+Lists the benchmarks of this checkout, or runs one (`python -m benchmarks.NAME`), passing the remaining arguments to it.
 Results go to benchmarks/results/<device>/.
 
   loquetier bench
@@ -22,8 +22,8 @@ Results go to benchmarks/results/<device>/.
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command."""
     parser = new_parser(commands, "bench", "list and run the benchmarks of a checkout", DESCRIPTION)
-    parser.add_argument("name", nargs="?", help="a benchmark, as listed without arguments")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for the benchmark")
+    parser.add_argument("name", nargs="?", help="benchmark to run; lists them if omitted")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments for the benchmark")
     return parser
 
 
@@ -43,19 +43,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def checkout() -> Path:
-    """The folder that holds benchmarks/: this checkout, or where the command was started.
+    """The folder that contains benchmarks/: this checkout, or the working directory.
 
     Raises:
-        ConfigError: neither has one; an installed wheel carries no benchmarks.
+        ConfigError: neither has one; installed wheels do not include the benchmarks.
     """
     for root in (Path(loquetier_jax.__file__).parent.parent, Path.cwd()):
         if (root / "benchmarks" / "__init__.py").is_file():
             return root
-    raise ConfigError("bench: got no benchmarks/ here, expected a checkout of the repository (wheels carry none)")
+    raise ConfigError("bench: no benchmarks/ here; run it in a checkout of the repository (wheels do not include it)")
 
 
 def benchmarks(root: Path) -> dict[str, str]:
-    """Module below `benchmarks` -> first line of its docstring, for every file that can be run; imports nothing."""
+    """Module under `benchmarks` -> first line of its docstring, for every runnable file; imports nothing."""
     found = {}
     for path in sorted((root / "benchmarks").rglob("*.py")):
         text = path.read_text()

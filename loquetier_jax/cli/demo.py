@@ -1,4 +1,4 @@
-"""`loquetier demo`: two adapters learn on the embedded base while four requests stream through it."""
+"""`loquetier demo`: trains two adapters on the embedded base while four requests stream."""
 
 import argparse
 import json
@@ -14,9 +14,9 @@ from loquetier_jax.cli.scenario import SKILLS, Scenario
 from loquetier_jax.cli.screen import Screen, report
 
 DESCRIPTION = """\
-One frozen base of 3.9 million parameters, which comes with the package. Two LoRA adapters learn to answer in two
+Uses a frozen base of 3.9 million parameters that comes with the package. Two LoRA adapters learn to answer in two
 styles; meanwhile four requests stream through the same steps: one on the base alone, one on each adapter, and one
-that asks one adapter the same question again and again, before and after each published version.
+that asks one adapter the same question over and over as new versions are published.
 
 Writes demo.png (loss, tokens per second and latency over time) and both adapters, as PEFT folders."""
 
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_positive, default=STEPS, metavar="N", help=f"default: {STEPS}")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, metavar="LR")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data, initialization and order")
-    parser.add_argument("--json", action="store_true", help="the outcome as JSON on stdout, nothing else there")
+    parser.add_argument("--json", action="store_true", help="print only the results, as JSON, on stdout")
     return parser
 
 
@@ -44,7 +44,7 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)  # now: an --out that cannot be had is not worth the minutes
+    out.mkdir(parents=True, exist_ok=True)  # fail now rather than minutes later
     console = Console(stderr=args.json)
     console.print("[bold]loquetier demo[/]: one frozen base, two adapters in training, four requests streaming")
     scenario = play(console, args.steps, args.learning_rate, args.seed)
@@ -86,7 +86,7 @@ def play(console: Console, steps: int, learning_rate: float, seed: int) -> Scena
 
 
 def draw(scenario: Scenario, path: Path) -> Path:
-    """The picture."""
+    """Saves the plot."""
     from loquetier_jax.plots import save_timeline
 
     return save_timeline(

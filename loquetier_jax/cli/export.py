@@ -1,4 +1,4 @@
-"""`loquetier export`: an adapter as a plain PEFT folder, or merged into its base as a model of its own."""
+"""`loquetier export`: writes an adapter as a plain PEFT folder, or merged into its base as a standalone model."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from loquetier_jax.cli.options import add_model_option, model_path, new_parser
 
 DESCRIPTION = """\
-Writes an adapter as others load it. No engine is started and no GPU is used.
+Writes an adapter for use with other libraries. Starts no engine and uses no GPU.
 
   loquetier export runs/sql/adapter --merged --output-dir sql-model --model PATH   a Hugging Face model: base + adapter
   loquetier export someones-adapter --output-dir plain --model PATH                a PEFT folder with plain names"""
@@ -20,9 +20,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = new_parser(commands, "export", "write an adapter as a PEFT folder or merged into its base", DESCRIPTION)
     parser.add_argument("adapter", help="PEFT folder")
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--merged", action="store_true", help="a whole model, which needs no PEFT to load")
+    parser.add_argument("--merged", action="store_true", help="write a whole model, which loads without PEFT")
     add_model_option(parser)
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`loquetier finetune`: one job from a data file to a PEFT adapter, with everything about it in one folder."""
+"""`loquetier finetune`: trains a PEFT adapter from a data file and keeps everything about the run in one folder."""
 
 import argparse
 import json
@@ -36,31 +36,31 @@ if TYPE_CHECKING:
     from loquetier_jax.train.manager import JobHandle
 
 DESCRIPTION = """\
-Trains one LoRA adapter and writes a folder: config.json (everything that was set), metrics.jsonl (a line a step),
-checkpoints/, and adapter/, which PEFT, vLLM and `loquetier generate --adapter` load.
+Trains one LoRA adapter and writes a folder: config.json (all settings), metrics.jsonl (one line per step),
+checkpoints/, and adapter/, which PEFT, vLLM and `loquetier generate --adapter` can load.
 
   loquetier finetune data.jsonl --output-dir runs/sql --lora r=16 lora_alpha=32 --train max_steps=500
   loquetier finetune --recipe sql.yaml --output-dir runs/sql
-  loquetier finetune --output-dir runs/sql --resume         after Ctrl-C or a kill: the next losses are the same
-  loquetier finetune --output-dir runs/sql --resume --train max_steps=1000         the finished run goes on
+  loquetier finetune --output-dir runs/sql --resume         after Ctrl-C or a kill: continues with identical losses
+  loquetier finetune --output-dir runs/sql --resume --train max_steps=1000         extends a finished run
 
 A recipe is YAML: data, eval_data, name, lora: {...}, train: {...}; options on the command line win. Data is JSON
 lines or one JSON array: {"messages": [...]}, {"prompt", "completion"}, {"text"}, Alpaca, GSM8K, ShareGPT, or token
-ids as {"input_ids", "labels"}; a malformed line is named before the model is loaded. Samples longer than max_length
-tokens (or one pack) are truncated on the right, counted and told; --truncation says otherwise."""
+ids as {"input_ids", "labels"}; malformed lines are reported before the model is loaded. Samples longer than
+max_length tokens (or one pack) are truncated on the right, counted and reported; see --truncation."""
 
 CONFIG, ADAPTER = "config.json", "adapter"
-TOLD = ("loss", "eval_loss", "num_tokens", "num_truncated", "num_dropped", "num_empty")  # of the metrics, at the end
-SAVE_STEPS = 100  # unless the user says otherwise: a run of the command line can be resumed
+TOLD = ("loss", "eval_loss", "num_tokens", "num_truncated", "num_dropped", "num_empty")  # metrics in the final report
+SAVE_STEPS = 100  # default here, so that command-line runs can be resumed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a finetune command does; the keys of a --recipe file.
+    """The settings of a finetune run, and the keys of a --recipe file.
 
     Attributes:
         data, eval_data: Files of JSON lines or of one JSON array.
-        name: Of the job and the adapter.
+        name: Name of the job and the adapter.
         lora, train: As in the Python API.
     """
 
@@ -75,11 +75,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command."""
     parser = new_parser(commands, "finetune", "train a LoRA adapter from a data file", DESCRIPTION)
     parser.add_argument("data", nargs="?", help="file of JSON lines or of one JSON array")
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="where everything is written")
-    parser.add_argument("--name", help="of the job and adapter; default: the name of the folder")
+    parser.add_argument("--output-dir", required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--name", help="name of the job and adapter; default: the name of the folder")
     parser.add_argument("--eval-data", metavar="FILE", help="held-out data, scored at the end or every eval_steps")
     parser.add_argument("--recipe", metavar="FILE", help="YAML with any of: data, eval_data, name, lora, train")
-    goes_on = "go on from the newest checkpoint of --output-dir, or from step 0 where there is none"
+    goes_on = "continue from the newest checkpoint in --output-dir, or from step 0 if there is none"
     parser.add_argument("--resume", action="store_true", help=goes_on)
     add_job_options(parser)
     add_engine_options(parser)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     recipe, cfg, args.model = _resumed(args, folder) if args.resume else _fresh(args, folder)
     with _locked(args, folder):
         if args.resume and not _has_checkpoint(folder):
-            console.print(f"{folder}: holds no checkpoint yet: the run starts from step 0", highlight=False)
+            console.print(f"{folder}: no checkpoint yet; starting from step 0", highlight=False)
             (folder / METRICS).unlink(missing_ok=True)
             recipe = replace(recipe, train=replace(recipe.train, output_dir=str(folder)))
             args.resume = False
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             interrupted = _drive(engine, job, bar)
         if interrupted:
             saved = job.checkpoint(folder / CHECKPOINTS)
-            console.print(f"interrupted at step {job.step}: {saved} holds it, --resume goes on", highlight=False)
+            console.print(f"interrupted at step {job.step}: saved to {saved}; continue with --resume", highlight=False)
             return 128 + interrupted
         job.save(folder / ADAPTER)
         _report(args, job, folder)
@@ -111,11 +111,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _locked(args: argparse.Namespace, folder: Path) -> RunLock:
-    """The lock on the run's folder, in which nothing has happened meanwhile.
+    """Locks the run's folder and checks again that a new run does not collide with another.
 
     Raises:
-        JobError: another process has it.
-        ConfigError: of a new run, it holds one by now.
+        JobError: another process holds the lock.
+        ConfigError: another process has started a run there in the meantime.
     """
     lock = RunLock(folder)
     if not args.resume:
@@ -124,7 +124,7 @@ def _locked(args: argparse.Namespace, folder: Path) -> RunLock:
 
 
 def _begin(args: argparse.Namespace, engine: "Engine", recipe: Recipe, cfg: EngineConfig, folder: Path) -> "JobHandle":
-    """Starts the job, or goes on with it; config.json is there before there is anything to resume."""
+    """Starts or resumes the job; config.json is written before there is anything to resume."""
     if args.resume:
         changes = _changes(folder, recipe.train) | settings(args.train, "--train")
         job = engine.resume_job(folder, recipe.data, eval_data=recipe.eval_data, train=changes)
@@ -136,24 +136,24 @@ def _begin(args: argparse.Namespace, engine: "Engine", recipe: Recipe, cfg: Engi
 
 def _check_new(folder: Path) -> None:
     if (folder / METRICS).exists():
-        raise ConfigError(f"--output-dir: got {folder}, which holds a run; expected a new folder, or --resume")
+        raise ConfigError(f"--output-dir: {folder} already contains a run; use a new folder, or --resume")
 
 
 def _fresh(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig, str]:
-    """What a new run does."""
+    """The settings of a new run: (recipe, engine config, model)."""
     require(folder.is_dir() or not folder.exists(), "--output-dir", args.output_dir, "a folder")
     _check_new(folder)
     cfg = resolve_config(args)
     data = read_yaml(args.recipe) if args.recipe else {}
     given = {"data": args.data, "eval_data": args.eval_data, "name": args.name}
     data |= {key: value for key, value in given.items() if value is not None}
-    require("data" in data, "data", None, "a JSON-lines file, as argument or in the recipe")
+    require("data" in data, "data", None, "a JSON-lines file, as an argument or in the recipe")
     where = args.recipe or "recipe"
     lora, train = (_mapping(data.get(key), f"{where}: {key}") for key in ("lora", "train"))
     lora |= settings(args.lora, "--lora")
     train |= settings(args.train, "--train")
     for key in ("loss", "output_dir"):
-        require(key not in train, f"train {key}", train.get(key), "nothing: the command sets it")
+        require(key not in train, f"train {key}", train.get(key), "it unset: the command sets it")
     data["lora"] = dataclass_from(LoraConfig, lora, "lora")
     defaults = {"pack_tokens": cfg.longest_pack(scored="eval_data" in data), "save_steps": SAVE_STEPS}
     train = defaults | train | {"output_dir": str(folder)}
@@ -169,10 +169,10 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _resumed(args: argparse.Namespace, folder: Path) -> tuple[Recipe, EngineConfig, str]:
-    """What a run does that goes on: all of it as it was set, but for what `resume_job` lets --train change."""
+    """The settings of a resumed run: those saved, except what `resume_job` allows --train to change."""
     for option in ("data", "name", "eval_data", "recipe", "lora", "config", "override", "slo"):
         given = getattr(args, option)
-        require(not given, option, given, f"nothing with --resume: {folder / CONFIG} says it")
+        require(not given, option, given, f"it unset with --resume: {folder / CONFIG} sets it")
     changes = changed_config({}, settings(args.train, "--train"))
     try:
         saved = json.loads((folder / CONFIG).read_text())
@@ -196,7 +196,7 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _changes(folder: Path, train: TrainConfig) -> dict[str, Any]:
-    """What the newest checkpoint does not know: --train of a call that was killed before it wrote another."""
+    """--train changes missing from the newest checkpoint, because a resumed run was killed before writing another."""
     from loquetier_jax.train.checkpoint import find_checkpoint, read_state
 
     state = read_state(find_checkpoint(folder / CHECKPOINTS))
@@ -224,7 +224,7 @@ def _write_config(folder: Path, recipe: Recipe, cfg: EngineConfig, model: str) -
 
 
 def _drive(engine: "Engine", job: "JobHandle", bar: JobBar) -> int:
-    """Runs the job to its end; returns 0, or the signal that came first, with the engine between two iterations.
+    """Runs the job to its end and returns 0, or the number of an interrupting signal, between two iterations.
 
     Raises:
         JobError: the job failed.
@@ -245,9 +245,9 @@ def _drive(engine: "Engine", job: "JobHandle", bar: JobBar) -> int:
 
 
 def _report(args: argparse.Namespace, job: "JobHandle", folder: Path) -> None:
-    """The last words: where the adapter is, and what it came to."""
-    lines = read_metrics(folder / METRICS)  # a resumed job knows only its own
-    last = {key: value for line in lines for key, value in line.items()}  # the newest of every kind
+    """Prints where the adapter is and its final metrics."""
+    lines = read_metrics(folder / METRICS)  # of the whole run; a resumed job has only its own part
+    last = {key: value for line in lines for key, value in line.items()}  # the latest value of each metric
     result = {"name": job.name, "adapter": str(folder / ADAPTER), "steps": job.step}
     result |= {key: last[key] for key in TOLD if key in last}
     evals = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}

@@ -1,4 +1,4 @@
-"""`loquetier generate`: prompts in, text out, streamed; every prompt through every adapter that is named."""
+"""`loquetier generate`: completes prompts and streams the text, once per named adapter."""
 
 import argparse
 import json
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from loquetier_jax.serve.output import RequestOutput, StreamPiece
 
 DESCRIPTION = """\
-Completes prompts: the arguments, the lines of --file, or the whole of stdin. All run at once; the texts come in
-order, the first one as it grows. With several --adapter each prompt is answered once through each of them.
+Completes prompts: the arguments, the lines of --file, or all of stdin. All run at once; their texts are printed in
+order, streamed. With several --adapter options, each prompt is answered once by each adapter.
 
   loquetier generate "count: 3 4 5 6"
   loquetier generate --chat "What does the owl eat?" --adapter base --adapter pirate=runs/pirate/adapter
   loquetier generate --file prompts.jsonl --json > answers.jsonl
 
 A line of a .jsonl file, or an element of the array in a .json file, is {"prompt": TEXT or TOKEN IDS} or
-{"messages": [...]}, with "adapter" and any sampling parameter beside it if it differs, and beside messages "tools" and
-"chat_template_kwargs"; a line of another file is a prompt."""
+{"messages": [...]}, optionally with "adapter" and sampling parameters that override the options, and for messages
+"tools" and "chat_template_kwargs". In any other file, each line is a prompt."""
 
 CHAT_KEYS = ("tools", "chat_template_kwargs")
 LINE_KEYS = ("prompt", "adapter", *CHAT_KEYS)
@@ -50,12 +50,12 @@ LINE_KEYS = ("prompt", "adapter", *CHAT_KEYS)
 
 @dataclass
 class Asked:
-    """One completion to run: a prompt through an adapter."""
+    """One prompt to complete with one adapter."""
 
     prompt: Any
     adapter: str | None
     params: "SamplingParams"
-    chat: dict[str, Any] = field(default_factory=dict)  # what its template is given besides
+    chat: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs
     pieces: "deque[StreamPiece]" = field(default_factory=deque)
     submitted: "RequestHandle | None" = None
 
@@ -63,11 +63,11 @@ class Asked:
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command."""
     parser = new_parser(commands, "generate", "complete prompts, with or without adapters", DESCRIPTION)
-    parser.add_argument("prompt", nargs="*", help="a prompt; none and no --file: stdin is one prompt")
+    parser.add_argument("prompt", nargs="*", help="prompts; without any, and without --file, stdin is one prompt")
     parser.add_argument("--file", metavar="FILE", help="a prompt per line, or JSON lines in a .jsonl file")
-    parser.add_argument("--chat", action="store_true", help="prompts are user messages: apply the chat template")
-    add_adapter_option(parser, f"load a PEFT folder and answer through it; may be repeated; {BASE} is the base itself")
-    sampling = parser.add_argument_group("sampling", "vLLM's names; here greedy and 128 tokens unless told")
+    parser.add_argument("--chat", action="store_true", help="treat prompts as user messages: apply the chat template")
+    add_adapter_option(parser, f"PEFT folder to load and answer with; may be repeated; {BASE} is the base itself")
+    sampling = parser.add_argument_group("sampling", "vLLM's names; the default is greedy, 128 tokens")
     sampling.add_argument("--max-tokens", type=int, default=128, metavar="N")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P")
@@ -107,21 +107,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(asked: list[Asked], names: list[str], max_model_len: int) -> None:
-    """Refuses what no model could answer, before one is loaded."""
+    """Refuses requests that would fail with any model, before one is loaded."""
     for one in asked:
         if one.adapter is not None and one.adapter not in names:
-            raise RequestError(f"adapter: got {one.adapter!r}, expected one that --adapter loads: {names}")
+            raise RequestError(f"adapter: got {one.adapter!r}, expected one loaded with --adapter: {names}")
         ids = len(one.prompt) if are_token_ids(one.prompt) else 1
         total = ids + (one.params.max_tokens or 1)
         if total > max_model_len:
             raise RequestError(
-                f"max_tokens: got {one.params.max_tokens} beside {ids} tokens of prompt or more, expected <= "
-                f"max_model_len {max_model_len} together"
+                f"max_tokens: got {one.params.max_tokens} plus at least {ids} prompt tokens, expected <= "
+                f"max_model_len {max_model_len} in total"
             )
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Sampling parameters of the options."""
+    """The sampling parameters given as options."""
     from loquetier_jax.sampling_params import SamplingParams
 
     found = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_p", "seed")}
@@ -130,7 +130,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling_params(values: dict[str, Any], where: str) -> "SamplingParams":
-    """SamplingParams of plain data; errors begin with `where`.
+    """SamplingParams from plain data; errors start with `where`.
 
     Raises:
         RequestError: an unknown field, or a value that is refused.
@@ -147,7 +147,7 @@ def sampling_params(values: dict[str, Any], where: str) -> "SamplingParams":
 
 
 def _own_words(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The arguments of a line in our words, so that they take the place of the options."""
+    """Translates a line's arguments to our field names, so that they override the options."""
     from loquetier_jax.sampling_params import SamplingParams
 
     try:
@@ -159,7 +159,7 @@ def _own_words(values: dict[str, Any], where: str) -> dict[str, Any]:
 def prompts_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One {"prompt": text, ids or messages, ...} per prompt."""
     if args.prompt and args.file:
-        raise RequestError("--file: got prompts as arguments as well, expected one of the two")
+        raise RequestError("--file: got prompts as arguments as well, expected only one of the two")
     if args.prompt:
         return [{"prompt": text} for text in args.prompt]
     if args.file is None:
@@ -169,7 +169,7 @@ def prompts_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.file.endswith((".jsonl", ".json")):
         return [_parse(data, where) for where, data in read_records(args.file, RequestError)]
     try:
-        text = Path(args.file).read_text(encoding="utf-8-sig")  # the byte order mark of Windows is no part of a prompt
+        text = Path(args.file).read_text(encoding="utf-8-sig")  # drops the byte order mark that Windows adds
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--file {args.file}: {error}") from error
     return [{"prompt": line} for line in text.split("\n") if line.strip()]
@@ -185,7 +185,7 @@ def _parse(data: Any, where: str) -> dict[str, Any]:
 
 
 def asked_by(line: dict[str, Any], names: list[str], defaults: dict[str, Any], chat: bool) -> list[Asked]:
-    """The completions that one line asks for."""
+    """The completions requested by one line."""
     where = line.pop("where", "")
     own = {k: v for k, v in line.items() if k not in LINE_KEYS}
     params = sampling_params(defaults | _own_words(own, where), where)
@@ -198,7 +198,7 @@ def asked_by(line: dict[str, Any], names: list[str], defaults: dict[str, Any], c
 
 
 def _show(engine: "Engine", one: Asked, console: Console | None) -> None:
-    """Prints one completion, as it grows when there is but one of the prompt; headed when there are several."""
+    """Prints the completions of one prompt, streamed if there is only one, after a heading if `console` is given."""
     if console is not None:
         console.print(f"[bold]{one.adapter or BASE}[/] [dim]{_short(one.prompt)}[/]", highlight=False)
     if one.params.n > 1:
@@ -228,11 +228,11 @@ def _short(prompt: Any) -> str:
 
 
 def as_json(output: "RequestOutput", prompt: Any) -> dict[str, Any]:
-    """A RequestOutput as plain data; times in milliseconds.
+    """A RequestOutput as plain data, with times in milliseconds.
 
     Args:
-        output: Finished.
-        prompt: What was asked: text, token ids or messages.
+        output: A finished output.
+        prompt: The original prompt: text, token ids or messages.
     """
     metrics = output.metrics
     ends = metrics.finished_time

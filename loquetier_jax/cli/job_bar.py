@@ -1,4 +1,4 @@
-"""The progress bar of fine-tuning jobs and of what runs beside them: step, loss, learning rate, tokens per second."""
+"""Progress bars for fine-tuning jobs and other work: step, loss, learning rate, tokens per second."""
 
 import time
 from types import TracebackType
@@ -25,14 +25,14 @@ COLUMNS = (
     TextColumn("{task.fields[numbers]}"),
     TimeRemainingColumn(),
 )
-PLAIN_EVERY_S = 10.0  # between two lines where there is no terminal
+PLAIN_EVERY_S = 10.0  # seconds between lines without a terminal
 
 
 class JobBar:
-    """One bar per job on a terminal, a line every few seconds elsewhere.
+    """One bar per job on a terminal, a line every few seconds otherwise.
 
     Args:
-        console: Where.
+        console: Output console.
     """
 
     def __init__(self, console: Console) -> None:
@@ -40,7 +40,7 @@ class JobBar:
         self._progress = Progress(*COLUMNS, console=console, disable=not console.is_terminal)
         self._tasks: dict[str, int] = {}
         self._seen: dict[str, int] = {}
-        self._first: dict[str, tuple[float, int]] = {}  # when the first line of this process came, and its tokens
+        self._first: dict[str, tuple[float, int]] = {}  # time and tokens of the first line seen by this process
         self._next_plain: dict[str, float] = {}
 
     def __enter__(self) -> "JobBar":
@@ -53,16 +53,16 @@ class JobBar:
         self._progress.stop()
 
     def update(self, job: "JobHandle") -> None:
-        """Shows where a job is; cheap when nothing has happened."""
+        """Shows a job's progress; cheap if nothing has changed."""
         self._add(job.name, job.step, job.total_steps, "compiling")
-        lines = [line for line in job.metrics if line["step"]]  # that of step 0 is about the data
+        lines = [line for line in job.metrics if line["step"]]  # the line of step 0 describes the data
         if len(lines) == self._seen.get(job.name, 0):
             return
         self._seen[job.name] = len(lines)
         self.show(job.name, job.step, job.total_steps, self._numbers(job.name, lines))
 
     def show(self, name: str, completed: int, total: int, numbers: str) -> None:
-        """Shows where something is that has a name and an end."""
+        """Shows the progress of any named task."""
         self._add(name, completed, total, numbers)
         self._progress.update(self._tasks[name], completed=completed, numbers=numbers)
         now = time.perf_counter()

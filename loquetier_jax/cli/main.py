@@ -1,4 +1,4 @@
-"""Parsing, and what becomes of an error."""
+"""The entry point: parses arguments, runs a command, and maps errors to exit codes."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from loquetier_jax.errors import LoquetierError
 
 COMMANDS = (demo, generate, finetune, export, serve_loop, bench)
 
-USAGE = 2  # exit code of a refused input, as argparse's own
+USAGE = 2  # exit code for a refused input, like argparse's
 INTERRUPTED = 130
 
 EPILOG = """\
@@ -42,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: Without the name of the program; None takes the process's own.
+        argv: Arguments without the program name; None uses the process's own.
 
     Returns:
-        The exit code: 0, 1 when a replay completed none of its requests, 2 for an input that was refused (one line on
-        stderr says which), 130 after Ctrl-C, 143 after a SIGTERM for which finetune or serve-loop has saved its jobs.
+        The exit code: 0; 1 if a replay completed none of its requests; 2 for a refused input (explained in one line on
+        stderr); 130 after Ctrl-C; 143 after a SIGTERM on which finetune or serve-loop saved its jobs.
 
     Raises:
-        SystemExit: from argparse, for --help (0) and for options it does not know (2).
+        SystemExit: from argparse, for --help (0) and unknown options (2).
     """
     args = build_parser().parse_args(argv)
     try:
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("loquetier: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `loquetier ... | head`: the reader has what it wanted
+    except BrokenPipeError:  # e.g. `loquetier ... | head`: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (LoquetierError, OSError) as error:  # OSError: a file or folder that cannot be read or written
+    except (LoquetierError, OSError) as error:  # OSError: an unreadable or unwritable file
         print(f"loquetier: error: {error}", file=sys.stderr)
         return USAGE

@@ -1,4 +1,4 @@
-"""What several commands share: options of the engine, KEY=VALUE settings, adapters, consoles."""
+"""Options shared by several commands: engine, KEY=VALUE settings, adapters, consoles."""
 
 import argparse
 import sys
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
 
 TINY = "tiny"
-BASE = "base"  # stands for no adapter wherever an adapter may be named
+BASE = "base"  # the reserved adapter name that means no adapter
 
 Formatter = argparse.RawDescriptionHelpFormatter
 
 
 def new_parser(commands: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
-    """A command's parser; its description keeps its line breaks, abbreviated options are refused."""
+    """A parser for a command; the description keeps its line breaks, and abbreviated options are refused."""
     return commands.add_parser(name, help=help, description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
 def add_model_option(parser: Any) -> None:
-    """--model, of a parser or of a group of one: see `model_path`."""
+    """Adds --model to a parser or argument group; see `model_path`."""
     parser.add_argument(
         "--model",
         default=TINY,
         metavar="PATH",
-        help=f"Hugging Face folder, or the word {TINY}: the embedded {BASE_NAME} (default)",
+        help=f"Hugging Face folder, or {TINY} for the embedded {BASE_NAME} (default)",
     )
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --config, -o, --slo, --json: see `build_engine`."""
+    """Adds --model, --config, -o, --slo and --json; see `build_engine`."""
     group = parser.add_argument_group("engine")
     add_model_option(group)
     group.add_argument(
@@ -54,19 +54,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="field of the engine config, e.g. -o max_adapters=64 -o slo.tpot_ms=50; may be repeated",
+        help="override a field of the engine config, e.g. -o max_adapters=64 -o slo.tpot_ms=50; may be repeated",
     )
-    group.add_argument("--slo", metavar="PRESET", help="latency promise (configs/slo/) or YAML file")
-    group.add_argument("--json", action="store_true", help="results as JSON on stdout, nothing else there")
+    group.add_argument("--slo", metavar="PRESET", help="latency targets: a preset (configs/slo/) or YAML file")
+    group.add_argument("--json", action="store_true", help="print only the results, as JSON, on stdout")
 
 
 def add_adapter_option(parser: argparse.ArgumentParser, help: str) -> None:
-    """--adapter NAME=PATH, repeatable."""
+    """Adds --adapter NAME=PATH, repeatable."""
     parser.add_argument("--adapter", action="append", default=[], type=adapter_argument, metavar="NAME=PATH", help=help)
 
 
 def adapter_argument(text: str) -> tuple[str, Path | None]:
-    """NAME=PATH as (name, path); the word "base" as ("base", None)."""
+    """Parses NAME=PATH to (name, path), and "base" to ("base", None)."""
     name, equals, path = text.partition("=")
     if text == BASE:
         return BASE, None
@@ -76,10 +76,10 @@ def adapter_argument(text: str) -> tuple[str, Path | None]:
 
 
 def settings(pairs: Iterable[str], option: str) -> dict[str, Any]:
-    """{"a": 1} from ["a=1"]; values are YAML, and 1e-3 is a number (YAML 1.1 says a string).
+    """{"a": 1} from ["a=1"]; values are YAML, except that 1e-3 is a number (in YAML 1.1 it is a string).
 
     Raises:
-        ConfigError: a pair that is not of that form.
+        ConfigError: a pair not of the form KEY=VALUE.
     """
     found = {}
     for pair in pairs:
@@ -91,19 +91,19 @@ def settings(pairs: Iterable[str], option: str) -> dict[str, Any]:
 
 
 def model_path(model: str) -> Path:
-    """The folder that --model means.
+    """The folder that --model refers to.
 
     Raises:
         ConfigError: there is no such folder.
     """
     path = base_path() if model == TINY else Path(model)
     if not path.is_dir():
-        raise ConfigError(f"--model: got {model!r}, expected a Hugging Face folder or the word {TINY}")
+        raise ConfigError(f"--model: got {model!r}, expected a Hugging Face folder or {TINY}")
     return path
 
 
 def resolve_config(args: argparse.Namespace) -> EngineConfig:
-    """The EngineConfig of --config and --slo, with what -o changes of them.
+    """The EngineConfig from --config and --slo, with the overrides of -o.
 
     Raises:
         ConfigError: an unknown preset or key, or a value that the config refuses.
@@ -115,30 +115,30 @@ def resolve_config(args: argparse.Namespace) -> EngineConfig:
 
 
 def check_adapters(adapters: Sequence[tuple[str, Path | None]]) -> None:
-    """Refuses every NAME=PATH that cannot be loaded whatever the model is.
+    """Refuses adapters that cannot be loaded with any model.
 
     Raises:
-        AdapterError: no PEFT folder, or one name twice.
+        AdapterError: not a PEFT folder, or a name given twice.
     """
     paths: dict[str, Path] = {}
     for name, path in adapters:
         if path is None:
             continue
         if name in paths:
-            raise AdapterError(f"--adapter: got {name}={path}, expected another name: {name}={paths[name]} came before")
+            raise AdapterError(f"--adapter: got {name}={path}, but {name}={paths[name]} was given before")
         if not (path / "adapter_config.json").is_file():
-            raise AdapterError(f"--adapter {name}: got {path}, expected a PEFT folder, with adapter_config.json in it")
+            raise AdapterError(f"--adapter {name}: got {path}, expected a PEFT folder with adapter_config.json")
         paths[name] = path
 
 
 def build_engine(args: argparse.Namespace, console: Console, cfg: EngineConfig | None = None) -> "Engine":
-    """Loads the model and compiles what serves; says on `console` how long it took.
+    """Loads the model and compiles the serving buckets; prints the time it took on `console`.
 
     Args:
-        args: With the options of `add_engine_options`, and maybe that of `add_adapter_option`: its folders are looked
-            for before the model is loaded.
-        console: For the progress bar; quiet when it is no terminal.
-        cfg: Instead of what the options say.
+        args: With the options of `add_engine_options` and optionally `add_adapter_option`, whose folders are checked
+            before the model is loaded.
+        console: Where to print.
+        cfg: Replaces the config given by the options.
 
     Raises:
         ConfigError, ModelError: see `Engine.from_pretrained`.
@@ -164,7 +164,7 @@ def load_adapters(engine: "Engine", adapters: Sequence[tuple[str, Path | None]])
     """Loads every NAME=PATH; returns the names in order, None for "base".
 
     Raises:
-        AdapterError: a folder that cannot be loaded, or one name twice.
+        AdapterError: a folder that cannot be loaded, or a name given twice.
     """
     for name, path in adapters:
         if path is not None:
@@ -173,14 +173,14 @@ def load_adapters(engine: "Engine", adapters: Sequence[tuple[str, Path | None]])
 
 
 def stderr_console() -> Console:
-    """For all that is no result: stdout belongs to results."""
+    """A console on stderr, because stdout is reserved for results."""
     return Console(stderr=True)
 
 
 def dataclass_from(cls: type[Any], data: dict[str, Any], option: str) -> Any:
-    """`from_dict` whose messages begin with the option.
+    """`from_dict` with error messages that start with the option.
 
     Raises:
-        ConfigError: see `config.from_dict`.
+        ConfigError: see `config_file.from_dict`.
     """
     return from_dict(cls, data, f"{option} ")

@@ -1,4 +1,4 @@
-"""What a replay came to, on a terminal: latencies, adapters, the promise and what of it was missed, failures, jobs."""
+"""Prints the results of a replay: latencies, adapters, latency targets kept and missed, failures, jobs."""
 
 import sys
 from typing import Any
@@ -11,17 +11,17 @@ from rich.text import Text
 from loquetier_jax.cli.report import LATENCIES
 
 PROMISES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_p99_ms": "p99 of ITL"}
-SHOWN_FAILURES = 5  # reasons; all are in the JSON
+SHOWN_FAILURES = 5  # maximum reasons printed; the JSON has all of them
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints what `report.summarize` found, and the jobs."""
+    """Prints the result of `report.summarize`, and the jobs."""
     console = Console()
     _show_latencies(console, result)
     _show_adapters(console, result)
     _show_promise(result)
     for name, job in result["jobs"].items():
-        sys.stdout.write(f"{name}: {job['steps']} steps, {job['train_throughput']:,.0f} training tokens/s beside it\n")
+        sys.stdout.write(f"{name}: {job['steps']} steps, {job['train_throughput']:,.0f} training tokens/s meanwhile\n")
 
 
 def _show_latencies(console: Console, result: dict[str, Any]) -> None:
@@ -38,10 +38,10 @@ def _ms(value: float | None, digits: int = 1) -> str:
 
 
 def _show_adapters(console: Console, result: dict[str, Any]) -> None:
-    """A row per adapter, where there are several."""
+    """Prints one row per adapter, if there are several."""
     if len(result["adapters"]) < 2:
         return
-    table = Table(box=box.SIMPLE)  # all of it fits into 80 columns
+    table = Table(box=box.SIMPLE)  # fits into 80 columns
     table.add_column("adapter", overflow="fold", min_width=len("adapter"))
     promise = ["kept"] if "slo" in result else []
     figures = ("TTFT\nmedian", "TTFT\np99", "TPOT\nmedian", "TPOT\np99", "ITL\np99")
@@ -56,7 +56,7 @@ def _show_adapters(console: Console, result: dict[str, Any]) -> None:
 
 
 def _show_promise(result: dict[str, Any]) -> None:
-    """Rates, what of the promise was kept and what was missed, and why requests failed."""
+    """Prints rates, how many requests met and missed the latency targets, and why requests failed."""
     rates = f"{result['request_throughput']:.2f} requests/s, {result['output_throughput']:,.1f} output tokens/s"
     kept = f", {100 * result['slo_attainment']:.1f}% kept the promise" if "slo_attainment" in result else ""
     failed = f", {result['failed']} failed" if result["failed"] else ""

@@ -1,4 +1,4 @@
-"""The prompt in a line of a file: text, token ids or a chat, refused with its line otherwise. Imports no jax."""
+"""Extracts the prompt of a file's line: text, token ids or a chat. Imports no jax."""
 
 from typing import Any
 
@@ -7,19 +7,19 @@ from loquetier_jax.errors import LoquetierError
 
 
 def prompt_of(data: dict[str, Any], where: str, error: type[LoquetierError]) -> Any:
-    """The "prompt" or the "messages" of a line; None when it has neither.
+    """The "prompt" or "messages" of a line; None if it has neither.
 
     Args:
         data: The decoded line.
-        where: File and line, the beginning of messages.
-        error: What to raise.
+        where: File and line, the prefix of error messages.
+        error: Type of the exceptions raised.
 
     Raises:
-        LoquetierError: of type `error`: both keys, not a prompt, or messages that are not a chat (a list of ids
-            under "messages" would otherwise be taken for a prompt).
+        LoquetierError: of type `error`: both keys, an invalid prompt, or messages that are not a chat (otherwise a
+            list of ids under "messages" would be accepted as a prompt).
     """
     if "prompt" in data and "messages" in data:
-        raise error(f"{where}: got prompt and messages, expected one of the two")
+        raise error(f"{where}: got prompt and messages, expected only one of the two")
     if "messages" in data:
         messages = data["messages"]
         if not _list_of(messages, _is_message):

@@ -1,4 +1,4 @@
-"""The serving loop: requests are submitted when they are due, jobs train beside them, until every answer is there."""
+"""Replays a workload: submits requests when they are due, while jobs train, until all have finished."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loquetier_jax.engine import Engine
     from loquetier_jax.serve.frontend import RequestHandle
 
-IDLE_S = 0.002  # sleep when there is nothing to do yet
+IDLE_S = 0.002  # sleep while there is no work
 
 
 @dataclass
@@ -23,10 +23,10 @@ class Served:
     """A request of the replay.
 
     Attributes:
-        arrival: What was asked.
-        due: When, on the clock of the engine, seconds.
-        submitted: None if it was refused.
-        error: Why.
+        arrival: The request in the workload.
+        due: When it is due, in seconds on the engine's clock.
+        submitted: Its handle; None if it was refused.
+        error: Why it was refused, or None.
     """
 
     arrival: Arrival
@@ -36,7 +36,7 @@ class Served:
 
 
 def made_up_prompt(arrival: Arrival, vocab_size: int, index: int, seed: int) -> list[int]:
-    """Token ids of a prompt that has a length and no meaning; the same for the same (seed, index)."""
+    """Random token ids of the arrival's input length, determined by (seed, index)."""
     rng = np.random.default_rng([seed, index])
     return rng.integers(1, vocab_size, arrival.input_length).tolist()
 
@@ -50,17 +50,17 @@ def replay(
     on_step: Callable[[list[Served]], None] | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[Served]:
-    """Replays a workload in real time; jobs of the engine train meanwhile.
+    """Replays a workload in real time while the engine's jobs train.
 
-    Latencies count from when a request was due, not from when the loop came round to submitting it.
+    Latencies are measured from when a request was due, not from when it was submitted.
 
     Args:
-        engine: With every adapter loaded; its loop must have no thread of its own.
+        engine: With every adapter loaded; its loop must not run in its own thread.
         arrivals: In order of time.
-        sampling: Fields of SamplingParams for every request, beside the lengths.
-        seed: Of made-up prompts.
+        sampling: Fields of SamplingParams for every request, in addition to the lengths.
+        seed: Seed of random prompts.
         on_step: Called after each iteration with all requests so far.
-        stopped: Asked before each iteration whether to leave the rest.
+        stopped: Called before each iteration; returns whether to stop the replay.
     """
     clock = engine.loop.clock
     start, served, live = clock(), [], []
@@ -88,7 +88,7 @@ def _submit(
     try:
         params = SamplingParams(**{"max_tokens": arrival.output_length, "ignore_eos": made_up} | sampling)
         one.submitted = engine.submit(prompt, None if arrival.adapter == BASE else arrival.adapter, params)
-    except LoquetierError as error:  # one refused request does not end the replay: it is reported as failed
+    except LoquetierError as error:  # a refused request does not end the replay; it is reported as failed
         one.error = str(error)
         return one
     for request in one.submitted.requests:

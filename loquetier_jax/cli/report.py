@@ -1,4 +1,4 @@
-"""What a replay comes to, under the names of `vllm bench serve --save-result`. Imports no jax."""
+"""Summarises a replay, with the names of `vllm bench serve --save-result`. Imports no jax."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ from loquetier_jax.config import SLOConfig
 if TYPE_CHECKING:
     from loquetier_jax.serve.output import RequestMetrics
 
-ENDS = ("stop", "length")  # how a completed request finishes
+ENDS = ("stop", "length")  # finish reasons of completed requests
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 
 def summarize(served: Sequence[Served], duration: float, slo: SLOConfig, *, details: bool = False) -> dict[str, Any]:
-    """All figures of a replay.
+    """All metrics of a replay.
 
     Args:
         served: All requests, finished or refused.
         duration: Seconds from the start of the replay to its last token.
-        slo: The promise; a request keeps it when its TTFT, its TPOT and the p99 of its gaps do.
+        slo: Latency targets; a request attains them if its TTFT, TPOT and p99 ITL are all within their targets.
         details: Whether to add the lists `input_lens, output_lens, ttfts, itls, errors`, in order of arrival.
 
     Returns:
-        vllm bench's keys (times in ms, throughputs per second); `request_goodput`, `slo_attainment`, `slo` (the
-        thresholds) and `slo_missed` (how many completed requests missed each) only with a promise; `adapters`: the
-        counts, latencies and attainment of each; `failures`: how many requests failed for each reason, most frequent
-        first; a statistic of nothing is None.
+        vllm bench's keys (times in ms, throughputs per second); with latency targets also `request_goodput`,
+        `slo_attainment`, `slo` (the targets) and `slo_missed` (completed requests that missed each); `adapters`:
+        counts, latencies and attainment per adapter; `failures`: reason -> number of requests, most frequent first.
+        Statistics over no requests are None.
     """
     done = [s for s in served if _completed(s)]
     tokens = {s.submitted.request_id: _lengths(s) for s in done}
@@ -80,20 +80,20 @@ def _of_adapter(served: Sequence[Served], slo: SLOConfig) -> dict[str, Any]:
 
 
 def _attainment(served: Sequence[Served], slo: SLOConfig) -> float | None:
-    """Share of all requests that were completed as promised; None without any."""
+    """Fraction of all requests that completed within the targets; None without requests."""
     kept = sum(not missed(s.submitted.requests[0].metrics, slo) for s in served if _completed(s))
     return kept / len(served) if served else None
 
 
 def missed(metrics: "RequestMetrics", slo: SLOConfig) -> list[str]:
-    """Which thresholds of the promise a finished request missed, by name; a single token has no gap to be late."""
+    """Names of the targets that a finished request missed; a single token cannot miss TPOT or ITL."""
     values = {"ttft_ms": metrics.ttft, "tpot_ms": metrics.tpot}
     values["itl_p99_ms"] = float(np.percentile(metrics.itl, 99)) if metrics.itl else None
     return [name for name, most in slo.promised.items() if values[name] is not None and 1e3 * values[name] > most]
 
 
 def latencies(served: Sequence[Served]) -> dict[str, float | None]:
-    """{mean, median, std, p90, p99}_{ttft, tpot, itl, e2el}_ms over completed requests (itl: over all gaps)."""
+    """{mean, median, std, p90, p99}_{ttft, tpot, itl, e2el}_ms over completed requests (for itl, over all gaps)."""
     found: dict[str, list[float]] = {name: [] for name in LATENCIES}
     for metrics in (r.metrics for s in served for r in s.submitted.requests):
         found["ttft"].append(metrics.ttft)
@@ -124,7 +124,7 @@ def _details(served: Sequence[Served]) -> dict[str, list[Any]]:
 
 
 def _reason(served: Served) -> str:
-    """Why a request that was not completed was not."""
+    """Why a request did not complete."""
     if served.submitted is None:
         return str(served.error)
     failed = next(r for r in served.submitted.requests if r.finish_reason not in ENDS)

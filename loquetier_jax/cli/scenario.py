@@ -1,4 +1,4 @@
-"""What `loquetier demo` does: two jobs learn two styles while four requests stream; it asks before and after."""
+"""The scenario of `loquetier demo`: two jobs train while four requests stream, with questions before and after."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loquetier_jax.train.manager import JobHandle
 
 SKILLS = ("pirate", "shout")
-# Asked before and after: two facts that the base knows by heart, one that the question tells.
+# Asked before and after: two facts that the base has memorised, and one stated in the question.
 QUESTIONS = (
     "What color is the lion?",
     "Where does the bear live?",
@@ -33,22 +33,22 @@ STREAMED = (
     "What does the rabbit eat?",
 )
 MAX_TOKENS = 48
-RECORDS, MAX_QUESTION = 1024, 60  # of the records only those with a short question: more steps in the time
+RECORDS, MAX_QUESTION = 1024, 60  # only records with short questions (characters) are used, for faster steps
 RANK, ALPHA = 8, 16
-PUBLISHES = 3  # while a job trains; its end publishes once more
+PUBLISHES = 3  # during training; the end of a job publishes once more
 
 
 @dataclass
 class Lane:
-    """One of the four streams: asks again as soon as it has been answered.
+    """One of the four streams: asks its next question as soon as the last one is answered.
 
     Attributes:
-        title: For the screen.
-        adapter: None for the base.
+        title: Shown on the screen.
+        adapter: Adapter name; None for the base.
         questions: Asked in turn.
-        asked: How many so far.
-        text: Of the answer that is growing, or the last one.
-        submitted: The request under way.
+        asked: Number of questions asked so far.
+        text: The current or last answer.
+        submitted: The current request.
         heard: (version, answer) of every finished answer.
     """
 
@@ -62,16 +62,16 @@ class Lane:
 
     @property
     def question(self) -> str:
-        """The one that is being answered."""
+        """The current question."""
         return self.questions[(self.asked - 1) % len(self.questions)]
 
     @property
     def version(self) -> int | None:
-        """Of the adapter that answers."""
+        """The adapter version that answers."""
         return None if self.submitted is None else self.submitted.requests[0].version
 
     def turn(self, engine: "Engine", timeline: Timeline, more: bool) -> bool:
-        """Takes in a finished answer and asks the next question if there shall be more; whether it is still busy."""
+        """Records a finished answer and, if `more`, asks the next question; returns whether the lane is busy."""
         if self.submitted is not None and not self.submitted.finished:
             return True
         if self.submitted is not None:
@@ -93,15 +93,15 @@ class Lane:
 
 @dataclass
 class Scenario:
-    """The run.
+    """One run of the demo.
 
     Attributes:
-        engine: With the embedded base.
-        steps: Optimizer steps of each job.
-        learning_rate, seed: Of the jobs.
-        timeline: Everything that is drawn afterwards.
+        engine: Engine with the embedded base.
+        steps: Optimizer steps per job.
+        learning_rate, seed: Settings of the jobs.
+        timeline: Recording of the run, for the plot.
         jobs, lanes: Jobs by name, and the four streams.
-        before, after: Who -> answers to QUESTIONS.
+        before, after: Adapter name (or "base") -> answers to QUESTIONS.
     """
 
     engine: "Engine"
@@ -126,13 +126,13 @@ class Scenario:
                 seed=self.seed,
             )
             self.jobs[skill] = self.engine.finetune(skill, records(skill, self.seed), lora=lora, train=train)
-            self.jobs[skill].pause()  # compiles all the same; asked before the first step, however quick that is
+            self.jobs[skill].pause()  # still compiles; ensures that `before` is asked before the first step
         self.before = self.ask()
         for job in self.jobs.values():
             job.resume()
 
     def ask(self) -> dict[str, list[str]]:
-        """The answers of the base and of both adapters, as they serve now, to the same questions."""
+        """The current answers of the base and both adapters to QUESTIONS."""
         who = [(name, question) for name in (BASE, *SKILLS) for question in QUESTIONS]
         asked = [
             self.engine.submit(
@@ -172,7 +172,7 @@ class Scenario:
         self.after = self.ask()
 
     def _owes(self, lane: Lane) -> bool:
-        """Whether the stream that goes version by version has not yet answered from the last one."""
+        """Whether the version-by-version stream has yet to answer from the last version."""
         if lane is not self.lanes[-1] or not all(job.released for job in self.jobs.values()):
             return lane is self.lanes[-1]
         return all(version != self.engine.adapters.get(lane.adapter).id for version, _ in lane.heard)
@@ -189,7 +189,7 @@ class Scenario:
             job.save(folder / skill)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything the demo has to say, as plain data."""
+        """The results of the demo, as plain data."""
         return {
             "questions": list(QUESTIONS),
             "before": self.before,
@@ -204,7 +204,7 @@ class Scenario:
         }
 
     def versions(self) -> list[tuple[int | None, str]]:
-        """The first answer of every version, of the stream that asks one question all the time."""
+        """The first answer of every version, from the stream that always asks the same question."""
         found: dict[int | None, str] = {}
         for version, text in self.lanes[-1].heard:
             found.setdefault(version, text)
@@ -223,7 +223,7 @@ def chat(question: str) -> list[dict[str, str]]:
 
 
 def sampling() -> Any:
-    """Greedy."""
+    """Greedy sampling parameters."""
     from loquetier_jax.sampling_params import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)

@@ -1,4 +1,4 @@
-"""How a Scenario looks while it runs: a live layout on a terminal, a line now and then elsewhere."""
+"""Shows a running Scenario: a live layout on a terminal, otherwise a line every few seconds."""
 
 import time
 from types import TracebackType
@@ -22,10 +22,10 @@ RATE_WINDOW_S = 3.0
 
 
 class Screen:
-    """Shows a scenario; use as a context manager and call `show` as often as you like.
+    """Shows a scenario; use it as a context manager and call `show` as often as you like.
 
     Args:
-        console: Where.
+        console: Output console.
     """
 
     def __init__(self, console: Console) -> None:
@@ -46,7 +46,7 @@ class Screen:
             self._live.stop()
 
     def show(self, scenario: "Scenario") -> None:
-        """Draws the present state, unless it has just been drawn."""
+        """Draws the current state, at a limited rate."""
         self._say_new_versions(scenario)
         now = time.perf_counter()
         if now < self._next:
@@ -59,7 +59,7 @@ class Screen:
             self._console.print(f"{scenario.timeline.now:5.1f} s  {_line(scenario)}", highlight=False, soft_wrap=True)
 
     def _say_new_versions(self, scenario: "Scenario") -> None:
-        """Elsewhere than on a terminal: each version's first answer."""
+        """Without a terminal, prints each version's first answer."""
         versions = scenario.versions()
         for version, text in versions[self._heard :] if self._live is None else ():
             lane = scenario.lanes[-1]
@@ -85,7 +85,7 @@ def _rates(scenario: "Scenario") -> str:
 
 
 def layout(scenario: "Scenario") -> Group:
-    """Two bars, four streams, one line of rates."""
+    """The layout: two bars, four streams, one line of rates."""
     bars = Table.grid(padding=(0, 2), expand=True)
     for width in (10, None, 12, 12):
         bars.add_column(width=width, ratio=None if width else 1, no_wrap=True)
@@ -108,7 +108,7 @@ def layout(scenario: "Scenario") -> Group:
 
 
 def report(scenario: "Scenario", console: Console) -> None:
-    """The effect of the adapters, in text: every question, who answers, before and after."""
+    """Prints the effect of the adapters: for every question, the answers before and after training."""
     from loquetier_jax.cli.scenario import QUESTIONS, SKILLS
 
     for i, question in enumerate(QUESTIONS):

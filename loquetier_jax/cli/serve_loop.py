@@ -1,4 +1,4 @@
-"""`loquetier serve-loop`: replays a workload on several adapters, trains jobs beside it, reports latencies."""
+"""`loquetier serve-loop`: replays a workload over several adapters while jobs train, and reports latencies."""
 
 import argparse
 import json
@@ -39,23 +39,24 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Replays a workload in real time through the compiled serving loop and reports TTFT, TPOT, ITL, throughput and, with
-a latency promise, how many requests kept it and which threshold the others missed. Results carry the names of
-`vllm bench serve`. Requests that failed are counted with their reasons; the exit code is 1 when none was completed.
+latency targets, how many requests met them and which targets the others missed. Results use the names of
+`vllm bench serve`. Failed requests are counted by reason; the exit code is 1 if no request was completed.
 
   loquetier serve-loop --workload poisson -w rate=8
   loquetier serve-loop --workload trace.jsonl --adapter a=peft/a --adapter b=peft/b --slo interactive
   loquetier serve-loop --workload burst --job math=gsm8k.jsonl --train max_steps=1000 --out result.json
 
 A workload is a preset of configs/workloads/, a YAML file with the same keys, a .jsonl trace ({"timestamp" in ms,
-"input_length", "output_length"}, Mooncake's form; or "prompt" or "messages" instead of the input length), or a file
-of arrivals, a second a line. Traces carry no adapters: they are dealt out (-w assign=round-robin|uniform|zipf)."""
+"input_length", "output_length"}, Mooncake's format; or "prompt" or "messages" instead of the input length), or a file
+with one arrival time in seconds per line. Requests without an adapter are assigned one
+(-w assign=round-robin|uniform|zipf)."""
 
 REFRESH_S = 0.2
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command."""
-    parser = new_parser(commands, "serve-loop", "replay a workload, jobs beside it, and measure", DESCRIPTION)
+    parser = new_parser(commands, "serve-loop", "replay a workload while jobs train, and measure", DESCRIPTION)
     parser.add_argument("--workload", default="poisson", metavar="PRESET|FILE", help="default: poisson")
     parser.add_argument(
         "-w",
@@ -66,12 +67,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="field of the workload: rate, burstiness, num_requests, input_len, output_len, assign, zipf, "
         "time_scale, seed; e.g. -w rate=8 -w input_len=[32,64]",
     )
-    add_adapter_option(parser, f"load a PEFT folder and ask it; may be repeated; {BASE} is the base (default)")
+    add_adapter_option(parser, f"PEFT folder to load and serve; may be repeated; {BASE} is the base (default)")
     parser.add_argument(
         "-s", "--sampling", action="append", default=[], metavar="KEY=VALUE", help="field of SamplingParams"
     )
     parser.add_argument(
-        "--job", action="append", default=[], metavar="NAME=DATA", help="fine-tune beside it; may be repeated"
+        "--job", action="append", default=[], metavar="NAME=DATA", help="fine-tune at the same time; may be repeated"
     )
     add_job_options(parser)
     parser.add_argument("--out", metavar="FILE", help="write the result, with every request's times, as JSON")
@@ -86,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     names = [name for name, _ in args.adapter] or [BASE]
     asked = arrivals(workload, names)
     sampling = {"temperature": 0.0} | settings(args.sampling, "--sampling")
-    sampling_params(sampling, "--sampling ")  # refused now, not once for every request
-    if args.out:  # likewise: not when all has been measured
+    sampling_params(sampling, "--sampling ")  # refuse bad values now rather than per request
+    if args.out:  # likewise, rather than after the measurement
         require(not Path(args.out).is_dir(), "--out", args.out, "a file")
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     lora, train = settings(args.lora, "--lora"), settings(args.train, "--train")
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         Path(args.out).write_text(json.dumps(result) + "\n")
     if args.json:
-        keys = ("input_lens", "output_lens", "ttfts", "itls", "errors")  # of --out: too long for a pipe
+        keys = ("input_lens", "output_lens", "ttfts", "itls", "errors")  # per-request lists, only in --out
         print(json.dumps({key: value for key, value in result.items() if key not in keys}))
     else:
         show(result)
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_workload(name: str, overrides: list[str]) -> Workload:
-    """The workload of --workload and -w.
+    """The workload given by --workload and -w.
 
     Raises:
         ConfigError: neither a preset nor a file, an unknown key, or a value that is refused.
@@ -131,20 +132,20 @@ def read_workload(name: str, overrides: list[str]) -> Workload:
 
 
 def _jobs(texts: list[str]) -> dict[str, str]:
-    """{name: data} of every --job."""
+    """{name: data} from the --job options."""
     jobs: dict[str, str] = {}
     for text in texts:
         name, equals, data = text.partition("=")
         if not (equals and name and data):
             raise ConfigError(f"--job: got {text!r}, expected NAME=DATA")
         if name in jobs:
-            raise ConfigError(f"--job: got {text!r}, expected another name: {name}={jobs[name]} came before")
+            raise ConfigError(f"--job: got {text!r}, but {name}={jobs[name]} was given before")
         jobs[name] = data
     return jobs
 
 
 def _start_job(engine: "Engine", name: str, data: str, lora: dict[str, Any], train: dict[str, Any]) -> "JobHandle":
-    """A job that outlasts the replay unless told otherwise."""
+    """Starts a job that by default outlasts the replay."""
     return engine.finetune(
         name,
         data,
@@ -154,16 +155,16 @@ def _start_job(engine: "Engine", name: str, data: str, lora: dict[str, Any], tra
 
 
 def _saved(job: "JobHandle") -> str:
-    """Saves a job when the replay was interrupted; what to say of it."""
+    """Saves a job after an interrupt, if it has an output_dir; returns a message about it."""
     if job.status not in ("queued", "running"):
         return f"job {job.name} is {job.status}"
     if job.output_dir is None:
-        return f"job {job.name} was interrupted at step {job.step}, and is not saved: it has no output_dir"
-    return f"job {job.name} was interrupted at step {job.step}: {job.checkpoint(job.output_dir / CHECKPOINTS)} holds it"
+        return f"job {job.name} was interrupted at step {job.step} and not saved: it has no output_dir"
+    return f"job {job.name} was interrupted at step {job.step}: saved to {job.checkpoint(job.output_dir / CHECKPOINTS)}"
 
 
 def _until_they_step(engine: "Engine", handles: list["JobHandle"], bar: JobBar, interrupted: list[int]) -> None:
-    """Waits until every job has made a step, so that no compile falls into the replay, or for an interrupt."""
+    """Waits until every job has made a step, so that nothing compiles during the replay, or for an interrupt."""
 
     def stepped() -> bool:
         for job in handles:
@@ -183,10 +184,10 @@ def measure(
     interrupted: list[int],
     details: bool = False,
 ) -> dict[str, Any]:
-    """Replays the requests beside the jobs; jobs that outlast them are cancelled.
+    """Replays the requests while the jobs train, then cancels jobs still running.
 
     Returns:
-        The result; {} after an interrupt, with the jobs as they are.
+        The result; {} after an interrupt, which leaves the jobs running.
     """
     before = {job.name: (job.step, _tokens(job)) for job in handles}
     start = shown = engine.loop.clock()
@@ -195,7 +196,7 @@ def measure(
         nonlocal shown
         for job in handles:
             bar.update(job)
-        if (now := engine.loop.clock()) > shown + REFRESH_S:  # a long replay must not pay for it at every step
+        if (now := engine.loop.clock()) > shown + REFRESH_S:  # too expensive to do at every step
             shown = now
             bar.show("requests served", *_progress(served, len(asked), now - start))
 
@@ -214,7 +215,7 @@ def measure(
 
 
 def _progress(served: list[Served], total: int, seconds: float) -> tuple[int, int, str]:
-    """(requests that have ended, all of them, what to say of them)."""
+    """(requests that have ended, total requests, status text)."""
     ended = sum(one.submitted is None or one.submitted.finished for one in served)
     tokens = sum(len(r.output_ids) for one in served if one.submitted for r in one.submitted.requests)
     return ended, total, f"{len(served) - ended} under way  {tokens / max(seconds, 1e-9):,.0f} tok/s"

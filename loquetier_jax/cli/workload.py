@@ -1,4 +1,4 @@
-"""What a serving loop replays: requests with their arrival times, from a file or from a generator. Imports no jax."""
+"""Workloads: requests with arrival times, read from a file or generated. Imports no jax."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,10 +25,10 @@ class Arrival:
 
     Attributes:
         at: Seconds from the start of the replay.
-        input_length: Tokens of a made-up prompt; ignored where `prompt` is given.
-        output_length: Tokens to generate: exactly so many for a made-up prompt, at most so many otherwise.
-        prompt: Text, token ids or chat messages; None for a made-up one.
-        adapter: A name, "base", or None: the replay assigns one.
+        input_length: Tokens of a random prompt; ignored if `prompt` is given.
+        output_length: Tokens to generate: exact for a random prompt, a maximum otherwise.
+        prompt: Text, token ids or chat messages; None for a random prompt.
+        adapter: A name or "base"; None lets the workload assign one.
     """
 
     at: float
@@ -40,22 +40,22 @@ class Arrival:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Where requests come from and how they are spread; the keys of a configs/workloads/ file.
+    """The source of requests and how they are assigned to adapters; the keys of a configs/workloads/ file.
 
     Attributes:
         source: A .jsonl file (Mooncake's {"timestamp" in ms, "input_length", "output_length"}, or "prompt" or
-            "messages" instead of the input length), any other file (arrivals: a whole second a line), or None:
-            a generator.
-        rate: Requests per second of the generator; 0 lets all arrive at once.
+            "messages" instead of the input length), any other file (one arrival time in seconds per line), or None
+            for the generator.
+        rate: Requests per second of the generator; 0 makes all arrive at once.
         burstiness: Shape of the gamma-distributed gaps, as in `vllm bench serve`: 1 is a Poisson process,
             below 1 is burstier, above 1 more regular.
-        num_requests: Of the generator; of a file, how many at most (None: all, and 100 of the generator).
-        input_len, output_len: [least, most] tokens, drawn uniformly where the source does not say.
-        assign: How requests without an adapter are spread over those that are served: "round-robin", "uniform" or
+        num_requests: Number of requests; None means 100 from the generator, or all of a file.
+        input_len, output_len: [min, max] tokens, drawn uniformly if not given by the source.
+        assign: How requests without an adapter are distributed over the adapters: "round-robin", "uniform" or
             "zipf".
         zipf: Exponent of "zipf".
         time_scale: Multiplies all arrival times; 0.5 replays twice as fast.
-        seed: Of everything drawn.
+        seed: Seed of everything random.
     """
 
     source: str | None = None
@@ -86,7 +86,7 @@ class Workload:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Workload":
-        """Raises ConfigError: an unknown key or a value the class refuses."""
+        """Builds a workload; raises ConfigError for an unknown key or a value that the class refuses."""
         return from_dict(cls, data, "workload ")
 
 
@@ -94,12 +94,12 @@ def arrivals(workload: Workload, adapters: Sequence[str]) -> list[Arrival]:
     """All requests of a workload, in order of arrival, each with its adapter.
 
     Args:
-        workload: What to read or generate; the same one gives the same requests.
-        adapters: Names to assign, "base" among them if the base is to be asked as well; at least one.
+        workload: The workload; equal workloads give equal requests.
+        adapters: Names to assign, at least one; may include "base".
 
     Raises:
-        DataError: a malformed file, with the line.
-        ConfigError: a line that names an adapter that is not among `adapters`.
+        DataError: a malformed line in the file; names it.
+        ConfigError: a line names an adapter that is not in `adapters`.
     """
     rng = np.random.default_rng(workload.seed)
     if workload.source is None:

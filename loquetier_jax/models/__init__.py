@@ -1,1 +1,1 @@
-"""The frozen base model: what it is (spec), what it computes (decoder, dense), how it is loaded (load)."""
+"""The frozen base model: architecture (spec), computation (decoder, dense) and loading (load)."""

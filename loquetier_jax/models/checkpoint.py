@@ -1,11 +1,11 @@
-"""A HF checkpoint on disk: safetensors, one file or sharded with an index, read one tensor at a time."""
+"""Reads HF safetensors checkpoints, single-file or sharded, one tensor at a time."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# safetensors' numpy reader finds bfloat16 only once this has registered it with numpy.
+# Registers bfloat16 with numpy, where safetensors looks it up.
 import ml_dtypes  # noqa: F401
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -17,13 +17,13 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_ROWS = 4096  # of a tensor that is compared, at a time
-_SHOWN = 5  # tensors named in full by one message
+_ROWS = 4096  # rows compared at a time
+_SHOWN = 5  # tensors listed in an error message
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is, under which name, and what its header says of it."""
+    """Location, name, shape and dtype of a tensor, from its file's header."""
 
     file: Path
     name: str
@@ -32,12 +32,12 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * _BYTES.get(self.dtype, 8)
 
 
 class Checkpoint:
-    """The tensors of a model folder. Construction reads headers only; no file is kept open.
+    """The tensors of a model folder. Construction reads only headers; no file is kept open.
 
     Attributes:
         entries: Tensor name -> Entry.
@@ -49,25 +49,25 @@ class Checkpoint:
         """Lists the tensors of all files.
 
         Raises:
-            ModelError: no safetensors, a missing or unreadable file, a tensor in two files; names it.
+            ModelError: no safetensors, a missing or unreadable file, or a tensor in two files; names it.
         """
         self.folder = folder
         self.entries = {}
         for file in _files(folder):
             for name, entry in _header(file).items():
                 if name in self.entries:
-                    raise ModelError(f"{name}: is in {self.entries[name].file.name} and again in {file.name}")
+                    raise ModelError(f"{name}: is in both {self.entries[name].file.name} and {file.name}")
                 self.entries[name] = entry
 
     def check(self, expected: Mapping[str, tuple[int, ...]], harmless: tuple[str, ...]) -> None:
-        """Compares names, shapes and dtypes with what a model needs.
+        """Checks names, shapes and dtypes against what a model needs.
 
         Args:
             expected: Tensor name -> shape.
-            harmless: Endings of names that may be there in addition.
+            harmless: Suffixes of additional names to ignore.
 
         Raises:
-            ModelError: a missing, an extra, a mis-shaped tensor, or one that is not f32, f16 or bf16.
+            ModelError: a missing, unexpected or misshapen tensor, or one that is not f32, f16 or bf16.
         """
         missing = [name for name in expected if name not in self.entries]
         if missing:
@@ -83,14 +83,14 @@ class Checkpoint:
                 raise ModelError(f"{name}: has dtype {entry.dtype} in {entry.file.name}, expected {DTYPES}")
 
     def rename(self, name: str, new: str) -> None:
-        """Reads a tensor by another name from now on."""
+        """Makes a tensor available under another name."""
         self.entries[new] = self.entries.pop(name)
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two tensors of one shape hold the same numbers; the host holds a few rows of them at a time.
+        """Whether two tensors of the same shape have equal values; compares a few rows at a time.
 
         Raises:
-            ModelError: a file cannot be read any more.
+            ModelError: a file can no longer be read.
         """
         entries = self.entries[name], self.entries[other]
         rows = entries[0].shape[0]
@@ -106,10 +106,10 @@ class Checkpoint:
         return True
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file, as a host copy of its own.
+        """Reads one tensor into a new host array, in the dtype of the file.
 
         Raises:
-            ModelError: the file cannot be read any more.
+            ModelError: the file can no longer be read.
         """
         entry = self.entries[name]
         try:
@@ -124,12 +124,12 @@ def _files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
-        raise ModelError(f"{folder}: has neither {SINGLE} nor {INDEX} (other formats are not read)")
+        raise ModelError(f"{folder}: has neither {SINGLE} nor {INDEX} (other formats are not supported)")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ModelError(f"{index}: weight_map: expected a mapping of tensor names to file names")
     for tensor, name in shards.items():
-        if Path(name).name != name:  # a file name, never a path out of the folder
+        if Path(name).name != name:  # refuse paths that leave the folder
             raise ModelError(f"{index}: {tensor}: got {name!r}, expected the name of a file in the folder")
         if not (folder / name).exists():
             raise ModelError(f"{folder / name}: no such file, though {INDEX} says it holds {tensor}")

@@ -23,7 +23,7 @@ Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]
 
 
 class LayerOps(Protocol):
-    """The expensive operations of one layer, bound to its weights; keeping, replaying is their business."""
+    """The expensive operations of one layer, bound to its weights; implementations may keep or replay activations."""
 
     def linear(self, group: str, h: Float[Array, "T in"]) -> Float[Array, "T out"]:
         """Base GEMM + bias + LoRA of a fused group (a key of `spec.GROUPS`)."""
@@ -31,17 +31,17 @@ class LayerOps(Protocol):
     def attend(
         self, q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"]
     ) -> Float[Array, "T NH"]:
-        """Attention with scale H^-0.5 over this layer's keys, window included; q and k come rotated."""
+        """Attention with scale H^-0.5 and this layer's window; q and k are already rotated."""
 
     def mlp(self, h: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """The gated MLP of the normed rows: `down_proj` of `gated` of `gate_up_proj`."""
+        """The gated MLP of the normed rows: `down_proj(gated(gate_up_proj(h)))`."""
 
 
 def embed(spec: DecoderSpec, params: Params, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
     """Embeddings of tokens in [0, V), in the dtype of the table."""
     table = params["embed_tokens"]
     x = table[tokens]
-    # HF rounds sqrt(D) to the weight dtype first (GemmaTextScaledWordEmbedding); in bf16 that is visible.
+    # HF rounds sqrt(D) to the weight dtype first (GemmaTextScaledWordEmbedding), which matters in bf16.
     return x * jnp.asarray(spec.hidden_size**0.5, table.dtype) if spec.embedding_scale else x
 
 
@@ -53,7 +53,7 @@ def rope_tables(spec: DecoderSpec, positions: Int[Array, " T"]) -> Rope:
 
 
 def rotate(x: Float[Array, "T heads H"], rope: Rope) -> Float[Array, "T heads H"]:
-    """Turns the pairs (x[i], x[i + H/2]) by the angles of `rope`, in f32; returns the dtype of x."""
+    """Rotates the pairs (x[i], x[i + H/2]) by the angles of `rope`, in f32; returns the dtype of x."""
     cos, sin = (table[:, None] for table in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -63,9 +63,9 @@ def rotate(x: Float[Array, "T heads H"], rope: Rope) -> Float[Array, "T heads H"
 def rms_norm(
     spec: DecoderSpec, x: Float[Array, "... D"], weight: Float[Array, " D"]
 ) -> Float[Array, "... D"]:
-    """RMSNorm over the last axis, statistics in f32.
+    """RMSNorm over the last axis, with statistics in f32.
 
-    Rounding as in HF: cast to the dtype of x, then multiply by w; Gemma: multiply by 1 + w in f32, then cast.
+    Rounds as HF does: cast to the dtype of x, then multiply by w; for Gemma, multiply by 1 + w in f32, then cast.
     """
     weight = jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
     wide = x.astype(jnp.float32)
@@ -79,14 +79,14 @@ def rms_norm(
 def layer(
     spec: DecoderSpec, w: LayerWeights, x: Float[Array, "T D"], rope: Rope, ops: LayerOps
 ) -> Float[Array, "T D"]:
-    """One decoder layer on T rows; everything worth keeping or sharing goes through `ops`.
+    """One decoder layer on T rows; everything expensive goes through `ops`.
 
     Args:
         spec: Architecture.
-        w: Weights of this layer; only its norms are read here.
+        w: Weights of this layer; only the norms are read here.
         x: Residual stream.
         rope: `rope_tables` of the rows.
-        ops: The projections, the attention and the MLP of this layer.
+        ops: The projections, attention and MLP of this layer.
 
     Returns:
         The residual stream after attention and MLP, in the dtype of x.
@@ -101,7 +101,7 @@ def layer(
 
 
 def gated(spec: DecoderSpec, gate_up: Float[Array, "T FF"]) -> Float[Array, "T F"]:
-    """act(gate) * up, the two side by side in `gate_up`; in its dtype, as `smlm_glu` defines it."""
+    """act(gate) * up of the two halves of `gate_up`, in its dtype, as defined by `smlm_glu`."""
     return activation.gated(spec.hidden_act, gate_up)
 
 
@@ -111,19 +111,19 @@ def final_norm(spec: DecoderSpec, params: Params, x: Float[Array, "T D"]) -> Flo
 
 
 def head(spec: DecoderSpec, params: Params) -> Linear:
-    """The matrix from hidden states to logits: the model's own, or its embedding's transpose."""
+    """The matrix from hidden states to logits: lm_head, or the transposed embedding if tied."""
     return Transposed(params["embed_tokens"]) if spec.tie_word_embeddings else params["lm_head"]
 
 
 def logits(spec: DecoderSpec, params: Params, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
-    """f32 logits of rows that `final_norm` has been applied to; accumulated in f32, never rounded."""
+    """f32 logits of rows after `final_norm`; accumulated in f32 and never rounded."""
     return head(spec, params).dot(x, jnp.float32)
 
 
 def logits_transpose(spec: DecoderSpec, params: Params, dlogits: Float[Array, "T V"]) -> Float[Array, "T D"]:
-    """d loss / d x of `logits`: its transpose, with the product in the compute dtype.
+    """d loss / d x of `logits`: its transpose, with operands in the compute dtype.
 
-    Autodiff would keep the f32 cotangent and convert the whole vocabulary matrix to f32 for it.
+    Autodiff would instead keep the cotangent in f32 and convert the whole vocabulary matrix to f32.
     """
     dtype = params["norm"].dtype
     return head(spec, params).dot_transpose(dlogits.astype(dtype), jnp.float32).astype(dtype)

@@ -1,4 +1,4 @@
-"""The plain reference: whole sequences, dense causal attention, no cache. Readable, differentiable, slow."""
+"""The reference implementation: whole sequences, dense causal attention, no cache. Differentiable and slow."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from loquetier_jax.models import decoder
 from loquetier_jax.models.spec import GROUPS, DecoderSpec
 
 Lora = Mapping[tuple[int, str], tuple[Array, Array, float | Array]]
-"""(layer, target) -> (A [r, in], B [out, r], scaling), PEFT's layout; an absent module has no delta."""
+"""(layer, target) -> (A [r, in], B [out, r], scaling), in PEFT's layout; missing modules have no delta."""
 
 
 def forward(
@@ -21,7 +21,7 @@ def forward(
     Args:
         spec: Architecture.
         params: Parameters; their dtype is the compute dtype.
-        tokens: Token ids in [0, V). Padding goes at the end, where causal attention keeps it harmless.
+        tokens: Token ids in [0, V). Padding goes at the end, where causal attention ignores it.
         lora: One adapter for all rows, or None. Differentiable, like params.
     """
     batch, length = tokens.shape
@@ -35,7 +35,7 @@ def forward(
 
 
 class DenseOps:
-    """The operations of one layer on rows that are B whole sequences, one after the other."""
+    """The operations of one layer on the rows of B concatenated whole sequences."""
 
     def __init__(
         self, spec: DecoderSpec, weights: decoder.LayerWeights, index: int, batch: int, lora: Lora
@@ -52,7 +52,7 @@ class DenseOps:
         return y + jnp.concatenate(parts, axis=-1)
 
     def mlp(self, h: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """The gated MLP, one projection after the other."""
+        """The gated MLP, unfused."""
         return self.linear("down_proj", decoder.gated(self.spec, self.linear("gate_up_proj", h)))
 
     def _delta(self, target: str, h: Float[Array, "T in"], width: int) -> Float[Array, "T width"]:
@@ -79,7 +79,7 @@ def causal_attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v over keys t <= p, and t > p - window if given; scores and softmax in f32."""
     batch, length, heads, dim = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, dim)  # query heads that share a key head side by side
+    q = q.reshape(batch, length, k.shape[2], -1, dim)  # group query heads by the key head they share
     scores = jnp.einsum("bpkgh,btkh->bkgpt", q, k, preferred_element_type=jnp.float32) * dim**-0.5
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None]
     seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -1,4 +1,4 @@
-"""Reading `config.json` and `generation_config.json` of a HF folder. Imports no jax, no transformers."""
+"""Reads `config.json` and `generation_config.json` of a HF folder. Imports neither jax nor transformers."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
 }
 
-# What transformers' config classes assume for keys a file may leave out.
+# Defaults of transformers' config classes for keys that a file may omit.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
@@ -31,7 +31,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Keys that change the maths of a model when set; any value but these is refused.
+# Keys that change a model's computation; values other than these are refused.
 _INERT: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "num_experts": (None, 0),
@@ -56,13 +56,13 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> dic
     """Returns the fields of `DecoderSpec`; see `DecoderSpec.from_hf`.
 
     Raises:
-        ModelError: an unsupported architecture or feature, or a missing or senseless value; names it.
+        ModelError: an unsupported architecture or feature, or a missing or invalid value; names the key.
     """
     config = _as_dict(config)
     model_type = _check_supported(config)
     config = {**_DEFAULTS[model_type], **config}
     layers, hidden = _integer(config, "num_hidden_layers"), _integer(config, "hidden_size")
-    if layers > _MOST_LAYERS:  # each is listed, before the files are asked whether they have it
+    if layers > _MOST_LAYERS:  # every layer is listed before the weights are looked at
         raise ModelError(f"num_hidden_layers: got {layers}, expected at most {_MOST_LAYERS}")
     length = _integer(config, "max_position_embeddings")
     theta, scaling = read_rope(config, length)
@@ -98,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        ModelError: the file is absent, not JSON, or not an object; names the path.
+        ModelError: the file is missing, not JSON, or not an object; names the path.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -127,7 +127,7 @@ def _as_dict(config: Any) -> dict[str, Any]:
     generation = path / "generation_config.json"
     if not generation.exists():
         return data
-    # Files disagree (a base's config beside the generation config of its chat model): whichever says so is right.
+    # The files may disagree (a base's config next to its chat model's generation config): take the union.
     ends = (*_token_ids(data, "eos_token_id"), *_token_ids(read_json(generation), "eos_token_id"))
     return {**data, "eos_token_id": list(ends)}
 
@@ -168,7 +168,7 @@ def _heads(config: Mapping[str, Any], hidden: int) -> dict[str, int]:
     else:
         head_dim = hidden // heads
     if head_dim % 2:
-        raise ModelError(f"head_dim: got {head_dim}, expected an even number (rope turns pairs)")
+        raise ModelError(f"head_dim: got {head_dim}, expected an even number (rope rotates pairs)")
     return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
@@ -183,7 +183,7 @@ def _activation(config: Mapping[str, Any], model_type: str) -> str:
     names = [config[key] for key in ("hidden_act", "hidden_activation") if config.get(key) is not None]
     names = names or ["gelu_pytorch_tanh" if model_type == "gemma" else "silu"]
     if model_type == "gemma":
-        # The first Gemma files say "gelu" and mean the tanh approximation (transformers #29402).
+        # Early Gemma files say "gelu" but mean the tanh approximation (transformers #29402).
         names = ["gelu_pytorch_tanh" if name == "gelu" else name for name in names]
     for name in names:
         if not isinstance(name, str) or name not in _ACTIVATIONS:
@@ -194,7 +194,7 @@ def _activation(config: Mapping[str, Any], model_type: str) -> str:
 
 
 def _windows(config: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
-    if model_type in ("llama", "gemma"):  # their HF classes have no such feature and ignore the keys
+    if model_type in ("llama", "gemma"):  # their HF classes ignore these keys
         return (None,) * layers
     used = model_type == "mistral" or bool(config.get("use_sliding_window"))
     window = _integer(config, "sliding_window") if used and config.get("sliding_window") is not None else None

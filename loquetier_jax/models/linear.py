@@ -1,4 +1,4 @@
-"""Frozen weight matrices as objects: a layer asks for a product, and knows no storage."""
+"""Frozen weight matrices as objects, so that layers do not depend on how a matrix is stored."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +11,16 @@ from numpy.typing import DTypeLike
 
 @runtime_checkable
 class Linear(Protocol):
-    """y = h W + b of rows h [T, in] and a frozen matrix W [in, out], however it is stored."""
+    """y = h W + b for rows h [T, in] and a frozen matrix W [in, out] in any storage format."""
 
     def dot(self, h: Float[Array, "T in"], dtype: DTypeLike | None = None) -> Float[Array, "T out"]:
-        """h W, plus the bias where there is one; in `dtype` (also of the accumulation), None for that of h."""
+        """h W plus the bias, if any; accumulated and returned in `dtype`, or h's dtype if None."""
 
     def dot_transpose(self, dy: Float[Array, "T out"], dtype: DTypeLike | None = None) -> Float[Array, "T in"]:
-        """dy W^T: d loss / d h from d loss / d y. W has no gradient."""
+        """dy W^T, i.e. d loss / d h from d loss / d y. W has no gradient."""
 
 
-# The bias first: the leaves of a layer lie in the order of their names in a checkpoint, o_bias before o_proj.
+# The bias comes first, to keep a layer's leaves in checkpoint order (o_bias before o_proj).
 @partial(jax.tree_util.register_dataclass, data_fields=["bias", "w"], meta_fields=[])
 @dataclass(frozen=True)
 class Dense:
@@ -47,7 +47,7 @@ class Dense:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Transposed:
-    """A matrix that is stored as its transpose: an embedding table as the output head.
+    """A matrix stored as its transpose: an embedding table used as the output head.
 
     Attributes:
         w: [out, in].
@@ -65,5 +65,5 @@ class Transposed:
 
 
 def _product(x: Array, w: Array, axis: int, dtype: DTypeLike | None) -> Array:
-    """x's columns against one axis of w."""
+    """Contracts x's columns with axis `axis` of w."""
     return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=dtype)

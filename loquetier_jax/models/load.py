@@ -1,4 +1,4 @@
-"""How base parameters come to the device: from a HF folder, streamed, or drawn at random."""
+"""Puts base parameters on the device: streamed from a HF folder, or randomly initialised."""
 
 import functools
 import logging
@@ -26,21 +26,21 @@ _ROTARY_BUFFERS = "rotary_emb.inv_freq"  # written by transformers before 4.32; 
 
 
 def load_hf(folder: str | os.PathLike[str], dtype: jnp.dtype | str | None = None) -> tuple[DecoderSpec, Tree]:
-    """Loads a HF model folder, tensor by tensor: the host holds one parameter at a time.
+    """Loads a HF model folder tensor by tensor; the host holds one parameter at a time.
 
-    Everything is checked from the headers before the first tensor is read. Where a config ties the head to the
-    embedding and the files hold another head, the files count, as for transformers 5: there is a warning, and the spec
-    that comes back says False. Of a tied pair either name may be missing.
+    Everything is checked from the headers before any tensor is read. If the config ties the head to the embedding but
+    the files contain a different head, the files win, as in transformers 5: there is a warning, and the returned spec
+    has tie_word_embeddings=False. Either name of a tied pair may be missing.
 
     Args:
-        folder: Holds `config.json` and safetensors.
-        dtype: float32, bfloat16 or float16; None takes what the config names (float32 if it names none).
+        folder: Contains `config.json` and safetensors.
+        dtype: float32, bfloat16 or float16; None uses the config's dtype (float32 if it has none).
 
     Returns:
         (spec, params), params as in `parameters.param_table`.
 
     Raises:
-        ModelError: an unsupported config; a missing, extra, mis-shaped or unreadable tensor or file (named).
+        ModelError: an unsupported config, or a missing, unexpected, misshapen or unreadable tensor or file (named).
     """
     dtype = None if dtype is None else _compute_dtype(dtype)
     spec, checkpoint = open_hf(folder)
@@ -49,7 +49,7 @@ def load_hf(folder: str | os.PathLike[str], dtype: jnp.dtype | str | None = None
 
 
 def open_hf(folder: str | os.PathLike[str]) -> tuple[DecoderSpec, Checkpoint]:
-    """The architecture of a HF model folder and its tensors, checked against each other; reads none of them.
+    """The architecture and tensor index of a HF model folder, checked against each other; reads no tensors.
 
     Raises:
         ModelError: see `load_hf`.
@@ -59,7 +59,7 @@ def open_hf(folder: str | os.PathLike[str]) -> tuple[DecoderSpec, Checkpoint]:
         raise ModelError(f"{folder}: no such folder")
     spec, checkpoint = DecoderSpec.from_hf(folder), Checkpoint(folder)
     tied = spec.tie_word_embeddings
-    if tied and HEAD in checkpoint.entries:  # as transformers 5: the files say whether the two are one
+    if tied and HEAD in checkpoint.entries:  # as in transformers 5, the files decide whether they are tied
         if EMBEDDING not in checkpoint.entries:
             checkpoint.rename(HEAD, EMBEDDING)
         else:
@@ -71,8 +71,8 @@ def open_hf(folder: str | os.PathLike[str]) -> tuple[DecoderSpec, Checkpoint]:
             del checkpoint.entries[HEAD]
             return replace(spec, tie_word_embeddings=True), checkpoint
         log.warning(
-            "%s: config.json says tie_word_embeddings, but %s differs from %s: the two are kept apart; "
-            "set tie_word_embeddings to false",
+            "%s: config.json sets tie_word_embeddings, but %s differs from %s; loading them as separate matrices. "
+            "Set tie_word_embeddings to false to silence this warning",
             checkpoint.folder,
             HEAD,
             EMBEDDING,
@@ -81,15 +81,15 @@ def open_hf(folder: str | os.PathLike[str]) -> tuple[DecoderSpec, Checkpoint]:
 
 
 def init_random(spec: DecoderSpec, key: Array, dtype: jnp.dtype | str = "float32") -> Tree:
-    """Parameters drawn on the device: matrices N(0, 1/in), embeddings N(0, 1/D), norms neutral, biases zero.
+    """Random parameters on the device: matrices of variance 1/in, embeddings 1/D, norms neutral, biases zero.
 
     Args:
         spec: Architecture.
-        key: A jax PRNG key; a leaf's numbers depend on it and on the leaf's place in the tree alone.
+        key: A jax PRNG key; a leaf depends only on it and on the leaf's position in the tree.
         dtype: float32, bfloat16 or float16.
 
     Raises:
-        ModelError: another dtype.
+        ModelError: an unsupported dtype.
     """
     dtype = _compute_dtype(dtype)
     table = param_table(spec)
@@ -119,7 +119,7 @@ def _compute_dtype(dtype: jnp.dtype | str) -> np.dtype:
 
 
 def _place(tree: Tree, make: Callable[..., Array], is_leaf: Callable[[object], bool] | None = None) -> Tree:
-    """tree.map(make): each leaf is on the device before the next begins."""
+    """tree.map(make), with each leaf on the device before the next one is made."""
     return jax.tree.map(lambda leaf: jax.block_until_ready(make(leaf)), tree, is_leaf=is_leaf)
 
 
@@ -127,7 +127,7 @@ def _load(checkpoint: Checkpoint, parameter: Parameter, dtype: np.dtype) -> Arra
     parts = [checkpoint.read(name) for name, _ in parameter.tensors]
     if len({part.dtype for part in parts}) > 1:
         parts = [part.astype(dtype) for part in parts]
-    # Targets are fused by rows, torch's (out, in), a plain copy; the device transposes much faster.
+    # Concatenate in torch's (out, in) layout, a plain copy; the device transposes much faster than the host.
     fused = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return _finisher(dtype, parameter.kind == "matrix")(jax.device_put(fused))
 

@@ -1,4 +1,4 @@
-"""The parameter tree: shape and checkpoint tensors of every leaf, from one table."""
+"""The parameter tree: shape and checkpoint tensors of every leaf."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,9 @@ class Parameter:
     """One leaf of the parameter tree.
 
     Attributes:
-        kind: "embedding", "matrix" (transposed in the checkpoint: torch keeps (out, in)), "norm" or "bias".
+        kind: "embedding", "matrix" (transposed in the checkpoint: torch stores (out, in)), "norm" or "bias".
         shape: Shape of the leaf.
-        tensors: Name and shape of the checkpoint tensors that make it up, in order along the output.
+        tensors: Names and shapes of the checkpoint tensors that it is concatenated from, along the output axis.
     """
 
     kind: str
@@ -33,7 +33,7 @@ def param_table(spec: DecoderSpec) -> Tree:
     {"embed_tokens": [V, D], "norm": [D], "lm_head"?: Dense [D, V] (absent when tied), "layers": [
         {"input_layernorm": [D], "qkv_proj": Dense [D, (N+2K)H], "q_norm"?: [H], "k_norm"?: [H],
         "o_proj": Dense [NH, D], "post_attention_layernorm": [D], "gate_up_proj": Dense [D, 2F],
-        "down_proj": Dense [F, D]} x L]}, a Dense with a bias where `spec.has_bias` says so.
+        "down_proj": Dense [F, D]} x L]}, where a Dense has a bias if `spec.has_bias`.
     """
     vocab, width = spec.vocab_size, spec.hidden_size
     embedding = (("model.embed_tokens.weight", (vocab, width)),)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: its parameters as read from a config, and its frequencies. Imports no jax."""
+"""Rotary position embedding: its configuration and frequencies. Imports no jax."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from loquetier_jax.errors import ModelError
 
-DEFAULT_THETA = 10_000.0  # what transformers assumes when a config names no rope_theta
+DEFAULT_THETA = 10_000.0  # transformers' default rope_theta
 
 _COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
@@ -19,13 +19,13 @@ _LENGTH_KEY = "original_max_position_embeddings"
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """Llama 3.1's stretching of the long wavelengths.
+    """Llama 3.1's scaling of long wavelengths.
 
     Attributes:
-        factor: Wavelengths above `original_max_position_embeddings / low_freq_factor` are stretched by this.
+        factor: Wavelengths above `original_max_position_embeddings / low_freq_factor` are multiplied by this.
         low_freq_factor: Sets the wavelength above which the full factor applies.
-        high_freq_factor: Sets the wavelength below which nothing changes; between the two: interpolation.
-        original_max_position_embeddings: Context length of the pretraining, tokens.
+        high_freq_factor: Sets the wavelength below which nothing changes; in between, frequencies are interpolated.
+        original_max_position_embeddings: Context length in pretraining, tokens.
     """
 
     factor: float
@@ -38,14 +38,14 @@ def read_rope(config: Mapping[str, Any], max_position_embeddings: int) -> tuple[
     """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (Hub files).
 
     Args:
-        config: The whole `config.json`.
-        max_position_embeddings: Stands in for an absent `original_max_position_embeddings`.
+        config: The parsed `config.json`.
+        max_position_embeddings: Default for `original_max_position_embeddings`.
 
     Returns:
         (rope_theta, rope_scaling).
 
     Raises:
-        ModelError: a rope type that is not default or llama3, an unknown key, a missing or senseless number.
+        ModelError: a rope type that is not default or llama3, an unknown key, a missing or invalid number.
     """
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name) or {}
@@ -91,8 +91,8 @@ def inverse_frequencies(
 ) -> Float[np.ndarray, " half"]:
     """Radians per position of each rotated pair: f32 [head_dim / 2].
 
-    theta^(-2i / head_dim), with Llama 3.1's change as in transformers' `_compute_llama3_parameters`: all
-    in f32, in the same order of operations, because positions up to 10^5 multiply any difference.
+    theta^(-2i / head_dim), with Llama 3.1's scaling as in transformers' `_compute_llama3_parameters`: in f32 and in
+    the same order of operations, because positions up to 10^5 amplify any difference.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = (np.float32(1.0) / np.float32(theta) ** exponent).astype(np.float32)

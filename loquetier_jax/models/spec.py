@@ -1,4 +1,4 @@
-"""What a decoder-only base model is: one frozen description for all supported families. Imports no jax."""
+"""The architecture of a decoder-only base model, one dataclass for all supported families. Imports no jax."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "down_proj": ("down_proj",),
 }
-"""Fused projection -> its targets in order along the output: one GEMM and one LoRA launch serve a group."""
+"""Fused projection -> its targets, in order along the output; a group takes one GEMM and one LoRA launch."""
 
 MODULES: dict[str, str] = {
     "q_proj": "self_attn.q_proj",
@@ -25,14 +25,14 @@ MODULES: dict[str, str] = {
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
 }
-"""Target -> its path below `model.layers.{i}.` in a HF checkpoint."""
+"""Target -> its path under `model.layers.{i}.` in a HF checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
     """Architecture of a pre-norm decoder with grouped-query attention, rotate-half rope and a gated MLP.
 
-    Families differ in fields, not in code. Hashable, so that it can be a static argument of jit.
+    Families differ only in field values. Hashable, so that it can be a static argument of jit.
 
     Attributes:
         model_type: The HF family: llama, qwen2, qwen3, mistral or gemma.
@@ -43,23 +43,23 @@ class DecoderSpec:
         head_dim: H, even; N * H need not be D.
         intermediate_size: Width F of the MLP.
         vocab_size: V.
-        max_position_embeddings: Context length the model was made for, tokens.
+        max_position_embeddings: Maximum context length, tokens.
         rms_norm_eps: Epsilon of every RMSNorm.
         hidden_act: Activation of the gate, a key of `pallas_kernels.common.activation.ACTIVATIONS`.
         attention_bias: Whether q, k and v have a bias.
-        o_bias: Whether o has one.
-        mlp_bias: Whether gate, up and down have one.
-        qk_norm: Whether q and k pass an RMSNorm over head_dim before rope (Qwen3).
+        o_bias: Whether o has a bias.
+        mlp_bias: Whether gate, up and down have a bias.
+        qk_norm: Whether RMSNorm over head_dim is applied to q and k before rope (Qwen3).
         norm_plus_one: Whether RMSNorm multiplies by 1 + w (Gemma).
         embedding_scale: Whether embeddings are multiplied by sqrt(D), rounded to the weight dtype (Gemma).
         tie_word_embeddings: Whether the output head is the transposed embedding.
         rope_theta: Base of the rope frequencies.
-        rope_scaling: Llama 3.1's change of them, or None.
-        sliding_window: Per layer w (a query at p sees keys t with p - w < t <= p) or None for full attention.
-        eos_token_ids: Tokens that end a text; of a folder those of config.json and of generation_config.json.
-        bos_token_id: Token that begins one, or None.
+        rope_scaling: Llama 3.1's frequency scaling, or None.
+        sliding_window: Per layer, w (a query at p sees keys t with p - w < t <= p) or None for full attention.
+        eos_token_ids: End-of-sequence tokens; for a folder, from both config.json and generation_config.json.
+        bos_token_id: Beginning-of-sequence token, or None.
         pad_token_id: Padding token, or None.
-        dtype: Dtype the checkpoint names for its weights ("bfloat16", ...), or None.
+        dtype: Dtype of the checkpoint's weights according to the config ("bfloat16", ...), or None.
     """
 
     model_type: str
@@ -90,25 +90,25 @@ class DecoderSpec:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> "DecoderSpec":
-        """Reads a HF config, in the form of Hub files or of transformers 5.
+        """Reads a HF config, in the format of Hub files or of transformers 5.
 
         Args:
-            config: A `config.json` as a dict, a `PretrainedConfig`, the file's path, or the model folder;
-                a folder's `generation_config.json` may add to its `eos_token_id`.
+            config: A `config.json` as a dict or a path, a `PretrainedConfig`, or a model folder, whose
+                `generation_config.json` may add to `eos_token_id`.
 
         Raises:
-            ModelError: an unsupported architecture or feature, or a missing or senseless value; names it.
+            ModelError: an unsupported architecture or feature, or a missing or invalid value; names the key.
         """
         return cls(**hf_config.read_config(config))
 
     @property
     def q_size(self) -> int:
-        """Columns of q in the fused qkv: N * H."""
+        """Columns of q in the fused qkv projection: N * H."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Columns of k, and of v: K * H."""
+        """Columns of k and of v: K * H."""
         return self.num_key_value_heads * self.head_dim
 
     @property

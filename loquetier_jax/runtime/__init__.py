@@ -1,1 +1,1 @@
-"""The loop that turns decisions into dispatched steps: requests, scoring, training, each with its own keeper."""
+"""The engine loop, which turns scheduling decisions into dispatched steps."""

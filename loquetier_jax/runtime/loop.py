@@ -1,4 +1,4 @@
-"""One iteration: look at the queues, decide, dispatch, and read what the iteration before left on the device."""
+"""The engine loop: each iteration inspects the queues, decides, dispatches, and reads the previous iteration."""
 
 import time
 from collections.abc import Callable
@@ -34,12 +34,12 @@ from loquetier_jax.train.runner import JobRunner
 class Loop:
     """Runs iterations. The host is at most one iteration ahead of the device.
 
-    One thread at a time calls it. `lock` is held while queues, jobs and pages are looked at and changed, and not while
-    the device is waited for: others may take it then.
+    Called by one thread at a time. `lock` is held while queues, jobs and pages are read or changed, but not while
+    waiting for the device, when other threads may take it.
 
     Attributes:
-        epoch: Iterations dispatched; the epoch of the last one.
-        on_iteration: Called with (decision, milliseconds) whenever an iteration has been read.
+        epoch: Number of iterations dispatched, i.e. the epoch of the last one.
+        on_iteration: Called with (pending, milliseconds) after an iteration has been read.
     """
 
     cfg: EngineConfig
@@ -61,16 +61,16 @@ class Loop:
 
     @property
     def busy(self) -> bool:
-        """Whether dispatched work has not been read."""
+        """Whether any dispatched work has not been read."""
         return bool(self._pending)
 
     def is_idle(self) -> bool:
-        """Whether there is nothing to do, and will be nothing before somebody asks for it."""
+        """Whether there is no work until the next command."""
         serving, training = self.serving, self.training
         return not (self.busy or serving.waiting or serving.running or training.device_jobs or self.scoring)
 
     def iterate(self) -> bool:
-        """Dispatches one decision and reads the one before; returns whether there was anything to do."""
+        """Dispatches one decision and reads the previous one; returns whether there was any work."""
         with self.lock:
             sent, progress = self._next()
         if self._pending and (not sent or len(self._pending) > 1):
@@ -79,7 +79,7 @@ class Loop:
         return progress
 
     def _next(self) -> tuple[bool, bool]:
-        """Decides and dispatches; (whether something was dispatched, whether that or something else has happened)."""
+        """Decides and dispatches; returns (whether anything was dispatched, whether there was any progress)."""
         self.training.tick(self.epoch)
         self.scoring.open()
         decision = decide(self.snapshot(), self.latency, self.policy)
@@ -87,11 +87,11 @@ class Loop:
         admitted = [r for r in decision.admit if self._admit(self.serving.waiting[r])]
         decision = replace(decision, prefill=self._admitted_only(decision, admitted))
         sent = self._dispatch(decision)
-        # One that could not be admitted after all is no progress: who waits for it would wait for ever.
+        # A failed admission is not progress, or a caller waiting for that request would wait forever.
         return sent, sent or any(r not in self.serving.waiting for r in decision.admit)
 
     def snapshot(self) -> Snapshot:
-        """What a decision depends on, taken now."""
+        """The scheduler's input, as of now."""
         training, cfg, forecast = self.training, self.cfg, self.forecast()
         train_buckets = training.buckets()
         slices = len(self.functions.slices(cfg.slice_layers))
@@ -111,7 +111,7 @@ class Loop:
         )
 
     def forecast(self) -> Forecast:
-        """When the work in flight will be done, as predicted."""
+        """Predicts when the work in flight will be done."""
         now, late_ms = self.clock(), 0.0
         tokens = ready = self._last_ready
         for pending in self._pending:
@@ -122,7 +122,7 @@ class Loop:
         return Forecast(max(now, tokens), max(now, ready), late_ms)
 
     def drain(self) -> None:
-        """Reads everything dispatched."""
+        """Reads the results of everything dispatched."""
         while self._pending:
             self.read()
 
@@ -139,7 +139,7 @@ class Loop:
 
     def _dispatch(self, decision: Decision) -> bool:
         pending = Pending(self.epoch + 1, self.clock())
-        self.epoch += 1  # whatever is released from here on may be in use by this iteration
+        self.epoch += 1  # this iteration may use anything released from here on
         if decision.bucket is not None and (
             decision.decode or decision.prefill or decision.packs or decision.score
         ):
@@ -154,7 +154,7 @@ class Loop:
         return True
 
     def _forward(self, pending: Pending, decision: Decision) -> None:
-        """Dispatches one forward with everything that the decision puts into it."""
+        """Dispatches one forward with all rows of the decision."""
         items = self.serving.items(set(decision.decode), decision.prefill)
         self._run_forward(pending, decision.bucket, items, decision.packs, decision.score)
 
@@ -173,7 +173,7 @@ class Loop:
         batch, rows = pack_step(items, bucket, self.cfg)
         run = self.functions.forward(bucket, started is not None and started.run.key.dropout)
         out = self.state.run_forward(run, jax.device_put(ravel(batch)))
-        if items.decode or items.prefill:  # a second forward of this iteration has none: leave the first one's
+        if items.decode or items.prefill:  # only the first forward of an iteration has inference rows
             self.serving.sent(items, rows)
             pending.rows, pending.sampled = rows, out.sampled
         if tasks:
@@ -188,7 +188,7 @@ class Loop:
             pending.tail.append(started.run.tail)
 
     def _quantum(self, pending: Pending, quantum: Quantum) -> None:
-        """Dispatches a piece of training or scoring without inference rows."""
+        """Dispatches one quantum: a piece of training or scoring without inference rows."""
         training = self.training
         if quantum.kind == "forward":
             self._run_forward(pending, quantum.bucket, StepItems(), quantum.packs, quantum.score)
@@ -217,7 +217,7 @@ class Loop:
         pending.tail.append(run.tail)
 
     def read(self) -> None:
-        """Waits for the oldest iteration and hands its results out: tokens as soon as they are there."""
+        """Waits for the oldest iteration and delivers its results, tokens as soon as they are available."""
         pending = self._pending[0]
         tokens = self._read_tokens(pending)
         scores = {name: np.asarray(value) for name, value in pending.scores.items()}
@@ -237,7 +237,7 @@ class Loop:
             self.on_iteration(pending, ms)
 
     def _read_tokens(self, pending: Pending) -> float | None:
-        """Hands out the tokens, which do not wait for what runs after the forward; when they came, None without any."""
+        """Delivers tokens before the quanta after the forward finish; returns when they were read, None without any."""
         if not pending.rows:
             return None
         sampled = {name: np.asarray(value) for name, value in pending.sampled.items()}
@@ -247,14 +247,14 @@ class Loop:
         return now
 
     def fail(self, message: str) -> None:
-        """Ends every request and job with an error: the engine is lost. The caller has the lock."""
+        """Ends every request and job with an error: the engine has failed. The caller holds the lock."""
         self.serving.fail_all(message, self.clock())
         for device_job in self.training.device_jobs.values():
             if not device_job.job.finished:
                 device_job.job.fail(message)
 
     def _observe(self, pending: Pending, tokens: float | None, ready: float) -> float:
-        """Keeps the latency table true; returns the milliseconds of the whole iteration."""
+        """Updates the latency model; returns the milliseconds of the whole iteration."""
         started = max(self._last_ready, pending.started)
         self._last_ready = ready
         ms = 1e3 * (ready - started)

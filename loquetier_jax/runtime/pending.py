@@ -1,4 +1,4 @@
-"""What has been dispatched and not been read."""
+"""Work that has been dispatched but not read."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,18 +13,18 @@ from loquetier_jax.train.passes import OptimizerResult, RunningPass
 
 @dataclass
 class Pending:
-    """What an iteration dispatched and nobody has read yet.
+    """One dispatched iteration whose results have not been read.
 
     Attributes:
         epoch: Number of the iteration.
-        started: When its first dispatch began, seconds.
-        rows, sampled: Tokens and whose they are.
-        tasks, scores, score_rows: Score rows and whose they are.
-        done: A training pass whose last gradient is among the dispatched.
+        started: When its first dispatch began, in seconds.
+        rows, sampled: Sampled tokens, and the request of each row.
+        tasks, scores, score_rows: Scores, their tasks, and the rows of a score pack.
+        done: A micro-step whose last gradient is in this iteration.
         optimizers: Optimizer steps.
-        tail: More arrays whose readiness means that the iteration has completed.
+        tail: Other arrays that must be ready for the iteration to be complete.
         forward, quanta: What ran, for the latency model.
-        fused: Whether a training pass starts in the forward: the head of its backward follows, as a part of it.
+        fused: Whether the forward has train rows, in which case the start of their backward is timed as part of it.
     """
 
     epoch: int
@@ -43,11 +43,11 @@ class Pending:
 
 
 class Forecast(NamedTuple):
-    """What is predicted of the work in flight; now, where there is none.
+    """Prediction for the work in flight; the current time if there is none.
 
     Attributes:
-        tokens, ready: When its last tokens come, and when all of it is done: seconds.
-        late_ms: By how much later that is once in a hundred times.
+        tokens, ready: When its last tokens arrive and when all of it is done, in seconds.
+        late_ms: By how much the actual time exceeds `ready` once in a hundred iterations.
     """
 
     tokens: float

@@ -1,4 +1,4 @@
-"""Compiling and measuring every bucket ahead of time: serving first, training in the background."""
+"""Compiles and measures the serving buckets ahead of time; training buckets compile in the background."""
 
 import functools
 import logging
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def enable_compilation_cache(folder: str | None) -> None:
-    """Switches the persistent XLA cache on: a second start compiles nothing.
+    """Enables the persistent XLA cache, so that a second start compiles nothing.
 
     Args:
-        folder: Where; "" leaves jax's setting alone, None is ~/.cache/loquetier_jax/xla.
+        folder: Cache folder; "" leaves jax's setting alone, None is ~/.cache/loquetier_jax/xla.
     """
     if folder == "":
         return
@@ -44,20 +44,20 @@ def enable_compilation_cache(folder: str | None) -> None:
 
 @functools.cache
 def tell_of_broken_bits() -> None:
-    """Says once a process, in one line, where rows do not keep their bits (see `pallas_kernels.common.cpu_bits`)."""
+    """Warns once per process if rows are not bit-identical across batches (see `pallas_kernels.common.cpu_bits`)."""
     if not cpu_bits.rows_keep_their_bits():
         log.warning(cpu_bits.BROKEN)
 
 
 def serving_first(buckets: Iterable[Bucket]) -> list[Bucket]:
-    """Buckets in the order they are compiled: those a request cannot do without, then score, then train."""
+    """Buckets in compile order: inference only, then with score packs, then with train packs."""
     return sorted(buckets, key=lambda b: (b.packs > 0, b.score_packs > 0, b.rows))
 
 
 def compile_serving(
     functions: StepFunctions, state: DeviceState, cfg: EngineConfig, latency: LatencyModel, progress: bool
 ) -> None:
-    """Compiles and measures all forwards without train rows; the engine is ready when this returns."""
+    """Compiles and measures all forwards without train rows; the engine can serve once this returns."""
     buckets = [b for b in serving_first(cfg.buckets) if not b.packs]
     columns = (
         SpinnerColumn(),
@@ -85,7 +85,7 @@ def measure_forward(
     bucket: Bucket,
     repeats: int = 3,
 ) -> None:
-    """Runs a forward of padding alone (only trash pages and the trash slot are written) and records its time."""
+    """Times a forward with only padding rows (it writes only trash pages and the trash slot)."""
     run = functions.forward(bucket)
     flat = jax.device_put(ravel(empty_batch(bucket, cfg)))
     times = []

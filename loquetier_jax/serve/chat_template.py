@@ -1,4 +1,4 @@
-"""A conversation to text by the tokenizer's chat template: the one way there is, for serving and for training."""
+"""Renders conversations with the tokenizer's chat template; shared by serving and training."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,23 +16,23 @@ from loquetier_jax.errors import short
 from loquetier_jax.serve.messages import REASONING, ChatError, plain_json
 
 Message = dict[str, Any]
-# What a render is given by other arguments, or by nobody.
+# Variables set by other arguments, or internally; not allowed in chat_template_kwargs.
 _RESERVED = ("messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception")
 
-# Renders of a template share its environment, and some versions of transformers keep the marks of one there.
+# Renders of a template share its environment, where some versions of transformers store the marks of one render.
 _rendering = threading.Lock()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What the text of a template tells: the variables it asks for, and the keys it may look up."""
+    """The variables that a template's source refers to, and the keys it may look up."""
 
     variables: frozenset[str]
     keys: frozenset[str]
 
 
 class ChatTemplate:
-    """A tokenizer's chat template with everything but the messages: what it renders depends on those alone."""
+    """A tokenizer's chat template with all of its inputs bound except the messages."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class ChatTemplate:
         Args:
             tokenizer: Must have a chat template.
             tools: JSON schemas of the functions that may be called.
-            chat_template_kwargs: Further variables of the template, e.g. {"enable_thinking": False}.
-            now: The date and time of a template that prints them; None is the time of this call.
+            chat_template_kwargs: Extra template variables, e.g. {"enable_thinking": False}.
+            now: Date and time for templates that print them; None means now.
 
         Raises:
-            ChatError: no tokenizer, no template, one that is no Jinja, or an argument that it has no place for.
+            ChatError: no tokenizer, no template, an invalid template, or an argument that it does not use.
         """
         if tokenizer is None or not tokenizer.chat_template:
             raise ChatError("messages: got a chat, expected a prompt: the model folder has no chat template")
@@ -73,15 +73,16 @@ class ChatTemplate:
         self._variables = {"documents": None, **tokenizer.special_tokens_map, **kwargs}
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False, whole: bool = True) -> str:
-        """The text of some messages, as transformers' `apply_chat_template` renders it.
+        """Renders messages as transformers' `apply_chat_template` does.
 
         Args:
             messages: As `normalize_messages` returns them.
-            generation_prompt: Whether to open the assistant's turn behind them.
-            whole: False: a part or a variant of a conversation that has been rendered, and may lack what that shows.
+            generation_prompt: Whether to append the opening of the assistant's turn.
+            whole: Whether to check that no content is dropped; False for parts or variants of a conversation that has
+                already been checked.
 
         Raises:
-            ChatError: the template refuses them, or has no place for what one of them holds.
+            ChatError: the template refuses the messages, or drops part of one.
         """
         text = self._render(messages, generation_prompt, [])
         if whole:
@@ -89,14 +90,14 @@ class ChatTemplate:
         return text
 
     def render_marked(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """(text, [(start, stop)] of what stands in the template's own `{% generation %}` blocks, in characters)."""
+        """(text, character ranges [(start, stop)] of the template's `{% generation %}` blocks)."""
         marks: list[tuple[int, int]] = []
         text = self._render(messages, False, marks)
         self._refuse_dropped(messages, text, False)
         return text, marks
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool, marks: list[tuple[int, int]]) -> str:
-        blocks: list[str] = []  # the tracker reads from it how long the text is so far
+        blocks: list[str] = []  # the tracker measures the text so far from it
         try:
             with _rendering, self._template.environment.activate_tracker(blocks, marks):
                 for block in self._template.generate(
@@ -107,12 +108,12 @@ class ChatTemplate:
                     strftime_now=self._now.strftime,
                 ):
                     blocks.append(block)
-        except Exception as error:  # a template is code of the model's author: it raises what it likes
+        except Exception as error:  # a template is third-party code and may raise anything
             raise ChatError(f"messages: refused by the chat template: {error}") from error
         return "".join(blocks)
 
     def _refuse_dropped(self, messages: Sequence[Message], text: str, generation_prompt: bool) -> None:
-        """Calls, reasoning and content that a template has no place for would vanish without a word."""
+        """Refuses messages whose tool calls, reasoning or content the template would silently drop."""
         self._refuse_dropped_content(messages, text, generation_prompt)
         for key, aliases in (("tool_calls", ("tool_calls",)), ("reasoning_content", REASONING)):
             if not self._source.keys.isdisjoint(aliases):
@@ -133,7 +134,7 @@ class ChatTemplate:
             changed = [*messages[:i], {**messages[i], "content": unseen}, *messages[i + 1 :]]
             try:
                 same = self._render(changed, generation_prompt, []) == text
-            except ChatError:  # it looks at the content, or it would not mind another one
+            except ChatError:  # the template depends on the content, so it does not drop it
                 continue
             if same:
                 beside = " beside tool_calls" if messages[i].get("tool_calls") else ""
@@ -142,7 +143,7 @@ class ChatTemplate:
 
 
 def _compiled(source: str) -> jinja2.Template:
-    # Private, but what apply_chat_template itself renders with, sandbox included: that one takes no clock.
+    # Private, but it is what apply_chat_template uses, sandbox included; apply_chat_template itself takes no clock.
     return chat_template_utils._compile_jinja_template(source)
 
 
@@ -170,5 +171,5 @@ def _kwargs(kwargs: Any) -> dict[str, Any]:
         raise ChatError(f"chat_template_kwargs: got {short(kwargs)}, expected an object of template variables")
     for key in kwargs:
         if key in _RESERVED:
-            raise ChatError(f"chat_template_kwargs: got {short(key)}, which is not among what can be set here")
+            raise ChatError(f"chat_template_kwargs: got {short(key)}, which cannot be set here")
     return plain_json(kwargs, "chat_template_kwargs")

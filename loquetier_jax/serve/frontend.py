@@ -1,4 +1,4 @@
-"""The calls about requests: submit, cancel, generate, stream."""
+"""The engine's request methods: submit, cancel, generate, stream."""
 
 import itertools
 import threading
@@ -28,18 +28,18 @@ from loquetier_jax.token_ids import plain_prompt
 
 
 class RequestFrontend:
-    """Takes prompts in and hands outputs out; in any thread.
+    """Accepts prompts and returns outputs. Thread-safe.
 
-    What can be refused is refused here, in the caller's thread and without the loop's lock; tokenizing and reading an
-    adapter's weights happen here, too. The loop finds a request that is ready to run in its inbox.
+    Validation, tokenizing and reading adapter weights happen here, in the caller's thread and without the loop's lock.
+    The loop receives requests that are ready to run through its inbox.
 
     Args:
-        spec, cfg, tokenizer: Of the engine.
-        driver: Of its loop.
-        queue, scoring: Where requests and score tasks go.
-        scores: Makes those tasks.
-        clock: Seconds, the loop's.
-        epoch: Gives the last step dispatched.
+        spec, cfg, tokenizer: The engine's.
+        driver: The loop's driver.
+        queue, scoring: Where requests and score tasks are queued.
+        scores: Creates score tasks.
+        clock: The loop's clock, seconds.
+        epoch: Returns the number of the last step dispatched.
     """
 
     def __init__(
@@ -72,27 +72,27 @@ class RequestFrontend:
         request_id: str | None = None,
         listener: Callable[[StreamPiece], None] | None = None,
     ) -> RequestHandle:
-        """Queues a prompt; returns at once.
+        """Queues a prompt; returns without waiting for a step.
 
         Args:
             prompt: Text, token ids (a list or an array), chat messages, or vLLM's {"prompt_token_ids": ids}.
-            adapter: Name; None is the base model.
-            params: How to sample.
-            tools: JSON schemas of the functions that the model may call; for chat messages, as is the next.
-            chat_template_kwargs: Further variables of the chat template, e.g. {"enable_thinking": False}.
-            request_id: The caller's name for it; unique among live requests.
-            listener: Called with every StreamPiece, from whatever drives the loop.
+            adapter: Adapter name; None is the base model.
+            params: Sampling parameters.
+            tools: JSON schemas of the functions that the model may call; only for chat messages.
+            chat_template_kwargs: Extra template variables, e.g. {"enable_thinking": False}; only for chat messages.
+            request_id: Caller-chosen id; must be unique among live requests.
+            listener: Called with every StreamPiece, in the thread that drives the loop.
 
         Raises:
-            RequestError: a prompt that cannot fit or that the chat template refuses, bad parameters, an id in use.
-            AdapterError: an unknown adapter. In both cases running requests do not notice.
-            EngineError: a step has failed before, or the engine was closed.
+            RequestError: a prompt that is too long or refused by the chat template, bad parameters, or an id in use.
+            AdapterError: an unknown adapter. Neither affects running requests.
+            EngineError: a step has failed, or the engine is closed.
         """
         self._driver.check_alive()
         chat = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
         params = SamplingParams() if params is None else params
         refuse(isinstance(params, SamplingParams), "params", params, "SamplingParams")
-        refuse(isinstance(request_id, (str, type(None))), "request_id", request_id, "some text or None")
+        refuse(isinstance(request_id, (str, type(None))), "request_id", request_id, "a string or None")
         refuse(listener is None or callable(listener), "listener", listener, "a function or None")
         prompt = plain_prompt(prompt)
         ids = self._encode(prompt, **chat)
@@ -114,7 +114,7 @@ class RequestFrontend:
         request_id: str | None = None,
         listener: Listener | None = None,
     ) -> tuple[RequestHandle, Callable[[], None]]:
-        """A prompt that was accepted, and the command that queues it; refused, it has drawn no seed."""
+        """(handle, command that queues the requests); a refused prompt consumes no seed."""
         before = self.rng.bit_generator.state
         try:
             requests = make_requests(
@@ -147,18 +147,18 @@ class RequestFrontend:
 
     @property
     def _room(self) -> int:
-        """Most tokens of one request, prompt and output together."""
+        """Maximum tokens of one request, prompt and output together."""
         kv = self._queue.kv
         return min(self.cfg.max_model_len, kv.num_pages * kv.page_size)
 
     def _new_id(self) -> str:
-        """One that no caller has given to a live request."""
+        """A request id not used by any live request."""
         return next(name for name in map("request-{}".format, self._ids) if not self._queue.is_live(name))
 
     def _prompt_scores(
         self, handle: RequestHandle, ids: Sequence[int], adapter: str | None, count: int | None
     ) -> ScoreTask | None:
-        """The task that fills in prompt_logprobs; None where they are not wanted."""
+        """The task that fills in prompt_logprobs; None if they were not requested."""
         if count is None:
             return None
 
@@ -167,11 +167,11 @@ class RequestFrontend:
             for request in handle.requests:
                 request.prompt_logprobs = result
 
-        # Without its adapter's weights the request itself ends with that error, so nobody waits for these scores.
+        # If the adapter's weights cannot be read, the request itself ends with that error, so it is ignored here.
         return self._scores.task([ids] if len(ids) > 1 else [], adapter, done, on_error=lambda error: None)
 
     def cancel(self, request_id: str) -> bool:
-        """Ends all completions of a request, before the next step is decided; returns whether any was alive."""
+        """Ends all completions of a request before the next step is scheduled; returns whether any was live."""
         live = self._queue.completions(request_id)
 
         def ends() -> None:
@@ -194,17 +194,17 @@ class RequestFrontend:
         """Completes prompts and waits for all of them.
 
         Args:
-            prompts: One text, or a list of texts, token id lists or chats.
-            adapter: One for all, or one per prompt.
+            prompts: A string, or a list of strings, token id lists or chats.
+            adapter: One for all prompts, or one per prompt.
             params: Likewise.
-            tools: See `submit`; the same for all.
+            tools: See `submit`; shared by all prompts.
             chat_template_kwargs: Likewise.
 
         Returns:
             One RequestOutput per prompt, in order.
 
         Raises:
-            RequestError, AdapterError: see `submit`; none of the prompts is run then.
+            RequestError, AdapterError: see `submit`; if one prompt is refused, none runs.
         """
         self._driver.check_alive()
         prompts = prompts_of(prompts, "prompts")
@@ -214,7 +214,7 @@ class RequestFrontend:
         handles = self._submit_all([plain_prompt(p) for p in prompts], adapters, every, chat)
         try:
             self._driver.wait(lambda: all(h.finished for h in handles))
-        except BaseException:  # nobody would ever fetch them
+        except BaseException:  # their output would never be collected
             for handle in handles:
                 self.cancel(handle.request_id)
             raise
@@ -227,7 +227,7 @@ class RequestFrontend:
         every: Sequence[SamplingParams | None],
         chat: Mapping[str, Any],
     ) -> list[RequestHandle]:
-        """All of them, or none: no step runs between the first and the last."""
+        """Queues all prompts or none, in one command: no step runs between the first and the last."""
         encoded = [self._encode(prompt, **chat) for prompt in prompts]
         ready: list[tuple[RequestHandle, Callable[[], None]]] = []
         with self._seeding:
@@ -253,10 +253,10 @@ class RequestFrontend:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[StreamPiece]:
-        """Queues a prompt and yields its output piece by piece; leaving the iteration early cancels the request.
+        """Queues a prompt and yields its output piece by piece; closing the iterator early cancels the request.
 
         Raises:
-            RequestError, AdapterError: see `submit`; at once, not at the first piece.
+            RequestError, AdapterError: see `submit`; raised by this call, not at the first piece.
         """
         pieces: deque[StreamPiece] = deque()
         chat = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
@@ -273,7 +273,7 @@ class RequestFrontend:
             self.cancel(handle.request_id)
 
     def _check(self, requests: Sequence[Request]) -> None:
-        """Refuses what this engine cannot run, before anything is queued."""
+        """Refuses requests that this engine cannot run, before anything is queued."""
         request, cfg, params = requests[0], self.cfg, requests[0].params
         pages, room = self._queue.kv.pages_for(request.num_tokens), self._queue.kv.num_pages
         refuse(pages <= room, "prompt", f"{request.num_tokens} tokens with max_tokens ({pages} KV pages)", f"<= {room}")

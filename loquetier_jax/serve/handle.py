@@ -1,4 +1,4 @@
-"""A prompt under way, as its caller sees it."""
+"""The caller's handle to a submitted prompt."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from loquetier_jax.serve.request import Request, collect
 
 @dataclass
 class RequestHandle:
-    """A prompt under way: its n completions."""
+    """A submitted prompt with its n completions."""
 
     requests: list[Request]
 
@@ -18,7 +18,7 @@ class RequestHandle:
 
     @property
     def finished(self) -> bool:
-        """Whether every completion has ended and prompt log-probs, if wanted, are there."""
+        """Whether every completion has ended and prompt log-probs, if requested, are available."""
         first = self.requests[0]
         scored = first.params.prompt_logprobs is None or first.prompt_logprobs is not None
         aborted = first.finish_reason in ("abort", "error")

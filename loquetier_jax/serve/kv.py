@@ -1,21 +1,21 @@
-"""Which pages of the KV cache belong to which request."""
+"""Allocation of KV cache pages to requests."""
 
 from collections.abc import Iterable, Sequence
 
 from loquetier_jax.config import require
 from loquetier_jax.pool import IdPool
 
-TRASH_PAGE = 0  # rows without a request write here; never handed out
+TRASH_PAGE = 0  # padding rows write here; never allocated
 
 
 class KVPages:
     """Pages of the paged KV cache.
 
-    A request reserves all it can ever need at once, so that it always finishes.
+    A request reserves everything it may need at admission, so that it can always finish.
 
     Args:
-        num_pages: Pages in all, the trash page 0 included; >= 2.
-        page_size: Tokens a page holds.
+        num_pages: Number of pages, including trash page 0; >= 2.
+        page_size: Tokens per page.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -26,28 +26,28 @@ class KVPages:
 
     @property
     def num_pages(self) -> int:
-        """Pages that can be handed out: all but the trash page."""
+        """Number of allocatable pages: all but the trash page."""
         return self._pool.size
 
     @property
     def num_free(self) -> int:
-        """Pages that `reserve` can hand out now; those in quarantine are not among them."""
+        """Number of pages that `reserve` can allocate now, excluding those in quarantine."""
         return self._pool.num_free
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that `num_tokens` tokens take."""
+        """Number of pages needed for `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
 
     def reserve(self, num_tokens: int) -> tuple[int, ...]:
-        """Takes the pages of prompt + max_tokens, in order of position.
+        """Takes pages for `num_tokens` (prompt + max_tokens), in order of position.
 
         Raises:
-            CapacityError: not enough are free; none was taken.
+            CapacityError: not enough are free; nothing was changed.
         """
         return self._pool.take(self.pages_for(num_tokens))
 
     def free(self, pages: Sequence[int], epoch: int) -> None:
-        """Gives pages back once step `epoch` (the last dispatched that may use them; 0: none) has completed.
+        """Returns pages, to be reused once step `epoch` (the last dispatched that may use them, or 0) has completed.
 
         Raises:
             IntegrityError: a page is not reserved; nothing was changed.
@@ -55,16 +55,16 @@ class KVPages:
         self._pool.give_back(pages, epoch)
 
     def complete(self, epoch: int) -> None:
-        """Says that all steps up to `epoch` have completed."""
+        """Records that all steps up to `epoch` have completed."""
         self._pool.complete(epoch)
 
     def check_integrity(self, owned: Iterable[Iterable[int]] | None = None) -> None:
-        """Checks that pages add up.
+        """Checks that every page is in exactly one state.
 
         Args:
-            owned: The page lists of all live requests, if at hand: they must be exactly the reserved pages.
+            owned: If given, the page lists of all live requests, which must be exactly the reserved pages.
 
         Raises:
-            IntegrityError: a page is lost, in two places, or owned by nobody or twice.
+            IntegrityError: a page is lost or in two states, or `owned` differs from the reserved pages.
         """
         self._pool.check_integrity(None if owned is None else [p for pages in owned for p in pages])

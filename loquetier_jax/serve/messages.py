@@ -1,4 +1,4 @@
-"""Messages of a conversation in the one form that chat templates get: plain JSON, text joined, arguments parsed."""
+"""Normalises chat messages for templates: plain JSON, text parts joined, tool arguments parsed."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,35 +8,34 @@ import numpy as np
 
 from loquetier_jax.errors import short
 
-# Names that a message's reasoning is passed under; the first is the one that templates read.
+# Keys under which a message may carry its reasoning; templates read the first.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-# What a model that reads text only would never see: keys of a message, and columns of training data.
+# Message keys, or columns of training data, that a text-only model would ignore.
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 class ChatError(ValueError):
-    """A conversation cannot be templated; callers give it their own type and say where it stood."""
+    """A conversation cannot be rendered; callers convert it to their own error type and add the location."""
 
 
 def normalize_messages(messages: Sequence[Any], name: str = "messages") -> list[dict[str, Any]]:
-    """Each of some messages as `normalize_message` returns it; errors name `name[i]`."""
+    """Applies `normalize_message` to each message; errors name `name[i]`."""
     return [normalize_message(message, f"{name}[{i}]") for i, message in enumerate(messages)]
 
 
 def normalize_message(message: Any, name: str) -> dict[str, Any]:
-    """A copy of an OpenAI message as templates expect it.
+    """A copy of an OpenAI message in the form that templates expect.
 
-    Keys whose value is None and empty tool_calls are left out. A list of text parts becomes one string. Arguments of
-    tool calls that are JSON text, as OpenAI writes them, become objects. Reasoning is there under the names that
-    templates read.
+    Keys with value None and empty tool_calls are dropped. A list of text parts becomes one string. Tool call arguments
+    given as JSON text, as OpenAI writes them, become objects. Reasoning is stored under the keys that templates read.
 
     Args:
-        message: A mapping with role and content; an assistant's may have tool_calls in place of content.
-        name: What it is called, for messages.
+        message: A mapping with role and content; an assistant's may have tool_calls instead of content.
+        name: Its location, for error messages.
 
     Raises:
-        ChatError: a missing role or content, a part that is no text, arguments that are no object, `function_call`,
-            images and the like, or a value that JSON does not have.
+        ChatError: a missing role or content, a non-text part, arguments that are not an object, `function_call`,
+            images or other media, or a value that JSON cannot represent.
     """
     if not isinstance(message, Mapping):
         raise ChatError(f"{name}: got {short(message)}, expected an object with role and content")
@@ -105,12 +104,12 @@ def _arguments(value: Any, name: str) -> dict[str, Any]:
 
 
 def plain_json(value: Any, name: str) -> Any:
-    """A copy made of JSON's own types alone: a template is code of somebody else's and gets no object with methods.
+    """A copy made only of plain JSON types, because a template is third-party code and must not get other objects.
 
-    Numpy scalars and arrays and tuples become what JSON has for them.
+    Numpy scalars, arrays and tuples are converted.
 
     Raises:
-        ChatError: anything else, or a key that is no string.
+        ChatError: another type, or a key that is not a string.
     """
     try:
         return _plain(value, name)
@@ -138,7 +137,7 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def refuse_media(data: Mapping[str, Any], where: str) -> None:
-    """Raises ChatError, naming the key behind `where`, if `data` has images, audio or videos; empty lists are none."""
+    """Raises ChatError, with `where` and the key, if `data` has non-empty images, audio or videos."""
     for key in MEDIA:
         value = data.get(key)
         if value is not None and not (isinstance(value, (list, tuple, str)) and not value):

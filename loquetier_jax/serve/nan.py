@@ -1,4 +1,4 @@
-"""Whose fault a NaN is, as far as weights can tell."""
+"""Explains a NaN by looking at the weights."""
 
 import numpy as np
 
@@ -8,17 +8,17 @@ from loquetier_jax.errors import AdapterError
 
 
 def why_nan(store: AdapterStore, version: Version | None) -> str:
-    """Why a request's log-probability is NaN; reads the weights of its adapter.
+    """An explanation of why a request's log-probability is NaN; reads its adapter's weights.
 
     Args:
-        store: Where they are.
-        version: Its adapter's; None for the base.
+        store: The adapter store.
+        version: The request's adapter version; None for the base.
     """
     if version is None:
         return "the base model gave NaN: its weights are not finite, or overflow on this prompt"
     try:
         arrays = [a for pair in store.weights(version).values() for a in pair.values()]
-    except AdapterError as error:  # its folder has changed since; the device has what it was
+    except AdapterError as error:  # the folder has changed since it was loaded
         return f"the model gave NaN under adapter {version.name!r}, whose weights cannot be checked: {error}"
     if all(bool(np.isfinite(a).all()) for a in arrays):
         mine, theirs = f"the weights of adapter {version.name!r} are finite", "those of the base model are not"

@@ -1,4 +1,4 @@
-"""What a caller gets: outputs with vLLM's names, the pieces of a stream, and the times of a request."""
+"""What callers receive: outputs with vLLM's names, stream pieces, and request timings."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +12,7 @@ class Logprob:
 
     Attributes:
         logprob: Under the model, before bias, penalties and temperature.
-        rank: 1 = the most likely token of the vocabulary; None when it was not asked for.
+        rank: Rank in the vocabulary, 1 = most likely; None if not requested.
     """
 
     logprob: float
@@ -21,11 +21,11 @@ class Logprob:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of one completion, seconds on the clock of the engine.
+    """Times of one completion, in seconds on the engine's clock.
 
     Attributes:
-        arrival_time: When the request came.
-        first_scheduled_time: When its first rows were dispatched; None before.
+        arrival_time: When the request arrived.
+        first_scheduled_time: When it was admitted; None before.
         token_times: When each token was read.
         finished_time: When it ended; None before.
     """
@@ -45,7 +45,7 @@ class RequestMetrics:
 
     @property
     def queue_time(self) -> float | None:
-        """Seconds from arrival to the first dispatched rows."""
+        """Seconds from arrival to admission."""
         return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
 
     @property
@@ -55,12 +55,12 @@ class RequestMetrics:
 
     @property
     def itl(self) -> list[float]:
-        """Inter-token latencies: every gap, seconds."""
+        """Inter-token latencies: all gaps, in seconds."""
         return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token: the mean gap after the first token, seconds; None below two tokens."""
+        """Time per output token: the mean gap, in seconds; None for fewer than two tokens."""
         n = len(self.token_times) - 1
         return (self.token_times[-1] - self.token_times[0]) / n if n > 0 else None
 
@@ -71,12 +71,12 @@ class CompletionOutput:
 
     Attributes:
         index: Which of the n completions.
-        text: Without stop strings, stop tokens and (if so asked) special tokens; "" without a tokenizer.
-        token_ids: All tokens, the one that ended it included.
-        cumulative_logprob: Sum over token_ids; None unless logprobs were asked for.
-        logprobs: Per token {token id: Logprob}, the chosen token always included; None unless asked for.
+        text: Text without stop strings, stop tokens and (if requested) special tokens; "" without a tokenizer.
+        token_ids: All tokens, including the one that ended it.
+        cumulative_logprob: Sum over token_ids; None unless logprobs were requested.
+        logprobs: Per token {token id: Logprob}, always including the chosen token; None unless requested.
         finish_reason: "stop", "length", "abort", "error", or None while it runs.
-        stop_reason: The stop string or stop id that ended it, the message of an error, None otherwise.
+        stop_reason: The stop string or stop id that ended it, or an error message; otherwise None.
         metrics: Its times.
     """
 
@@ -100,9 +100,9 @@ class RequestOutput:
 
     Attributes:
         request_id: The id given to `submit`, or the engine's own.
-        prompt: The text, when text was given.
+        prompt: The prompt text, if given as text.
         prompt_token_ids: The tokens of the prompt.
-        prompt_logprobs: Per prompt token {token id: Logprob}, None for the first; None unless asked for.
+        prompt_logprobs: Per prompt token {token id: Logprob}, None for the first; None unless requested.
         outputs: One per completion.
         adapter: Name of the adapter, None for the base model.
         version: The version of the adapter it ran on.
@@ -129,10 +129,10 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class StreamPiece:
-    """What one step adds to one completion.
+    """The output that one step adds to one completion.
 
     Attributes:
-        text: Newly final text; may be empty while a character or a stop string is incomplete.
+        text: New text that will not change; may be empty while a character or a stop string is incomplete.
         token_ids: The new tokens.
         finish_reason: Set in the last piece.
         index: Which of the n completions.

@@ -1,4 +1,4 @@
-"""The prompts of a call, and what is given once for all of them or one by one."""
+"""Normalises the prompts of a call, and arguments given once or per prompt."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,11 +11,11 @@ A = TypeVar("A")
 
 
 def prompts_of(value: Any, name: str) -> list[Prompt]:
-    """Prompts given as one string, or one by one, each in the form that `encode_prompt` knows.
+    """A list of prompts, each in a form that `encode_prompt` accepts, from one string or an iterable.
 
     Raises:
-        RequestError: neither, or one chat or one list of token ids instead of a list of them; what the prompts
-            themselves are is not looked at.
+        RequestError: neither, or a single chat or token id list where a list of them is expected. The prompts
+            themselves are not checked.
     """
     value = plain_prompt(value)
     if isinstance(value, str):
@@ -30,7 +30,7 @@ def prompts_of(value: Any, name: str) -> list[Prompt]:
 
 
 def one_each(value: A | Sequence[A], count: int, name: str, kinds: tuple[type, ...]) -> list[A]:
-    """`value` for each of `count` prompts, or the sequence it is already.
+    """`value` repeated `count` times, or `value` itself if it is a sequence of `count` values.
 
     Raises:
         RequestError: neither one of `kinds` nor `count` values.

@@ -1,4 +1,4 @@
-"""Requests between arrival and end: what they hold on the device, the rows they need, the tokens they get."""
+"""Live requests, from arrival to end: their device resources, the rows they need and the tokens they receive."""
 
 import itertools
 import logging
@@ -24,21 +24,21 @@ from loquetier_jax.serve.request import Request
 
 log = logging.getLogger(__name__)
 
-LOOKAHEAD = 256  # waiting requests shown to one decision
+LOOKAHEAD = 256  # maximum waiting requests considered per scheduling decision
 
 Listener = Callable[[StreamPiece], None]
 
 
 SampledRows = list[tuple[int, Request]]
-"""(row of a step's sampled tokens, whose it is)."""
+"""(row of a step's sampled tokens, the request it belongs to)."""
 
 
 class RequestQueue:
-    """Holds the waiting and running requests and everything they own.
+    """The waiting and running requests and the resources they own.
 
     Args:
-        store: Adapter versions; a request keeps the one its name meant at arrival to its end.
-        kv, slots: Reserved at admission, given back with the epoch of the last step dispatched.
+        store: Adapter versions; a request keeps the version that was current at its arrival.
+        kv, slots: Reserved at admission, returned with the epoch of the last step dispatched.
     """
 
     def __init__(self, store: AdapterStore, kv: KVPages, slots: IdPool) -> None:
@@ -46,25 +46,25 @@ class RequestQueue:
         self.waiting: dict[str, Request] = {}
         self.running: dict[str, Request] = {}
         self.listeners: dict[str, Listener] = {}
-        self._versions: dict[str, Version] = {}  # request id -> held while it waits, acquired while it runs
-        self._live: dict[str, list[Request]] = {}  # request_id -> its completions that have not ended
-        self._live_ids: set[str] = set()  # of every completion
-        self._names = threading.Lock()  # of these two, which other threads ask
+        self._versions: dict[str, Version] = {}  # request id -> version, held while waiting, acquired while running
+        self._live: dict[str, list[Request]] = {}  # request_id -> its live completions
+        self._live_ids: set[str] = set()  # ids of all live completions
+        self._names = threading.Lock()  # guards the previous two, which other threads read
 
     def announce(self, requests: Sequence[Request]) -> None:
-        """Takes the completions of one prompt in: their ids are in use, the version of their adapter stays.
+        """Registers the completions of one prompt: reserves their ids and holds their adapter version.
 
-        In any thread, without the loop's lock; `add` queues them then.
+        Thread-safe, without the loop's lock; `add` queues them afterwards.
 
         Raises:
             RequestError: an id is in use.
-            AdapterError: an unknown adapter. In both cases nothing has changed.
+            AdapterError: an unknown adapter. In both cases nothing is changed.
         """
         first = requests[0]
         with self._names:
             free = first.request_id not in self._live and not any(r.id in self._live_ids for r in requests)
             free = free and first.request_id not in self._live_ids
-            refuse(free, "request_id", first.request_id, "an id that no live request has")
+            refuse(free, "request_id", first.request_id, "an id not used by a live request")
             if first.adapter is not None:
                 version = self.store.hold(first.adapter, len(requests))
                 for request in requests:
@@ -73,9 +73,9 @@ class RequestQueue:
             self._live_ids.update(r.id for r in requests)
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Reads and casts the adapter of requests that were announced, where the loop would have to. In any thread.
+        """Reads and casts the adapter of announced requests, so that the loop need not. Thread-safe.
 
-        What cannot be read ends the requests when they are admitted, as it does where it is found out only then.
+        An adapter that cannot be read is ignored here; the requests end with that error at admission.
         """
         version = self._versions.get(requests[0].id)
         if version is not None:
@@ -83,38 +83,38 @@ class RequestQueue:
                 self.store.prepare(version)
 
     def withdraw(self, requests: Sequence[Request]) -> None:
-        """Undoes `announce` of requests that are not queued after all. In any thread."""
+        """Undoes `announce` for requests that will not be queued. Thread-safe."""
         for request in requests:
             self._end(request)
             self._drop(request)
 
     def add(self, request: Request, listener: Listener | None = None) -> None:
-        """Queues a request that was announced; `listener` is called with every StreamPiece."""
+        """Queues an announced request; `listener` is called with every StreamPiece."""
         self.waiting[request.id] = request
         if listener is not None:
             self.listeners[request.id] = listener
 
     def is_live(self, name: str) -> bool:
-        """Whether a request that has not ended has this id, or shares it with other completions. In any thread."""
+        """Whether a live request or completion has this id. Thread-safe."""
         with self._names:
             return name in self._live_ids or name in self._live
 
     def completions(self, request_id: str) -> list[Request]:
-        """Those of a request that have not ended. In any thread."""
+        """The live completions of a request. Thread-safe."""
         with self._names:
             return list(self._live.get(request_id, ()))
 
     def admit(self, request: Request, now: float, epoch: int) -> bool:
-        """Gives a waiting request all it needs to finish.
+        """Gives a waiting request all the resources it needs to finish.
 
         Args:
-            request: Waiting.
-            now: Seconds, for its metrics.
+            request: A waiting request.
+            now: Current time in seconds, for its metrics.
             epoch: The last step dispatched.
 
         Returns:
-            False when there is no room (nothing has changed) or its adapter cannot be read (the request has ended
-            with an error).
+            False if there is no room (nothing is changed) or its adapter cannot be read (the request has ended with
+            an error).
         """
         try:
             slot, kv_pages = self._acquire(request, epoch)
@@ -132,7 +132,7 @@ class RequestQueue:
         return True
 
     def _acquire(self, request: Request, epoch: int) -> tuple[int, tuple[int, ...]]:
-        """Slot and KV pages; the adapter last, because only that can fail for other reasons."""
+        """Slot and KV pages; the adapter comes last because only that can fail for reasons other than capacity."""
         kv_pages = self.kv.reserve(request.num_tokens)
         try:
             slot = self.slots.take(1)[0]
@@ -171,15 +171,15 @@ class RequestQueue:
                 del self._live[request.request_id]
 
     def version(self, request: Request) -> Version | None:
-        """The adapter version of a live request, None for the base."""
+        """The adapter version of a live request; None for the base."""
         return self._versions.get(request.id)
 
     def items(self, decode: Collection[str], prefill: Sequence[tuple[str, int]]) -> StepItems[Request]:
-        """The inference rows of a decision.
+        """The inference items of a scheduling decision.
 
         Args:
             decode: Ids of running requests that get their next token.
-            prefill: (id, tokens of its prompt) of running requests.
+            prefill: (id, number of prompt tokens) of running requests.
         """
         return StepItems(
             prefill=[(self.running[name], count) for name, count in prefill],
@@ -187,11 +187,11 @@ class RequestQueue:
         )
 
     def decoding(self) -> list[Request]:
-        """Running requests that have begun to produce and may produce another token."""
+        """Running requests past their prefill that may still produce tokens."""
         return [r for r in self.running.values() if 0 < r.num_dispatched < r.params.max_tokens]
 
     def views(self, expected: float) -> dict[str, Any]:
-        """What a decision depends on, the fields of a scheduler's Snapshot; a token in flight is `expected` then."""
+        """The request-related fields of a scheduler Snapshot; tokens in flight count as read at time `expected`."""
         shown = itertools.islice(self.waiting.values(), LOOKAHEAD)
         unfinished = (r for r in self.running.values() if r.num_remaining > 0)
         return {
@@ -206,7 +206,7 @@ class RequestQueue:
         }
 
     def sent(self, items: StepItems[Request], rows: SampledRows) -> None:
-        """Counts what was dispatched: `rows` as `pack_step` returned them for `items`."""
+        """Records that `items` were dispatched, with `rows` as returned by `pack_step`."""
         for request, count in items.prefill:
             request.num_prefilled += count
         for _, request in rows:
@@ -215,25 +215,25 @@ class RequestQueue:
     def accept(
         self, rows: SampledRows, sampled: dict[str, np.ndarray], now: float, epoch: int
     ) -> None:
-        """Hands read tokens to their requests; those that end give everything back.
+        """Delivers sampled tokens to their requests; requests that end return their resources.
 
         Args:
-            rows: As `pack_step` returned them.
-            sampled: tokens, logprob and, at level full, top_ids, top_logp, rank; numpy.
-            now: Seconds.
+            rows: As returned by `pack_step`.
+            sampled: Numpy arrays: tokens, logprob and, at level "full", top_ids, top_logp, rank.
+            now: Current time in seconds.
             epoch: The last step dispatched.
         """
         for i, request in rows:
             if request.finished:
                 continue
             alternatives = rank = None
-            if "top_ids" in sampled and request.params.logprobs:  # not by what its neighbours asked for
+            if "top_ids" in sampled and request.params.logprobs:  # the bucket's level may exceed the request's
                 alternatives = list(
                     zip(sampled["top_ids"][i].tolist(), sampled["top_logp"][i].tolist(), strict=True)
                 )
                 rank = int(sampled["rank"][i])
             token, logprob = int(sampled["tokens"][i]), float(sampled["logprob"][i])
-            if math.isnan(logprob):  # of this row alone: its adapter, or its own cache
+            if math.isnan(logprob):  # confined to this row: its adapter or its KV cache
                 piece = request.fail(why_nan(self.store, self._versions.get(request.id)), now)
             else:
                 piece = request.accept(token, logprob, alternatives, now, rank=rank)
@@ -242,7 +242,7 @@ class RequestQueue:
             self._tell(request, piece)
 
     def cancel(self, request: Request, now: float, epoch: int) -> None:
-        """Ends a request at once, unless it has ended."""
+        """Aborts a request unless it has already ended."""
         if request.finished:
             return
         piece = request.abort(now)
@@ -267,31 +267,31 @@ class RequestQueue:
         if listener is not None and piece is not None:
             try:
                 listener(piece)
-            except Exception:  # the caller's code; the other requests of this step must get their tokens
-                log.exception("the listener of request %s failed and is not called again", request.id)
+            except Exception:  # caller's code; the other requests of this step must still get their tokens
+                log.exception("the listener of request %s failed and will not be called again", request.id)
                 del self.listeners[request.id]
         if request.finished:
             self.listeners.pop(request.id, None)
 
     def fail_all(self, message: str, now: float) -> None:
-        """Ends every live request with an error. Nothing is given back: the engine is lost."""
+        """Ends every live request with an error, without returning its resources: the engine has failed."""
         for request in [*self.waiting.values(), *self.running.values()]:
             self._tell(request, request.fail(message, now))
 
     def end_all(self, message: str, now: float) -> None:
-        """Ends every live request with an error and forgets them: the engine is closed."""
+        """Ends every live request with an error and drops it: the engine is being closed."""
         self.fail_all(message, now)
         for kept in (self.waiting, self.running, self._live, self._live_ids):
             kept.clear()
 
     def complete(self, epoch: int) -> None:
-        """Steps up to `epoch` have completed: what they used may be handed out again."""
+        """Records that all steps up to `epoch` have completed, so that their resources may be reused."""
         self.kv.complete(epoch)
         self.slots.complete(epoch)
         self.store.complete(epoch)
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless pages and slots add up over all live requests."""
+        """Raises IntegrityError unless pages, slots and adapters are consistent with the live requests."""
         live = self.running.values()
         self.kv.check_integrity([r.kv_pages for r in live])
         self.slots.check_integrity([r.slot for r in live])

@@ -1,4 +1,4 @@
-"""One completion on its way through the engine: its state, and how its tokens become output."""
+"""The state of one completion, and how its tokens become output."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -25,31 +25,31 @@ Status = Literal["waiting", "running", "finished"]
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One completion of one prompt (a request with n > 1 is n of these, see `make_requests`).
+    """One completion of one prompt (a request with n > 1 has n of these, see `make_requests`).
 
-    The engine writes slot, kv_pages, adapter_pages, num_prefilled, num_dispatched, version and prompt_logprobs;
-    everything about tokens, text and the end happens in `accept`, `abort` and `fail`.
+    The engine sets slot, kv_pages, adapter_pages, num_prefilled, num_dispatched, version and prompt_logprobs; tokens,
+    text and the end of the request are handled by `accept`, `abort` and `fail`.
 
     Attributes:
         id: Unique in the engine.
-        request_id: What the caller knows; shared by its n completions.
+        request_id: The id known to the caller; shared by its n completions.
         prompt_ids: Tokens of the prompt.
-        params: How to sample.
-        seed: 32-bit seed of this completion: its tokens depend on (seed, output index) alone.
-        adapter: Name, None for the base.
-        version: The adapter version it runs on to its end.
+        params: Sampling parameters.
+        seed: 32-bit seed of this completion; its random keys depend only on (seed, output index).
+        adapter: Adapter name; None for the base.
+        version: Id of the adapter version that it runs on.
         index: Which of the n completions.
-        prompt: The text, when text was given.
-        eos_token_ids: Ids that end a sequence of this model.
-        slot: Where its state lives on the device; None while it waits.
-        kv_pages: Its KV pages in order of position.
-        adapter_pages: Pages of the version it runs on; () for the base, and while it waits.
+        prompt: The prompt text, if given as text.
+        eos_token_ids: End-of-sequence ids of the model.
+        slot: Index of its state on the device; None while waiting.
+        kv_pages: Its KV pages, in order of position.
+        adapter_pages: Pages of its adapter version; () for the base and while waiting.
         num_prefilled: Prompt tokens dispatched.
-        num_dispatched: Output tokens dispatched, read or not.
+        num_dispatched: Output tokens dispatched, whether read or not.
         output_ids: Output tokens read.
         token_logprobs: Log-probability of each output token.
-        logprobs: Per output token {id: Logprob}; stays empty unless params.logprobs is set.
-        prompt_logprobs: Per prompt token {id: Logprob} or None for the first; None until scored.
+        logprobs: Per output token {id: Logprob}; empty unless params.logprobs is set.
+        prompt_logprobs: Per prompt token {id: Logprob}, None for the first; None until scored.
         text: All text released so far.
         status: "waiting", "running" or "finished".
         finish_reason, stop_reason: See CompletionOutput.
@@ -90,7 +90,7 @@ class Request:
 
     @property
     def num_remaining(self) -> int:
-        """Prompt tokens not dispatched yet."""
+        """Prompt tokens not yet dispatched."""
         return len(self.prompt_ids) - self.num_prefilled
 
     @property
@@ -99,7 +99,7 @@ class Request:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Every id that ends this completion, ascending: what the device holds back until min_tokens."""
+        """All ids that end this completion, ascending; banned on the device until min_tokens is reached."""
         eos = () if self.params.ignore_eos else self.eos_token_ids
         return tuple(sorted({*eos, *self.params.stop_token_ids}))
 
@@ -118,12 +118,12 @@ class Request:
             token: Its id.
             logprob: Its log-probability.
             alternatives: (id, log-probability), most likely first; only the first params.logprobs are kept.
-            now: When it was read, seconds.
+            now: When it was read, in seconds.
             rank: Rank of the token in the vocabulary, 1 = most likely.
 
         Returns:
-            What it adds to the stream, or None when the request has already finished: the surplus token of
-            running a step ahead changes nothing.
+            What it adds to the stream, or None if the request has already finished: the surplus token from
+            dispatching one step ahead is ignored.
         """
         if self.finished:
             return None
@@ -148,7 +148,7 @@ class Request:
         return out
 
     def _advance(self, token: int) -> str:
-        """Decides whether `token` ends the request; returns the text to release."""
+        """Checks whether `token` ends the request; returns the text to release."""
         may_stop = len(self.output_ids) > self.params.min_tokens
         if may_stop and token in self.stop_ids:
             self.finish_reason = "stop"
@@ -165,7 +165,7 @@ class Request:
         return text
 
     def _rest(self, may_stop: bool) -> str:
-        """Releases everything held back; the last bytes may still complete a stop string."""
+        """Releases all text held back; its last bytes may still complete a stop string."""
         text, stop = self.stops.push(self.detokenizer.flush() if self.detokenizer else "", may_stop)
         if stop is not None:
             self.finish_reason, self.stop_reason = "stop", stop
@@ -173,7 +173,7 @@ class Request:
         return text + self.stops.flush()
 
     def abort(self, now: float) -> StreamPiece | None:
-        """Ends the request on the caller's wish; returns its last piece, or None when it had finished."""
+        """Ends the request at the caller's request; returns its last piece, or None if it had finished."""
         return self._end("abort", None, now)
 
     def fail(self, message: str, now: float) -> StreamPiece | None:
@@ -194,7 +194,7 @@ class Request:
         self.metrics.finished_time = now
 
     def completion(self) -> CompletionOutput:
-        """The completion so far; a snapshot, later tokens do not change it (its metrics do)."""
+        """A snapshot of the completion so far, except that `metrics` is shared and keeps changing."""
         wanted = self.params.logprobs is not None
         return CompletionOutput(
             index=self.index,
@@ -226,14 +226,14 @@ def make_requests(
     Args:
         request_id: The caller's id; completion i > 0 of n has the id "{request_id}-{i}".
         prompt_ids: At least one token.
-        params: How to sample.
-        arrival: Time of arrival, seconds.
-        max_model_len: Most tokens of prompt and output together.
-        default_seed: Used when params.seed is None; the engine should give each request another.
-        adapter: Name, None for the base.
-        prompt: The text, when text was given.
-        tokenizer: None: outputs carry no text.
-        eos_token_ids: Ids that end a sequence of this model.
+        params: Sampling parameters.
+        arrival: Time of arrival, in seconds.
+        max_model_len: Maximum tokens of prompt and output together.
+        default_seed: Used if params.seed is None; should differ between requests.
+        adapter: Adapter name; None for the base.
+        prompt: The prompt text, if given as text.
+        tokenizer: If None, outputs have no text.
+        eos_token_ids: End-of-sequence ids of the model.
 
     Raises:
         RequestError: an empty prompt, no room for prompt + max_tokens, stop strings without a tokenizer.
@@ -279,12 +279,12 @@ def _check(
 
 
 def completion_seed(seed: int, index: int) -> int:
-    """The 32-bit seed of completion `index`: mixed so that neighbouring seeds and indices share nothing."""
+    """The 32-bit seed of completion `index`, hashed so that neighbouring seeds and indices are unrelated."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0])
 
 
 def collect(requests: Sequence[Request]) -> RequestOutput:
-    """The output of one prompt from its n requests, in order of index."""
+    """The output of one prompt from its n requests, ordered by index."""
     first = requests[0]
     return RequestOutput(
         request_id=first.request_id,

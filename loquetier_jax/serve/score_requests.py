@@ -1,4 +1,4 @@
-"""Scoring on a caller's wish: `log_probs` and `prompt_logprobs`, each under a version that stays put meanwhile."""
+"""Scoring on behalf of callers: `log_probs` and `prompt_logprobs`, each pinned to one adapter version."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ PromptLogprobs = list[dict[int, Logprob] | None]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sequence's scored tokens lie: rows [start, start + count) of packs[pack]; count = tokens - 1."""
+    """Location of a sequence's scores: rows [start, start + count) of packs[pack]; count = tokens - 1."""
 
     pack: int
     start: int
@@ -30,15 +30,15 @@ class Place:
 
 
 class ScoreRequests:
-    """Makes score tasks of token sequences; in any thread.
+    """Creates score tasks from token sequences. Thread-safe.
 
     Args:
-        store: Where versions are held and released.
-        scoring: Where tasks go.
-        driver: Of the loop that runs them.
-        rows: Rows of a score pack, 0 when the engine has no score bucket.
-        epoch: Gives the last step dispatched.
-        tokenizer, vocab_size: Of the base.
+        store: Adapter versions.
+        scoring: The queue of score tasks.
+        driver: The loop's driver.
+        rows: Rows of a score pack; 0 if the engine has no score bucket.
+        epoch: Returns the number of the last step dispatched.
+        tokenizer, vocab_size: The base model's.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class ScoreRequests:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
 
     def log_probs(self, sequences: Sequence[Prompt] | str, adapter: str | None = None) -> list[np.ndarray]:
-        """f32 [n - 1] log-probs of each sequence's tokens after the first, by the training forward's own code.
+        """Log-probs of each sequence's tokens after the first, f32 [n - 1], computed by the training forward.
 
-        One text is a list of one sequence, as for `generate`.
+        A single string counts as a list of one sequence, as for `generate`.
 
         Raises:
-            RequestError: a sequence of one token, or longer than a score pack.
+            RequestError: a sequence with fewer than two tokens, or longer than a score pack.
             AdapterError: an unknown adapter, or one whose weights cannot be read.
         """
         sequences = prompts_of(sequences, "sequences")
@@ -93,17 +93,17 @@ class ScoreRequests:
         on_done: Callable[[list[Scores]], None],
         on_error: Callable[[AdapterError], None],
     ) -> ScoreTask:
-        """A task for `sequences` under the version `adapter` means now; on_done gets one Scores per sequence.
+        """A task that scores `sequences` under the current version of `adapter`; on_done gets one Scores per sequence.
 
-        on_error is called instead when the adapter's weights cannot be read any more.
+        on_error is called instead if the adapter's weights can no longer be read.
 
         Raises:
-            RequestError: a sequence too short or too long.
+            RequestError: a sequence is too short or too long.
             AdapterError: an unknown adapter.
         """
         packs, places = pack_sequences(sequences, self.rows)
         version = None
-        if adapter is not None:  # a task without packs is never opened, so nobody would drop it
+        if adapter is not None:  # a task without packs is never opened and would never drop the hold
             version = self._store.hold(adapter) if packs else self._store.get(adapter)
 
         def done(scores: list[Scores]) -> None:
@@ -137,11 +137,11 @@ def _cut(scores: Scores, place: Place) -> Scores:
 
 
 def prompt_logprobs(ids: Sequence[int], scores: Scores, count: int) -> PromptLogprobs:
-    """vLLM's prompt_logprobs: None for the first token, then {id: Logprob} with the `count` most likely and its own.
+    """vLLM's prompt_logprobs: None for the first token, then {id: Logprob} of the top `count` and the actual token.
 
     Args:
         ids: The prompt, n tokens.
-        scores: Of its n - 1 rows.
+        scores: Scores of its n - 1 rows.
         count: Alternatives per token.
     """
     out: PromptLogprobs = [None]
@@ -159,11 +159,11 @@ def pack_sequences(sequences: Sequence[Sequence[int]], size: int) -> tuple[list[
     """Lays sequences out in packs of `size` rows, in order.
 
     Args:
-        sequences: Token ids; n tokens take n - 1 rows, the first token has no log-prob.
+        sequences: Token ids; n tokens take n - 1 rows, since the first token has no log-prob.
         size: Rows of a pack.
 
     Raises:
-        RequestError: a sequence of fewer than 2 tokens, or one that no pack can hold.
+        RequestError: a sequence of fewer than 2 tokens, or too long for a pack.
     """
     fills: list[list[Sequence[int]]] = []
     places, used = [], size
@@ -176,7 +176,7 @@ def pack_sequences(sequences: Sequence[Sequence[int]], size: int) -> tuple[list[
             used = 0
         places.append(Place(len(fills) - 1, used, rows))
         fills[-1].append(ids)
-        used += aligned(rows)  # as a training sample, so that its bits are the same
+        used += aligned(rows)  # aligned like a training sample, for identical bits
     packs = [
         _pack(fill, [p for p in places if p.pack == number], size, number)
         for number, fill in enumerate(fills)

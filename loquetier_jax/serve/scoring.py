@@ -1,4 +1,4 @@
-"""Packs waiting to be scored: log_probs, prompt_logprobs and the evaluation of jobs. They share one queue."""
+"""The queue of packs to score, shared by log_probs, prompt_logprobs and job evaluations."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -11,24 +11,24 @@ from loquetier_jax.batch.packs import Pack
 from loquetier_jax.errors import AdapterError, CapacityError
 from loquetier_jax.schedule.types import ScoreView
 
-AHEAD = 8  # packs of opened tasks shown to the scheduler: their adapters stay on the device meanwhile
+AHEAD = 8  # packs of opened tasks to keep ready; opening a task keeps its adapter on the device
 
 Scores = dict[str, np.ndarray]
 
 
 @dataclass(eq=False)
 class ScoreTask:
-    """Some packs to score under one adapter, in order.
+    """Packs to score under one adapter, in order.
 
     Attributes:
-        packs: The rows.
-        open: Called before the first pack is dispatched: the adapter's pages, kept where they are until `on_done`;
-            a CapacityError leaves the task waiting, and those behind it pass.
-        on_done: Called once with the scores of every pack, in order (see `step.loss.score_rows`).
-        on_error: Called instead when `open` finds that the adapter cannot be read.
+        packs: The packs.
+        open: Called before the first pack is dispatched; returns the adapter's pages, which stay on the device until
+            `on_done`. On a CapacityError the task waits while later ones overtake it.
+        on_done: Called once with the scores of all packs, in order (see `step.loss.score_rows`).
+        on_error: Called instead if `open` finds that the adapter cannot be read.
         sent: Packs dispatched so far.
-        scores: What has been read so far.
-        pages: What `open` returned; None before.
+        scores: Scores read so far.
+        pages: The result of `open`; None before.
     """
 
     packs: list[Pack]
@@ -41,28 +41,28 @@ class ScoreTask:
 
 
 class Scoring:
-    """First come, first served among those whose adapter has room; a step takes packs of several tasks if need be."""
+    """Score tasks, first come, first served among those whose adapter has room. A step may mix packs of several."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, ScoreTask] = {}
         self._ids = itertools.count()
 
     def __len__(self) -> int:
-        """Tasks with packs that have not been dispatched."""
+        """Number of tasks with packs not yet dispatched."""
         return len(self._waiting)
 
     def add(self, task: ScoreTask) -> None:
-        """Queues a task; one without packs is done at once."""
+        """Queues a task; a task without packs completes immediately."""
         if task.packs:
             self._waiting[str(next(self._ids))] = task
         else:
             task.on_done([])
 
     def open(self) -> None:
-        """Opens the first tasks that can be, until there are AHEAD packs to choose from.
+        """Opens tasks in order, until AHEAD packs are ready.
 
-        One that has no room must not hold up the others: what it waits for may be pages of a job whose evaluation
-        is behind it.
+        A task without room must not block the others, or an evaluation queued behind it could deadlock: the pages it
+        waits for may belong to that job.
         """
         ready = 0
         for name, task in list(self._waiting.items()):
@@ -80,7 +80,7 @@ class Scoring:
                 return
 
     def views(self) -> tuple[ScoreView, ...]:
-        """What can be scored now, for the scheduler, in order of arrival."""
+        """Scheduler views of the opened tasks, in order of arrival."""
         return tuple(
             ScoreView(id=name, tokens=max(len(p.tokens) for p in t.packs), packs=len(t.packs) - t.sent)
             for name, t in self._waiting.items()
@@ -88,7 +88,7 @@ class Scoring:
         )
 
     def take(self, names: Sequence[str]) -> tuple[list[ScoreItem], list[ScoreTask]]:
-        """The next pack of each named view, for a step about to be dispatched, and the task of each."""
+        """The next pack of each named task, for a step about to be dispatched, and the tasks."""
         items: list[ScoreItem] = []
         tasks: list[ScoreTask] = []
         for name in names:
@@ -101,12 +101,12 @@ class Scoring:
         return items, tasks
 
     def accept(self, tasks: list[ScoreTask], scores: Scores, rows: int) -> None:
-        """Hands read scores to their tasks.
+        """Delivers scores to their tasks.
 
         Args:
-            tasks: As `take` returned them.
-            scores: Numpy, over all score rows of the step.
-            rows: Rows of a score pack in the step's bucket; a shorter pack was padded.
+            tasks: As returned by `take`.
+            scores: Numpy arrays over all score rows of the step.
+            rows: Rows of a score pack in the step's bucket; shorter packs were padded.
         """
         for g, task in enumerate(tasks):
             size = len(task.packs[len(task.scores)].tokens)

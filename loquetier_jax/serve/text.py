@@ -1,32 +1,32 @@
-"""Tokens to text while they arrive: incremental detokenizer, and stop strings."""
+"""Incremental detokenization, and stop strings."""
 
 from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
-PROMPT_CONTEXT = 6  # prompt tokens a decoder sees: they decide the space before the first output token
+REPLACEMENT = "\ufffd"  # decoded from bytes that do not (yet) form a character
+PROMPT_CONTEXT = 6  # prompt tokens decoded as context, which decides the space before the first output token
 
 
 def _decode_function(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # four times quicker than the wrapper, and called twice a token
+    if backend is not None:  # four times faster than the wrapper, and called twice per token
         return lambda ids: backend.decode(ids, skip_special_tokens=False)
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What `decode(skip_special_tokens=True)` leaves out: `all_special_ids` has the ones with a role only."""
+    """Ids skipped by `decode(skip_special_tokens=True)`; `all_special_ids` has only those with a role."""
     added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     return frozenset((*tokenizer.all_special_ids, *added))
 
 
 class Detokenizer:
-    """Text of one growing token sequence; what was returned is never taken back.
+    """Text of one growing token sequence; returned text never changes.
 
-    Decodes a short window: a few tokens of left context (they decide spaces) and those not yet shown.
-    Trailing replacement characters are held back, because the next token may complete them; the text before
-    them is final.
+    Decodes a short window: a few tokens of left context (which decide spaces) and the tokens not yet returned.
+    Trailing replacement characters are held back because the next token may complete them; the text before them
+    is final.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Detokenizer:
         prompt_ids: Sequence[int] = (),
         skip_special_tokens: bool = True,
     ) -> None:
-        """Starts behind `prompt_ids`, whose text is not returned."""
+        """Starts after `prompt_ids`, whose text is not returned."""
         self._decode = _decode_function(tokenizer)
         self._skip = _special_ids(tokenizer) if skip_special_tokens else frozenset()
         tail = [t for t in prompt_ids[-4 * PROMPT_CONTEXT :] if t not in self._skip]
@@ -47,7 +47,7 @@ class Detokenizer:
         self._shown = len(self._decode(context)) if context else 0
 
     def push(self, token: int) -> str:
-        """Returns the text that this token makes final; may be empty."""
+        """Returns the text made final by this token; may be empty."""
         if token in self._skip:
             return ""
         self._window.append(token)
@@ -55,35 +55,35 @@ class Detokenizer:
         final = text.rstrip(REPLACEMENT)
         new = final[self._shown :]
         self._shown = max(self._shown, len(final))
-        if new and len(final) == len(text):  # all is shown: these tokens are the next context
+        if new and len(final) == len(text):  # everything is returned: these tokens become the context
             self._start(self._window[self._context :])
         return new
 
     def flush(self) -> str:
-        """Returns what was held back, with replacement characters for bytes that never became characters."""
+        """Returns the text held back, with replacement characters for incomplete characters."""
         rest = self._decode(self._window)[self._shown :] if self._window else ""
         self._shown += len(rest)
         return rest
 
 
 class StopChecker:
-    """Finds the first stop string in a growing text and holds back what may become one."""
+    """Finds the first stop string in a growing text, holding back text that may become one."""
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._stops = tuple(stops)
-        self._held = ""  # the end of the text, not released: a proper prefix of some stop
+        self._held = ""  # the unreleased end of the text, a proper prefix of some stop
 
     def push(self, text: str, may_stop: bool = True) -> tuple[str, str | None]:
-        """Adds text.
+        """Appends text.
 
         Args:
-            text: What follows the text so far.
-            may_stop: False while min_tokens is not reached: a stop string that ends in this text is text.
+            text: The new text.
+            may_stop: False until min_tokens is reached: a stop string that ends in this text is then ordinary text.
 
         Returns:
-            (text that can be released, the stop string found or None). The stop that ends first counts, of
-            two ending together the longer; it and what follows it are not released, and nothing may be
-            pushed after it.
+            (text that can be released, the stop string found or None). The stop that ends first counts, and the
+            longer of two that end together. Neither it nor the text after it is released, and nothing may be
+            pushed afterwards.
         """
         if not self._stops:
             return text, None
@@ -95,7 +95,7 @@ class StopChecker:
         return buffer[: len(buffer) - keep], None
 
     def _first_stop(self, buffer: str, old: int) -> tuple[str, str] | None:
-        """(text before it, the stop) of the stop with the earliest end past `old` characters, or None."""
+        """(text before the stop, stop) for the stop with the earliest end past `old` characters, or None."""
         best: tuple[int, int, str] | None = None
         for stop in self._stops:
             start = buffer.find(stop, max(0, old - len(stop) + 1))
@@ -112,6 +112,6 @@ class StopChecker:
         return 0
 
     def flush(self) -> str:
-        """Returns the held text: the output ended and it did not become a stop string."""
+        """Returns the held text, when the output has ended without it becoming a stop string."""
         rest, self._held = self._held, ""
         return rest

@@ -1,4 +1,4 @@
-"""The tokenizer of a local model folder; text, chats and prompts of every kind to token ids."""
+"""Loads the tokenizer of a local model folder, and encodes text, chats and other prompts."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -18,15 +18,15 @@ Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a local HF folder; never asks a network.
+    """Loads the tokenizer of a local HF folder, without network access.
 
     Raises:
-        ModelError: there is no such folder, or no tokenizer in it that transformers can load.
+        ModelError: the folder does not exist, or has no tokenizer that transformers can load.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"tokenizer: got {str(path)!r}, expected a local folder with tokenizer.json")
-    from transformers import AutoTokenizer  # here, because importing it imports torch where that is installed
+    from transformers import AutoTokenizer  # deferred: it imports torch if that is installed
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -37,12 +37,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def end_token_ids(
     tokenizer: PreTrainedTokenizerBase | None, model_ids: Sequence[int], vocab_size: int
 ) -> frozenset[int]:
-    """Ids that end a sequence: those of the model's configs, and the tokenizer's, which training appends.
+    """End-of-sequence ids: those in the model's configs and the tokenizer's, which training appends.
 
     Args:
         tokenizer: May be None.
-        model_ids: Those of config.json and generation_config.json.
-        vocab_size: Ids from here on are no token of the model and left out.
+        model_ids: The ids in config.json and generation_config.json.
+        vocab_size: V; ids outside the vocabulary are dropped.
     """
     own = None if tokenizer is None else tokenizer.eos_token_id
     ids = {*model_ids} if own is None else {*model_ids, own}
@@ -50,20 +50,20 @@ def end_token_ids(
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of plain text, with what its tokenizer puts in front (BOS) once.
+    """Token ids of plain text, prefixed once with the tokenizer's BOS, if any.
 
-    Text that begins with it already, as the output of a chat template does, gets no second one. What some
-    tokenizers put behind (EOS) is left off: a prompt goes on, and training adds its own end.
+    Text that already starts with it, such as the output of a chat template, gets no second one. An EOS added by the
+    tokenizer is omitted: prompts continue, and training adds its own.
 
     Raises:
-        TypeError, UnicodeError: half a surrogate pair.
+        TypeError, UnicodeError: a lone surrogate.
     """
     begin, ids = _begin(tokenizer), list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return ids if begin and ids[: len(begin)] == begin else begin + ids
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that a tokenizer puts in front of any text."""
+    """The special ids that a tokenizer puts before any text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     count = encoded["special_tokens_mask"].index(0)
     return list(encoded["input_ids"][:count])
@@ -78,28 +78,26 @@ def encode_prompt(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     now: datetime | None = None,
 ) -> tuple[int, ...]:
-    """Returns the token ids of a prompt.
+    """The token ids of a prompt.
 
-    Text gets the special tokens of its tokenizer (`encode_text`), ids stay as they are, chats go through the template.
+    Text is encoded by `encode_text`, ids are used as they are, and chats are rendered by the template.
 
     Args:
-        tokenizer: May be None when only ids are given.
+        tokenizer: May be None for token ids.
         prompt: See `Prompt`.
-        vocab_size: Ids must be below this when it is given.
-        tools: See `encode_chat`; for chats alone, as are the next two.
-        chat_template_kwargs: See there.
-        now: See there.
+        vocab_size: If given, ids must be below it.
+        tools, chat_template_kwargs, now: See `encode_chat`; only for chats.
 
     Raises:
         RequestError: an empty prompt, a wrong type, an id outside the vocabulary, text without a tokenizer, a chat
-            that its template refuses, or arguments of a template beside a prompt that is no chat.
+            that the template refuses, or template arguments for a prompt that is not a chat.
     """
     prompt = listed(prompt)
-    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes, bytearray))  # bytes are no ids
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes, bytearray))
     is_chat = is_list and bool(prompt) and all(isinstance(m, Mapping) for m in prompt)
     for name, value in (("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
         if value is not None and not is_chat:
-            expected = f"it beside chat messages, not {short(prompt, 80)}"
+            expected = f"chat messages as the prompt, not {short(prompt, 80)}"
             raise RequestError(f"{name}: got {short(value, 200)}, expected {expected}")
     if isinstance(prompt, str):
         ids = _encode_text(tokenizer, prompt)
@@ -122,8 +120,8 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list
         raise RequestError("prompt: got text, expected token ids: this engine has no tokenizer")
     try:
         return encode_text(tokenizer, prompt)
-    except (TypeError, UnicodeError) as error:  # half a surrogate pair, as JSON's "\ud800" may bring
-        raise RequestError(f"prompt: got {short(prompt, 200)}, expected text of whole characters") from error
+    except (TypeError, UnicodeError) as error:  # a lone surrogate, which JSON's "\ud800" may produce
+        raise RequestError(f"prompt: got {short(prompt, 200)}, expected text without lone surrogates") from error
 
 
 def encode_chat(
@@ -134,27 +132,27 @@ def encode_chat(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     now: datetime | None = None,
 ) -> list[int]:
-    """Returns the token ids of a chat with the opening of the assistant's turn appended.
+    """The token ids of a chat, followed by the opening of the assistant's turn.
 
-    Training renders a conversation by the same code (`train.tokenize`).
+    Training renders conversations with the same code (`train.tokenize`).
 
     Args:
         tokenizer: Must have a chat template.
         messages: OpenAI messages; content is a string or a list of text parts, see `messages.normalize_message`.
         tools: JSON schemas of the functions that may be called.
-        chat_template_kwargs: Further variables of the template, e.g. {"enable_thinking": False}.
-        now: The date and time of a template that prints them; None is the time of this call.
+        chat_template_kwargs: Extra template variables, e.g. {"enable_thinking": False}.
+        now: Date and time for templates that print them; None means now.
 
     Raises:
-        RequestError: no tokenizer, no template, messages that the template refuses or has no place for, or an
-            argument that it does not use.
+        RequestError: no tokenizer, no template, messages that the template refuses or drops, or an argument that it
+            does not use.
     """
     try:
         template = ChatTemplate(tokenizer, tools=tools, chat_template_kwargs=chat_template_kwargs, now=now)
         text = template.render(normalize_messages(messages), generation_prompt=True)
-        # the template writes the special tokens itself
+        # The template adds the special tokens itself.
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     except ChatError as error:
         raise RequestError(str(error)) from error
     except (TypeError, UnicodeError) as error:
-        raise RequestError("messages: expected text of whole characters") from error
+        raise RequestError("messages: expected text without lone surrogates") from error

@@ -1,4 +1,4 @@
-"""A request as the scheduler sees it."""
+"""The scheduler's views of requests."""
 
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.schedule.types import Decoding, Prefilling, Waiting
@@ -6,7 +6,7 @@ from loquetier_jax.serve.request import Request
 
 
 def decoding(request: Request, expected: float) -> Decoding:
-    """A running request; a token of it that is in flight is `expected` then."""
+    """View of a decoding request; a token in flight counts as read at time `expected`."""
     times = request.metrics.token_times
     in_flight = request.num_dispatched > len(times)
     return Decoding(
@@ -21,7 +21,7 @@ def decoding(request: Request, expected: float) -> Decoding:
 
 
 def prefilling(request: Request) -> Prefilling:
-    """A running request whose prompt has not all been dispatched."""
+    """View of a running request whose prompt is not fully dispatched."""
     return Prefilling(
         id=request.id,
         adapter=request.adapter or "",
@@ -32,12 +32,12 @@ def prefilling(request: Request) -> Prefilling:
 
 
 def waiting(request: Request, version: Version | None, kv_pages: int) -> Waiting:
-    """A waiting request.
+    """View of a waiting request.
 
     Args:
-        request: It.
-        version: Its adapter's; None for the base.
-        kv_pages: Pages that it will take.
+        request: The request.
+        version: Its adapter version; None for the base.
+        kv_pages: KV pages that it will need.
     """
     stays = version is None or version.in_flight > 0
     return Waiting(

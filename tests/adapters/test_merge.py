@@ -93,7 +93,7 @@ def test_a_refusal_leaves_nothing_behind(tmp_path: Path) -> None:
     base = tiny_checkpoint("llama", tmp_path / "base", num_hidden_layers=1)
     weights, shape = adapter_for(base)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(AdapterError, match="base, which exists"):
+    with pytest.raises(AdapterError, match="base exists"):
         merge.write_merged(base, base, weights, shape)
     with pytest.raises(AdapterError, match=r"folder: .*/new cannot be created: Not a directory"):
         merge.write_merged(base / "config.json" / "made" / "new", base, weights, shape)
@@ -105,7 +105,7 @@ def test_a_refusal_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.q_proj\.weight' is adapted, but .* has no such"):
         merge.write_merged(tmp_path / "new", base, weights | {"layers.1.q_proj": weights["layers.0.q_proj"]}, deep)
     weights["layers.0.o_proj"]["lora_A"][1, 1] = np.inf
-    with pytest.raises(AdapterError, match=r"o_proj\.weight: merged .* not finite in float32"):
+    with pytest.raises(AdapterError, match=r"o_proj\.weight: not finite in float32"):
         merge.write_merged(tmp_path / "new", base, weights, shape)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -126,4 +126,4 @@ def test_the_command_writes_a_model_or_an_adapter(tmp_path: Path, capsys: pytest
         hf_logits(tmp_path / "merged", TOKENS), peft_logits(base, tmp_path / "plain"), atol=1e-4
     )
     assert main(["export", *options, str(tmp_path / "merged"), "--merged"]) == 2
-    assert "expected a new one" in capsys.readouterr().err
+    assert "expected a new or empty folder" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_a_run_is_not_overwritten(
     run_folder: Path, data: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["finetune", str(data), "--output-dir", str(run_folder), *options]) == 2
-    assert "which holds a run" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
 
 
 def test_resumed_after_a_kill_the_next_losses_are_the_same(
@@ -90,7 +90,7 @@ def test_sigterm_saves_and_a_run_that_has_saved_nothing_starts_again(
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     shutil.rmtree(folder / "checkpoints")  # as if killed before the first one
     assert main([*command, "--resume"]) == 0
-    assert f"{folder}: holds no checkpoint yet: the run starts from step 0" in capsys.readouterr().err.replace("\n", "")
+    assert f"{folder}: no checkpoint yet; starting from step 0" in capsys.readouterr().err.replace("\n", "")
     assert [{**line, "time": 0} for line in read_metrics(folder / "metrics.jsonl")] == lines
 
 

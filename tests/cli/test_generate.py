@@ -124,8 +124,8 @@ def test_files_as_they_come_and_other_names_of_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ({"prompt": "a", "adapter": "b"}, "adapter: got 'b', expected one that --adapter loads: ['base']"),
-        ({"prompt": [5] * 100_000}, "max_tokens: got 128 beside 100000 tokens of prompt or more"),
+        ({"prompt": "a", "adapter": "b"}, "adapter: got 'b', expected one loaded with --adapter: ['base']"),
+        ({"prompt": [5] * 100_000}, "max_tokens: got 128 plus at least 100000 prompt tokens"),
         ({"prompt": "a", "top_logprobs": 2}, "1: top_logprobs: got 2, expected None: use logprobs"),
         ({"prompt": "a", "max_tokens": 3, "max_new_tokens": 4}, "1: max_new_tokens: got 4 beside max_tokens=3"),
     ],

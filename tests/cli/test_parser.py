@@ -79,7 +79,7 @@ def test_wrong_options_end_with_usage(arguments: list[str], capsys: pytest.Captu
         (["finetune", "d", "--output-dir", "new", "--train", "steps=3"], "train steps"),
         (["finetune", "d", "--output-dir", "new", "--train", "output_dir=x"], "output_dir"),
         (["finetune", "--output-dir", "new", "--resume"], "expected a folder that finetune wrote"),
-        (["finetune", "d", "--output-dir", "new", "--resume"], "nothing with --resume"),
+        (["finetune", "d", "--output-dir", "new", "--resume"], "it unset with --resume"),
         (["finetune", "nothing.jsonl", "--output-dir", "new", *NO_MODEL], "nothing.jsonl: no such file"),
         (["finetune", DATA, "--eval-data", "nothing", "--output-dir", "new", *NO_MODEL], "nothing: no such file"),
         (["finetune", DATA, "--output-dir", DATA, *NO_MODEL], "--output-dir: got"),

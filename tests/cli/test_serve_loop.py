@@ -48,7 +48,7 @@ def test_sigterm_saves_the_jobs(
     assert main(["serve-loop", *WORKLOAD, "--job", f"j={data}", *settings, *options]) == 128 + signal.SIGTERM
     [saved] = (run / "checkpoints").iterdir()
     assert read_state(saved)["job"]["step"] == 1
-    assert f"job j was interrupted at step 1: {saved} holds it" in capsys.readouterr().err.replace("\n", "")
+    assert f"job j was interrupted at step 1: saved to {saved}" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_the_promise_and_what_missed_it_are_shown_per_adapter(

@@ -40,7 +40,7 @@ def test_what_a_template_cannot_take_is_refused_and_leaves_nothing(engine):
             call(image)
         with pytest.raises(RequestError, match="chat_template_kwargs: got 'thinking'"):
             call(CHAT, chat_template_kwargs={"thinking": False})
-        with pytest.raises(RequestError, match=r"tools: got .*, expected it beside chat messages"):
+        with pytest.raises(RequestError, match=r"tools: got .*, expected chat messages as the prompt"):
             call("ab", tools=ARGUMENTS["tools"])
     assert not engine.loop.serving.waiting
 

@@ -81,7 +81,7 @@ def test_refusals_come_at_once(held: Any) -> None:
     engine, device = held
     with pytest.raises(AdapterError, match="adapter: got 'nobody'"):
         engine.submit([5, 6], "nobody")
-    with pytest.raises(RequestError, match="request_id: got 'first', expected an id that no live request has"):
+    with pytest.raises(RequestError, match="request_id: got 'first', expected an id not used by a live request"):
         engine.submit([5, 6], request_id="first")
     queued = engine.submit([5, 6], request_id="second")
     with pytest.raises(RequestError, match="request_id: got 'second'"):  # it waits in the inbox, and is live
