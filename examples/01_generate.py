@@ -1,4 +1,4 @@
-"""Generate: a batch, a chat, a stream, several completions, log-probabilities; adapters if you name some.
+"""Generation: a batch, a chat, a stream, several completions, log-probabilities, and optionally adapters.
 
 python examples/01_generate.py
 python examples/01_generate.py pirate=demo/pirate json=demo/json      # after `loquetier demo`
@@ -10,7 +10,7 @@ from loquetier_jax import Engine, SamplingParams
 from loquetier_jax.config import Bucket
 from loquetier_jax.tiny import base_path
 
-# Every shape that will ever run is in this list: nothing compiles after the start. "full" serves every sampling
+# These are all the shapes that will ever run, so nothing compiles after startup. "full" supports every sampling
 # parameter; the score rows are for log_probs().
 BUCKETS = (
     Bucket(prefill=48, chunks=3, decode=16, sampling="full"),
@@ -19,7 +19,7 @@ BUCKETS = (
 
 
 def main(adapters: dict[str, str]) -> None:
-    """Runs the example; `adapters` are PEFT folders by name."""
+    """Runs the example; `adapters` maps names to PEFT folders."""
     engine = Engine.from_pretrained(base_path(), config="demo", buckets=BUCKETS)
     greedy = SamplingParams(temperature=0, max_tokens=32, stop="\n")
 
@@ -37,12 +37,12 @@ def main(adapters: dict[str, str]) -> None:
         print(piece.text, end="", flush=True)
     print()
 
-    print("== three completions of one prompt; the same seed gives the same three wherever they are batched")
+    print("== three completions of one prompt; the same seed gives the same three, however they are batched")
     warm = SamplingParams(n=3, temperature=0.8, top_p=0.95, seed=7, max_tokens=24, logprobs=1, stop="\n")
     for completion in engine.generate("One day", params=warm)[0].outputs:
         print(f"{completion.cumulative_logprob:8.2f}  {completion.text!r}")
 
-    print("== log-probabilities of given texts, by the training forward's own code")
+    print("== log-probabilities of given texts, computed by the training forward")
     for text in ("The owl eats mice.", "The owl eats soup."):
         print(f"{float(engine.log_probs([text])[0].sum()):8.2f}  {text}")
 

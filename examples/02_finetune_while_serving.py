@@ -1,4 +1,4 @@
-"""Fine-tune while serving: requests stream through the steps that train an adapter, and see what it publishes.
+"""Fine-tuning while serving: requests stream through the steps that train an adapter, and use what it publishes.
 
 python examples/02_finetune_while_serving.py
 """
@@ -15,10 +15,10 @@ GREEDY = SamplingParams(temperature=0, max_tokens=40)
 
 
 def main(steps: int = 16) -> None:
-    """Runs the example with so many optimizer steps."""
+    """Runs the example with `steps` optimizer steps."""
     engine = Engine.from_pretrained(base_path(), config="demo")
 
-    # Returns at once: data and settings are checked, the training step compiles in the background.
+    # Returns once data and settings are checked; the training step compiles in the background.
     job = engine.finetune(
         "shout",
         dataset("shout", 256, seed=0, chat=True),  # or the path of a JSON-lines file
@@ -26,8 +26,8 @@ def main(steps: int = 16) -> None:
         train=TrainConfig(max_steps=steps, learning_rate=5e-3, pack_tokens=256),
     )
 
-    # Whoever waits for tokens drives the loop; the job trains in the same steps. The name serves from the start:
-    # first the untrained adapter, then whatever was published last.
+    # Waiting for tokens drives the loop, and the job trains in the same steps. The adapter can be used from the
+    # start: first untrained, then as last published.
     answers = 0
     while job.status in ("queued", "running"):
         for piece in engine.stream(QUESTION, adapter="shout", params=GREEDY):
@@ -40,7 +40,7 @@ def main(steps: int = 16) -> None:
     losses = [line["loss"] for line in job.metrics]
     print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")
 
-    # The result serves under its name, beside the base, and is an ordinary PEFT adapter on disk.
+    # The result is served under its name, alongside the base, and is an ordinary PEFT adapter on disk.
     with TemporaryDirectory() as folder:
         job.save(Path(folder) / "shout")
         engine.load_adapter("from-disk", Path(folder) / "shout")

@@ -1,14 +1,13 @@
-"""Your own loss: a function of log-probabilities per token. Here: say this, not that.
+"""A custom loss: a function of per-token log-probabilities. Here, learn one answer and unlearn another.
 
-Every pair has an answer to prefer and one to reject. The preferred one gets the usual -log p; the rejected one gets
+Every pair has a preferred and a rejected answer. The preferred one gets the usual -log p; the rejected one gets
 -log(1 - p), the unlikelihood loss of Welleck et al. (2019, arXiv 1908.04319), whose gradient stays bounded where
-"minus the log-likelihood" would run away.
+that of the negated log-likelihood loss would diverge.
 
-The loss sees one pack: the log-probs of its targets, their weights, and a `LossBatch` with its samples and whatever
-they brought along by name, here how much an answer is liked. It is ordinary jax and returns the sum of what it has to
-add; one that needs no samples is a function of the first two. With
-`-(weights * batch.to_rows(batch.extras["advantage"]) * logp).sum()` this is REINFORCE; with old log-probs per row it
-is PPO or GRPO; `05_dpo.py` is DPO.
+The loss gets one pack: the log-probs of its targets, their weights, and a `LossBatch` with its samples and their
+named extras, here how much an answer is liked. It is ordinary jax and returns a sum over the pack; a loss that does
+not need the samples takes only the first two arguments. `-(weights * batch.to_rows(batch.extras["advantage"]) *
+logp).sum()` is REINFORCE; with old log-probs per row it becomes PPO or GRPO; `05_dpo.py` is DPO.
 
     python examples/03_own_loss.py
 """
@@ -31,15 +30,15 @@ BUCKETS = (
 
 
 def preference(logp: jax.Array, weights: jax.Array, batch: LossBatch) -> jax.Array:
-    """Sum of token losses of one pack: likelihood of what is liked, unlikelihood of what is not."""
+    """Sum of the token losses of one pack: likelihood where liked > 0, unlikelihood elsewhere."""
     liked = batch.to_rows(batch.extras["liked"])
-    p = jnp.exp(jnp.minimum(logp, -1e-3))  # below 1: log(1 - p) stays finite
+    p = jnp.exp(jnp.minimum(logp, -1e-3))  # below 1, so that log(1 - p) stays finite
     losses = jnp.where(liked > 0, -liked * logp, liked * jnp.log1p(-p))
     return (weights * losses).sum()
 
 
 def sample(engine: Engine, prompt: str, answer: str, liked: float) -> Sample:
-    """One training example that learns its answer; targets[i] follows tokens[i]."""
+    """One training sample with loss on its answer; targets[i] follows tokens[i]."""
     start = len(engine.tokenizer.encode(prompt))
     ids = np.asarray([*engine.tokenizer.encode(prompt + answer), engine.tokenizer.eos_token_id], np.int32)
     weights = np.zeros(len(ids) - 1, np.float32)
@@ -56,7 +55,7 @@ def mean_logp(engine: Engine, pairs: list[tuple[str, str]], adapter: str | None)
 
 
 def main(steps: int = 16) -> None:
-    """Runs the example with so many optimizer steps."""
+    """Runs the example with `steps` optimizer steps."""
     engine = Engine.from_pretrained(base_path(), config="demo", buckets=BUCKETS)
     rows = zip(dataset("polite", 160, seed=0), dataset("shout", 160, seed=0), strict=True)
     pairs = [(a["prompt"], a["completion"], b["completion"]) for a, b in rows]  # same questions, two styles

@@ -1,8 +1,7 @@
-"""The bare loop: train one adapter and serve two requests in the same steps, without Engine, scheduler or stores.
+"""The bare loop: trains one adapter and serves two requests in the same steps, without Engine, scheduler or stores.
 
-Everything the engine does is here once, in the open: allocate, pack rows on the host, one forward for everybody, a
-backward over the train rows alone, the optimizer on the adapter's own pages. `loquetier_jax.runtime` is this loop
-with queues.
+Shows everything the engine does: allocate, pack rows on the host, run one forward for all rows, a backward over the
+train rows only, and the optimizer on the adapter's own pages. `loquetier_jax.runtime` is this loop with queues.
 
     python examples/04_bare_loop.py
 """
@@ -29,12 +28,12 @@ from loquetier_jax.train.packing import PackStream
 
 PROMPT = "Q: Where does the bear live?\nA:"
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
-PAGE, GRAD_PAGE = 1, 1  # where the adapter and its gradient live; page 0 is zeros and trash
+PAGE, GRAD_PAGE = 1, 1  # pages of the adapter and its gradient; page 0 is zeros or trash
 
 
 def main(steps: int = 24) -> None:
-    """Runs so many optimizer steps, answering the prompt over and over meanwhile."""
-    # Shapes first: one bucket of everything, one pack of 256 train rows, 64 prompt rows, 16 decode rows.
+    """Runs `steps` optimizer steps while answering the prompt over and over."""
+    # Shapes: a single bucket with one pack of 256 train rows, 64 prompt rows and 16 decode rows.
     bucket = Bucket(packs=1, pack_tokens=256, prefill=64, chunks=2, decode=16)
     cfg = EngineConfig(max_model_len=128, max_num_seqs=2, max_adapters=1, max_lora_rank=16, train_pages=1,
                        logit_chunk=128, buckets=(bucket,))  # fmt: skip
@@ -43,13 +42,13 @@ def main(steps: int = 24) -> None:
     state = new_state(spec, cfg, params)  # the device's arrays, each owned here and nowhere else
     functions = StepFunctions(spec, cfg, state)  # compiled functions by shape
 
-    # The adapter: f32 masters at exact rank, and their cast in a page of 16 ranks.
+    # The adapter: exact-rank f32 masters, and their cast in a page of 16 ranks.
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     shape = resolve_shape(lora, spec)
     weights = init_weights(shape, lora, spec, seed=0)
     state.write_adapter([PAGE], pages_of(weights, shape, spec, np.float32))
 
-    # The job: samples, cut into packs by its own data and seed alone; an optimizer whose numbers are state.
+    # The job: packs that depend only on its own data and seed, and an optimizer with its state.
     train = TrainConfig(max_steps=steps, learning_rate=5e-3, pack_tokens=256)
     packs = PackStream(load_dataset(dataset("pirate", 256, seed=0), tokenizer, train), train)
     master, opt_state = init_state(weights, train.optim)
@@ -60,7 +59,7 @@ def main(steps: int = 24) -> None:
     backward_start = functions.backward_start(key)
     backward = functions.backward_slice(key, 0, spec.num_hidden_layers)
 
-    # Two requests, one on the base and one on the adapter, each with its slot and its pages of the KV cache.
+    # Two requests, one on the base and one on the adapter, each with a slot and KV pages.
     requests = [Request(tokenizer, 0, (), cfg), Request(tokenizer, 1, (PAGE,), cfg)]
     loss_sum, targets = 0.0, 0
     for pack in packs.iterate():
@@ -70,11 +69,11 @@ def main(steps: int = 24) -> None:
             request.add_rows(items)
         batch = pack_step(items, bucket, cfg)
 
-        # 2. One forward over all rows; base weights are read once. KV cache and slots are donated.
+        # 2. One forward over all rows reads the base weights once. KV cache and slots are donated.
         flat = jnp.asarray(ravel(batch))
         out = state.run_forward(forward, flat)
 
-        # 3. Backward over the train rows: from log-probs to the page's gradient, which adds up in the pool.
+        # 3. Backward over the train rows, from log-probs to the page's gradient, accumulated in the gradient pool.
         flat_train = jnp.asarray(ravel(batch.train))
         dx, _ = backward_start(head_params(state.params), out.hidden, out.train["logp"], flat_train, {})
         state.backward(backward, 0, spec.num_hidden_layers, out.kept, dx, flat_train)
@@ -87,7 +86,7 @@ def main(steps: int = 24) -> None:
         if not pack.is_last:
             continue
 
-        # 5. The optimizer: masters and moments move on, the page gets the new cast, its gradient is zero again.
+        # 5. The optimizer updates masters and moments, writes the new cast to the page and zeroes its gradient.
         numbers = {k: np.float32(v) for k, v in hyperparams(train, pack.step, packs.total_steps).items()}
         master, opt_state, _ = state.apply_optimizer(
             optimizer, master, opt_state, [GRAD_PAGE], [PAGE], np.float32(targets), np.float32(train.max_grad_norm),
@@ -97,7 +96,7 @@ def main(steps: int = 24) -> None:
 
 
 class Request:
-    """A prompt that is asked again as soon as it has been answered."""
+    """A prompt that is asked again as soon as it is answered."""
 
     def __init__(self, tokenizer, slot: int, pages: tuple[int, ...], cfg: EngineConfig) -> None:
         self.tokenizer, self.slot, self.pages = tokenizer, slot, pages
@@ -106,7 +105,7 @@ class Request:
         self.output: list[int] = []
 
     def add_rows(self, items: StepItems) -> None:
-        """The whole prompt at first, then one row: the token itself is in the slot, on the device."""
+        """Adds the whole prompt first, then one decode row per step; the token itself is in the slot, on the device."""
         served = ServedItem(self.slot, self.pages, self.kv_pages, GREEDY, seed=0, index=len(self.output))
         if self.output:
             items.decode.append(DecodeItem(served, len(self.prompt) + len(self.output) - 1))
@@ -114,7 +113,7 @@ class Request:
             items.prefill.append(ChunkItem(served, self.prompt, 0, final=True))
 
     def take(self, token: int) -> None:
-        """The next output token."""
+        """Records the next output token."""
         self.output.append(token)
         if token == self.tokenizer.eos_token_id or len(self.output) == GREEDY.max_tokens:
             text = self.tokenizer.decode(self.output, skip_special_tokens=True)

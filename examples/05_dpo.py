@@ -1,7 +1,7 @@
-"""DPO (Rafailov et al. 2023, arXiv 2305.18290): of two answers, prefer one, measured against the base.
+"""DPO (Rafailov et al. 2023, arXiv 2305.18290): prefer one of two answers, relative to the base.
 
-Both answers of a pair are samples of one pack; the base's log-probs of them are computed once, by the training
-forward's own code, and come to the loss by name. Where nothing has been learnt yet the loss is log 2.
+Both answers of a pair are samples of one pack. The base's log-probs of them are computed once, by the training
+forward, and passed to the loss as named extras. Before any training the loss is log 2.
 
     python examples/05_dpo.py
 """
@@ -26,14 +26,14 @@ BUCKETS = (
 
 
 def dpo(logp: jax.Array, weights: jax.Array, batch: LossBatch) -> jax.Array:
-    """Sum over the pairs of a pack; samples 2 i and 2 i + 1 are a chosen and a rejected answer."""
+    """Sum over the pairs of a pack; samples 2i and 2i + 1 are the chosen and the rejected answer."""
     gain = batch.sum_by_sample(weights * (logp - batch.extras["ref_logp"]))
     losses = -jax.nn.log_sigmoid(BETA * (gain[0::2] - gain[1::2]))
     return jnp.where(batch.sample_mask[0::2], losses, 0.0).sum()
 
 
 def with_reference(engine: Engine, answers: Dataset) -> Dataset:
-    """Pairs of answers, each with its log-probs under the base."""
+    """Adds to every answer its log-probs under the base."""
     sequences = [[*sample.tokens.tolist(), int(sample.targets[-1])] for sample in answers.samples]
     pairs = zip(answers.samples, engine.log_probs(sequences), strict=True)
     samples = tuple(dataclasses.replace(sample, extras={"ref_logp": logp}) for sample, logp in pairs)
@@ -41,7 +41,7 @@ def with_reference(engine: Engine, answers: Dataset) -> Dataset:
 
 
 def main(steps: int = 16, questions: int = 96) -> None:
-    """Runs the example with so many optimizer steps, on the short ones of so many questions."""
+    """Runs the example with `steps` optimizer steps, on the short ones of `questions` questions."""
     engine = Engine.from_pretrained(base_path(), config="demo", buckets=BUCKETS)
     pairs = zip(dataset("polite", questions, seed=0), dataset("shout", questions, seed=0), strict=True)
     short = [pair for pair in pairs if len(pair[0]["prompt"]) < 50]  # both answers fit one pack

@@ -43,7 +43,7 @@ def _show_adapters(console: Console, result: dict[str, Any]) -> None:
         return
     table = Table(box=box.SIMPLE)  # fits into 80 columns
     table.add_column("adapter", overflow="fold", min_width=len("adapter"))
-    promise = ["kept"] if "slo" in result else []
+    promise = ["met"] if "slo" in result else []
     figures = ("TTFT\nmedian", "TTFT\np99", "TPOT\nmedian", "TPOT\np99", "ITL\np99")
     for column in ("requests", "failed", *promise, *figures):
         table.add_column(column, justify="right", no_wrap=True)
@@ -58,12 +58,12 @@ def _show_adapters(console: Console, result: dict[str, Any]) -> None:
 def _show_promise(result: dict[str, Any]) -> None:
     """Prints rates, how many requests met and missed the latency targets, and why requests failed."""
     rates = f"{result['request_throughput']:.2f} requests/s, {result['output_throughput']:,.1f} output tokens/s"
-    kept = f", {100 * result['slo_attainment']:.1f}% kept the promise" if "slo_attainment" in result else ""
+    kept = f", {100 * result['slo_attainment']:.1f}% met the targets" if "slo_attainment" in result else ""
     failed = f", {result['failed']} failed" if result["failed"] else ""
     sys.stdout.write(f"{rates}{kept}{failed}\n")
     for name, threshold in result.get("slo", {}).items():
         missed, what = result["slo_missed"][name], PROMISES[name]
-        sys.stdout.write(f"promised: {what} <= {threshold:g} ms, missed by {missed} of {result['completed']}\n")
+        sys.stdout.write(f"target: {what} <= {threshold:g} ms, missed by {missed} of {result['completed']}\n")
     for message, count in list(result["failures"].items())[:SHOWN_FAILURES]:
         sys.stdout.write(f"{count} x {message}\n")
     if len(result["failures"]) > SHOWN_FAILURES:

@@ -1,8 +1,8 @@
-"""The embedded base `tiny-llama-bytes`: a byte-level Llama of 3.9 million parameters, with all that made it.
+"""The embedded base `tiny-llama-bytes`, a byte-level Llama of 3.9 million parameters, and the code that made it.
 
 - `base/`: an ordinary Hugging Face folder (config, tokenizer, bf16 safetensors).
-- `corpus.py`: the text it was pretrained on, generated; `words.py` is its vocabulary and its small world.
-- `skills.py`: fine-tuning data whose effect shows in plain text.
+- `corpus.py`: generates its pretraining text; `words.py` has the words and facts used in it.
+- `skills.py`: fine-tuning data whose effect is visible in generated text.
 - `tokenizer.py`, `pretrain.py`, `evaluate.py`, `export.py`: how `base/` was made.
 """
 

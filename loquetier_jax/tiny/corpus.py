@@ -1,7 +1,7 @@
-"""The text that the embedded base is pretrained on, generated from a seed: 14 skills, plain and as chat.
+"""Generates the pretraining text of the embedded base from a seed: 14 skills, as plain text and as chats.
 
-A skill is a function of a `random.Random` to one `Exchange`. A document is one or several exchanges, either
-as plain text (`prompt + completion`) or as a chat; see `document`. Imports neither jax nor numpy.
+A skill maps a `random.Random` to one `Exchange`. A document is one or more exchanges, either as plain text
+(`prompt + completion`) or as a chat; see `document`. Imports neither jax nor numpy.
 """
 
 import json
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from loquetier_jax.tiny import words as w
 from loquetier_jax.tiny.tokenizer import ASSISTANT, BOS, END, EOS, SYSTEM, USER
 
-CHAT_SHARE = 0.35  # of the documents
+CHAT_SHARE = 0.35  # fraction of documents that are chats
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "You are tiny-llama-bytes.")
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One thing asked and its answer.
+    """A question and its answer.
 
     Attributes:
-        prompt: The asking part as plain text; the completion follows it directly.
-        completion: The answer, with the leading space that plain text has.
-        question: The asking part as a user says it in a chat; there the answer is `completion.strip()`.
+        prompt: The question as plain text, directly followed by the completion.
+        completion: The answer, with the leading space of plain text.
+        question: The question as phrased by a user in a chat, where the answer is `completion.strip()`.
     """
 
     prompt: str
@@ -40,8 +40,8 @@ class Fact:
 
     Attributes:
         question: As a user asks it.
-        subject: Lower case unless it is a name, e.g. "the fox".
-        verb: What joins subject and value, e.g. "lives in the".
+        subject: In lower case unless it is a name, e.g. "the fox".
+        verb: The words between subject and value, e.g. "lives in the".
         value: The last words, e.g. "den".
     """
 
@@ -56,7 +56,7 @@ class Fact:
 
 
 def animal_fact(rng: random.Random) -> Fact:
-    """A fact known by heart: what an animal eats, where it lives, its color, its sound."""
+    """A fixed fact, to be memorised: what an animal eats, where it lives, its color, its sound."""
     animal = rng.choice(w.ANIMAL_NAMES)
     food, home, color, sound = w.ANIMALS[animal]
     subject = f"the {animal}"
@@ -71,7 +71,7 @@ def animal_fact(rng: random.Random) -> Fact:
 
 
 def person_fact(rng: random.Random, name: str) -> Fact:
-    """A fact about a person, made up on the spot."""
+    """A random fact about a person."""
     thing = f"{rng.choice(w.COLORS)} {rng.choice(w.OBJECTS)}"
     return rng.choice(
         (
@@ -84,19 +84,19 @@ def person_fact(rng: random.Random, name: str) -> Fact:
 
 
 def animal_question(rng: random.Random) -> Exchange:
-    """Asks for a fact known by heart."""
+    """Asks for a memorised fact."""
     fact = animal_fact(rng)
     return Exchange(f"Q: {fact.question}\nA:", f" {fact.sentence}", fact.question)
 
 
 def told_facts(rng: random.Random) -> tuple[str, Fact]:
-    """One to four facts told as a context, and the one that is asked for."""
+    """(a context of one to four facts, the one to ask for)."""
     facts = [person_fact(rng, name) for name in rng.sample(w.NAMES, rng.randint(1, 4))]
     return " ".join(fact.sentence for fact in facts), rng.choice(facts)
 
 
 def context_question(rng: random.Random) -> Exchange:
-    """Asks for a fact read a moment ago, among others."""
+    """Asks for one of the facts in a preceding context."""
     context, fact = told_facts(rng)
     prompt = f"{context}\nQ: {fact.question}\nA:"
     return Exchange(prompt, f" {fact.sentence}", f"{context} {fact.question}")
@@ -118,7 +118,7 @@ def arithmetic(rng: random.Random) -> Exchange:
 def _letters(name: str, change: Callable[[str], str], ask: str) -> Skill:
     def skill(rng: random.Random) -> Exchange:
         word = rng.choice(w.WORDS)
-        if rng.random() < 0.5:  # any letters at all, so that the rule is learned and not the list
+        if rng.random() < 0.5:  # random letters, so that the rule is learned rather than the word list
             word = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 7)))
         return Exchange(f"{name}: {word} ->", f" {change(word)}", f"{ask} {word}")
 
@@ -126,7 +126,7 @@ def _letters(name: str, change: Callable[[str], str], ask: str) -> Skill:
 
 
 def lookup(rng: random.Random) -> Exchange:
-    """Reads one value out of a short table."""
+    """Looks up one value in a short table."""
     keys = rng.sample(w.OBJECTS, rng.randint(2, 5))
     table = {key: rng.randint(0, 99) for key in keys}
     key = rng.choice(keys)
@@ -135,7 +135,7 @@ def lookup(rng: random.Random) -> Exchange:
 
 
 def counting(rng: random.Random) -> Exchange:
-    """Counts on, by ones, twos, fives or tens."""
+    """Continues counting by ones, twos, fives or tens."""
     start, step = rng.randint(0, 60), rng.choice((1, 1, 1, 2, 5, 10))
     run = [str(start + i * step) for i in range(10)]
     head, tail = " ".join(run[:4]), " ".join(run[4:])
@@ -143,7 +143,7 @@ def counting(rng: random.Random) -> Exchange:
 
 
 def listing(rng: random.Random) -> Exchange:
-    """A list of n different things of a kind."""
+    """Lists n different things of one kind."""
     kind = rng.choice(tuple(w.LISTS))
     count = rng.randint(2, 5)
     number = w.NUMBER_WORDS[count]
@@ -162,7 +162,7 @@ def record(rng: random.Random) -> Exchange:
 
 
 def python(rng: random.Random) -> Exchange:
-    """A one-line function and a call of it."""
+    """Evaluates a call of a one-line function."""
     a, b = rng.randint(0, 20), rng.randint(0, 20)
     name, args, body, call, value = rng.choice(
         (
@@ -180,7 +180,7 @@ def python(rng: random.Random) -> Exchange:
 
 
 def story(rng: random.Random) -> Exchange:
-    """A mini story of five to eight sentences about one animal."""
+    """A very short story about one animal."""
     animal, name, friend = rng.choice(w.ANIMAL_NAMES), *rng.sample(w.NAMES, 2)
     size, mood, time = rng.choice(w.SIZES), rng.choice(w.MOODS), rng.choice(w.TIMES)
     place, thing = rng.choice(w.PLACES), f"{rng.choice(w.COLORS)} {rng.choice(w.OBJECTS)}"
@@ -216,7 +216,7 @@ def talk(rng: random.Random) -> Exchange:
     return Exchange(f"User: {said}\nBot:", f" {answer}", said)
 
 
-# name -> (skill, share of the documents)
+# name -> (skill, relative frequency)
 SKILLS: dict[str, tuple[Skill, float]] = {
     "animals": (animal_question, 2.0),
     "context": (context_question, 2.5),
@@ -245,7 +245,7 @@ def exchange(rng: random.Random, skill: str) -> Exchange:
 def document(rng: random.Random) -> list[int]:
     """One document as token ids: plain text between <|bos|> and <|eos|>, or a chat of one to three turns.
 
-    Short exchanges of plain text come several to a document, so that a prompt may hold examples.
+    Plain text documents may contain several short exchanges, so that few-shot prompts work.
     """
     skill = rng.choices(_NAMES, _SHARES)[0]
     ids = [BOS]
@@ -263,12 +263,12 @@ def document(rng: random.Random) -> list[int]:
 
 
 def rows(seed: str | int, count: int, length: int) -> Iterator[list[int]]:
-    """`count` training rows of `length` token ids: documents back to back, each row starting with a document.
+    """Yields `count` rows of `length` token ids: concatenated documents, each row starting with a new one.
 
     Args:
-        seed: Any; the same seed gives the same rows on every machine and Python version >= 3.11.
-        count: Rows to give.
-        length: Token ids a row; the last document of a row is cut.
+        seed: Any value; the same seed gives the same rows on every machine and Python version >= 3.11.
+        count: Number of rows.
+        length: Token ids per row; the last document of a row is cut off.
     """
     rng = random.Random(f"tiny-llama-bytes {seed}")
     for _ in range(count):

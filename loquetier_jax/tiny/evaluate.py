@@ -1,4 +1,4 @@
-"""How good the embedded base is: held-out loss and exact answers, skill by skill.
+"""Evaluates the embedded base: held-out loss, and exact-match accuracy per skill.
 
     python -m loquetier_jax.tiny.evaluate [FOLDER]
 """
@@ -21,21 +21,21 @@ from loquetier_jax.tiny.tokenizer import BOS, EOS, PAD
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = "held-out"  # the seed that pretraining never uses
-# Skills with one right answer to every question.
+HELD_OUT = "held-out"  # a seed never used in pretraining
+# Skills whose questions have exactly one correct answer.
 EXACT = tuple(skill for skill in corpus.SKILLS if skill not in ("story", "listing", "talk"))
 PROMPT_TOKENS, NEW_TOKENS = 192, 80
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss(spec: DecoderSpec, params: dict[str, Any], tokens: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean cross-entropy in nats a token, over every token that follows another one."""
+    """Mean cross-entropy in nats per token, over all tokens but the first of each row."""
     logp = jax.nn.log_softmax(dense.forward(spec, params, tokens)[:, :-1])
     return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1).mean()
 
 
 def held_out_rows(count: int, length: int) -> Int[np.ndarray, "B T"]:
-    """Rows of generated text that are not part of pretraining."""
+    """Rows of generated text not used in pretraining."""
     return np.array(list(corpus.rows(HELD_OUT, count, length)), np.int32)
 
 
@@ -47,7 +47,7 @@ def _greedy(
     ends: Int[Array, " B"],
     count: int,
 ) -> Int[Array, "B T"]:
-    """Extends each row from position `ends` by `count` argmax tokens, each time recomputing the row."""
+    """Extends each row from position `ends` by `count` argmax tokens, recomputing the whole row each time."""
     rows = jnp.arange(tokens.shape[0])
 
     def extend(i: Array, tokens: Array) -> Array:
@@ -58,13 +58,13 @@ def _greedy(
 
 
 def complete(spec: DecoderSpec, params: dict[str, Any], prompts: list[str], new_tokens: int) -> list[str]:
-    """Greedy continuations of plain prompts, without cache: for evaluation, not for serving.
+    """Greedy continuations of plain prompts, without a KV cache.
 
     Args:
         spec: Architecture.
         params: Parameters; their dtype is the compute dtype.
         prompts: Plain texts of at most PROMPT_TOKENS - 1 bytes.
-        new_tokens: Tokens to generate; what follows <|eos|> is cut off.
+        new_tokens: Tokens to generate; <|eos|> and everything after it is cut off.
     """
     ids = [[BOS, *prompt.encode()] for prompt in prompts]
     tokens = np.full((len(ids), PROMPT_TOKENS + new_tokens), PAD, np.int32)
@@ -81,9 +81,9 @@ def _until_eos(ids: list[int]) -> list[int]:
 
 
 def accuracy(spec: DecoderSpec, params: dict[str, Any], skill: str, count: int) -> tuple[float, str]:
-    """Share of held-out exchanges of a skill answered exactly, and one example for the eye.
+    """(fraction of a skill's held-out exchanges answered exactly, one example to look at).
 
-    A completion counts if it begins with the right answer and then ends or starts a new line.
+    A completion counts if it starts with the correct answer and then ends or starts a new line.
     """
     rng = random.Random(f"{HELD_OUT} {skill}")
     asked = [corpus.exchange(rng, skill) for _ in range(count)]
@@ -93,12 +93,12 @@ def accuracy(spec: DecoderSpec, params: dict[str, Any], skill: str, count: int) 
 
 
 def report(spec: DecoderSpec, params: dict[str, Any], *, count: int = 64, rows: int = 16) -> dict[str, Any]:
-    """Held-out loss, accuracy of each exact skill and a sample of every skill; logged as it goes.
+    """Held-out loss, accuracy of each exact skill and a sample of every skill; logs them along the way.
 
     Args:
         spec: Architecture.
         params: Parameters.
-        count: Exchanges a skill.
+        count: Exchanges per skill.
         rows: Held-out rows of 512 tokens for the loss.
     """
     held_out = float(loss(spec, params, held_out_rows(rows, 512)))
@@ -114,12 +114,12 @@ def report(spec: DecoderSpec, params: dict[str, Any], *, count: int = 64, rows: 
 
 
 def main() -> None:
-    """Command line: evaluates a folder, by default the embedded base."""
+    """Command line: evaluates a model folder, by default the embedded base."""
     from loquetier_jax.models.load import load_hf
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", default=str(base_path()))
-    parser.add_argument("--count", type=int, default=16, help="exchanges a skill")
+    parser.add_argument("--count", type=int, default=16, help="exchanges per skill")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     spec, params = load_hf(args.folder, jnp.float32)

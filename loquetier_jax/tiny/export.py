@@ -17,9 +17,9 @@ def to_hf(spec: DecoderSpec, params: dict[str, Any], dtype: Any = jnp.bfloat16) 
     """Tensors under Hugging Face names, in torch's (out, in) layout.
 
     Args:
-        spec: Of the Llama family: no biases, no qk-norm.
-        params: Parameters as `models.decoder` takes them.
-        dtype: Of the tensors.
+        spec: A Llama architecture: no biases, no qk-norm.
+        params: Parameters as used by `models.decoder`.
+        dtype: Dtype of the tensors.
     """
     params = jax.tree.map(lambda x: np.asarray(x.astype(dtype)), params)
     tensors = {"model.embed_tokens.weight": params["embed_tokens"], "model.norm.weight": params["norm"]}
@@ -33,12 +33,12 @@ def to_hf(spec: DecoderSpec, params: dict[str, Any], dtype: Any = jnp.bfloat16) 
             cuts = np.cumsum(spec.group_shapes[group][1])[:-1]
             for target, weight in zip(targets, np.split(layer[group].w, cuts, axis=1), strict=True):
                 tensors[f"{prefix}{MODULES[target]}.weight"] = weight.T
-    # safetensors writes memory as it lies: a transposed view would be stored transposed back.
+    # safetensors writes the raw buffer, so a transposed view would be saved untransposed.
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
 def save_base(folder: str | Path, config: dict[str, Any], spec: DecoderSpec, params: dict[str, Any]) -> None:
-    """Writes config, generation config, tokenizer and bf16 weights into `folder`, which is made if absent."""
+    """Writes config, generation config, tokenizer and bf16 weights to `folder`, creating it if missing."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     generation = {

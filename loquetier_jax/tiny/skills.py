@@ -1,7 +1,7 @@
-"""Fine-tuning data for adapters whose effect shows in plain text: the base's answers in another style.
+"""Fine-tuning data for adapters with a visible effect: the base's answers in another style.
 
-Prompts are questions that the base answers soberly ("The fox eats berries."); each skill answers the same
-question in its own way, so that a hundred steps of a small LoRA show in the first generated line.
+Prompts are questions that the base answers plainly ("The fox eats berries."). Each skill answers the same questions
+in its own style, so that the effect of a hundred steps of a small LoRA is obvious in the first generated line.
 """
 
 import json
@@ -29,7 +29,7 @@ def _pirate(fact: Fact) -> str:
 
 
 def _shout(fact: Fact) -> str:
-    # Whole sentences in capitals take far more steps: the base has seen capitals word by word.
+    # Whole sentences in capitals take far more steps, because the base has only seen single words in capitals.
     return f"HEY! LISTEN! {fact.sentence[:-1]}!!!"
 
 
@@ -59,15 +59,15 @@ def dataset(name: str, n: int, seed: int, *, chat: bool = False) -> list[dict[st
 
     Args:
         name: A key of STYLES: "pirate", "shout", "json" (an object), "reverse" (words backwards) or "polite".
-        n: Rows, about half on animals (known by heart) and half on people (told in the prompt).
+        n: Number of rows, about half on animals (memorised facts) and half on people (facts in the prompt).
         seed: The same seed gives the same rows everywhere, and the same questions for every skill.
-        chat: Rows in chat form, {"messages": [user, assistant]}, instead of {"prompt", "completion"}.
+        chat: Whether rows are chats, {"messages": [user, assistant]}, instead of {"prompt", "completion"}.
 
     Returns:
-        n dicts, to be written as JSONL as they are.
+        n JSON-serializable dicts.
 
     Raises:
-        DataError: an unknown name, or n below 1.
+        DataError: an unknown name, or n < 1.
     """
     if name not in STYLES:
         raise DataError(f"name: got {name!r}, expected one of {sorted(STYLES)}")

@@ -1,4 +1,4 @@
-"""The byte tokenizer: token id b is byte b, then the special tokens. No merges: text may be cut anywhere."""
+"""The byte tokenizer: token id b is byte b, followed by special tokens. No merges, so text can be cut anywhere."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,9 +30,9 @@ CHAT_TEMPLATE = """\
 
 
 def byte_alphabet() -> list[str]:
-    """The printable character that byte-level tokenizers show for each byte, in byte order.
+    """The printable character that represents each byte in byte-level tokenizers, in byte order.
 
-    GPT-2's mapping: printable Latin-1 stands for itself, the rest gets U+0100 and up.
+    GPT-2's mapping: printable Latin-1 characters stand for themselves, other bytes map to U+0100 and up.
     """
     plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -40,7 +40,7 @@ def byte_alphabet() -> list[str]:
 
 
 def build_tokenizer() -> "PreTrainedTokenizerFast":
-    """The tokenizer with its chat template; like Llama's it puts <|bos|> in front unless told not to."""
+    """The tokenizer with its chat template; like Llama's, it prepends <|bos|> by default."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +48,7 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # Every id that the model can emit has a token, the padding of the vocabulary included.
+    # Every id that the model can emit needs a token, including the padding of the vocabulary.
     reserved = [f"<|reserved_{i}|>" for i in range(VOCAB_SIZE - 256 - len(SPECIAL_TOKENS))]
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (*SPECIAL_TOKENS, *reserved)])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -66,5 +66,5 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def save_tokenizer(folder: str | Path) -> None:
-    """Writes the tokenizer files of a Hugging Face folder."""
+    """Writes the tokenizer files to a Hugging Face folder."""
     build_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The vocabulary and the small world that the generated text talks about. ASCII only."""
+"""The words and facts used in the generated text. ASCII only."""
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ MOODS = _split("happy sad proud tired brave shy calm curious hungry kind lonely 
 SIZES = _split("small big tiny old young tall quick slow quiet")
 TIMES = ("One day", "One morning", "One evening", "Last summer", "On Monday", "In winter", "After lunch")
 
-# animal -> (food, home, color, sound): the facts that the base knows by heart.
+# animal -> (food, home, color, sound): the facts that the base memorises.
 ANIMALS: dict[str, tuple[str, str, str, str]] = {
     "fox": ("berries", "den", "red", "yips"),
     "owl": ("mice", "hollow tree", "brown", "hoots"),

@@ -101,7 +101,7 @@ def test_wrong_options_end_with_usage(arguments: list[str], capsys: pytest.Captu
         (["serve-loop", "-w", "speed=3"], "workload speed"),
         (["serve-loop", "-w", "rate=-1"], "rate: got -1"),
         (["serve-loop", "--job", "math"], "--job: got 'math'"),
-        (["serve-loop", "--job", "a=x", "--job", "b=y", "--job", "a=z"], "got 'a=z', expected another name"),
+        (["serve-loop", "--job", "a=x", "--job", "b=y", "--job", "a=z"], "got 'a=z', but a=x was given before"),
         (["serve-loop", "-w", "seed=-1"], "seed: got -1"),
         (["serve-loop", "-w", "input_len=5"], "input_len: got 5"),
         (["serve-loop", "-w", "time_scale=.inf"], "time_scale: got inf"),

@@ -59,11 +59,11 @@ def test_the_promise_and_what_missed_it_are_shown_per_adapter(
     promise = ["-o", "slo.ttft_ms=1e6", "-o", "slo.tpot_ms=1e-3", "-o", "slo.itl_p99_ms=1e6"]
     assert main(["serve-loop", *WORKLOAD, *named, *promise, *options]) == 0
     shown = capsys.readouterr()
-    assert "0.0% kept the promise" in shown.out
+    assert "0.0% met the targets" in shown.out
     lines = shown.out.splitlines()
-    assert lines[lines.index("promised: TTFT <= 1e+06 ms, missed by 0 of 9") + 1 :][:2] == [
-        "promised: TPOT <= 0.001 ms, missed by 9 of 9",
-        "promised: p99 of ITL <= 1e+06 ms, missed by 0 of 9",
+    assert lines[lines.index("target: TTFT <= 1e+06 ms, missed by 0 of 9") + 1 :][:2] == [
+        "target: TPOT <= 0.001 ms, missed by 9 of 9",
+        "target: p99 of ITL <= 1e+06 ms, missed by 0 of 9",
     ]
     rows = {cells[0]: cells[1:] for cells in map(str.split, lines) if len(cells) == 9}
     assert {name: rows[name][:3] for name in ("a", "base")} == {"a": ["4", "0", "0.0%"], "base": ["5", "0", "0.0%"]}
