@@ -210,9 +210,11 @@ class Driver:
     def start(self) -> None:
         """Runs the loop in its own thread until `stop`, the end of the process, or the driver is garbage-collected."""
         with self.entered():
-            if self._thread is None:
+            begins = self._thread is None
+            if begins:
                 self._thread = LoopThread(self.step, self._seconds_to_rest, self._changed)
-                self._thread.start()
+        if begins:  # without the lock, which it takes
+            self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread of `start`; queued work stays queued."""
@@ -244,18 +246,26 @@ class LoopThread(threading.Thread):
         super().__init__(name="loquetier-loop")
         self._step, self._seconds, self._changed = WeakMethod(step), WeakMethod(seconds_to_rest), changed
         self._ending = False
+        self._resting = threading.Event()  # set once the thread has first waited
+
+    def start(self) -> None:
+        """Starts the thread; returns once it waits or has ended, so that it no longer keeps the driver alive."""
+        super().start()
+        self._resting.wait()
 
     def run(self) -> None:
         """Called by `start`."""
+        worked = False
         with suppress(EngineError):  # reported to the waiting threads by `Driver.wait`
             while not self._ending and _process_goes_on():
+                if not worked and not self._rest():
+                    return
                 step = self._step()
                 if step is None:
                     return
                 worked = step()
                 del step
-                if not worked and not self._rest():
-                    return
+        self._resting.set()
 
     def _rest(self) -> bool:
         """Waits a while for work; False when the driver is gone."""
@@ -264,6 +274,7 @@ class LoopThread(threading.Thread):
             return False
         seconds = seconds_to_rest()
         del seconds_to_rest
+        self._resting.set()
         with self._changed:
             if not self._ending:
                 self._changed.wait(seconds)

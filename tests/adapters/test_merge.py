@@ -102,7 +102,7 @@ def test_a_refusal_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         merge.write_merged(tmp_path / "new", tmp_path / "nowhere", weights, shape)
     deep = LoraShape((*shape.modules, LoraModule(1, "q_proj", 4, 1.0)))
-    with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.q_proj\.weight' is adapted, but .* has no such"):
+    with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.q_proj\.weight' is adapted, but .* has no tensor"):
         merge.write_merged(tmp_path / "new", base, weights | {"layers.1.q_proj": weights["layers.0.q_proj"]}, deep)
     weights["layers.0.o_proj"]["lora_A"][1, 1] = np.inf
     with pytest.raises(AdapterError, match=r"o_proj\.weight: not finite in float32"):
