@@ -1,15 +1,15 @@
-"""The kernels of loquetier_jax: one folder per op, knowing nothing of the runtime.
+"""The kernels of loquetier_jax: one folder per op, independent of the runtime.
 
-smlm               The LoRA delta of every row under its own adapter, added to y; differentiable.
-smlm_fwd           Its forward, and what its backward needs of the rows that train.
-smlm_bwd           Its backward: gradients of x, and of A and B for each pack by itself.
-smlm_glu           The same delta of gate and up, and act(gate) * up.
-scatter_add_pages  Gradients of groups added to a pool of pages, one group after the other.
-SmlmPlan           Which rows belong to which adapter: the work list of a step.
-build_plan         That plan, from segments of rows, on the host.
-plan_shapes        Its shapes, to compile ahead of time.
+smlm               Adds every row's LoRA delta, under the row's own adapter, to y; differentiable.
+smlm_fwd           Its forward, which also returns the residuals of train rows for the backward.
+smlm_bwd           Its backward: the gradient of x, and separate gradients of A and B for each pack.
+smlm_glu           The deltas of gate and up, followed by act(gate) * up.
+scatter_add_pages  Adds gradients of groups to a pool of pages, group by group.
+SmlmPlan           The work list of a step: which rows belong to which adapter.
+build_plan         Builds an SmlmPlan from segments of rows, on the host.
+plan_shapes        Shapes of an SmlmPlan, to compile ahead of time.
 paged_attention    Causal attention over a paged KV cache, for prefill chunks and decode rows.
-AttentionPlan      Where the keys of its rows lie.
+AttentionPlan      The work list of paged_attention: blocks of rows, and where their keys are.
 pack_attention     Causal attention inside packs of samples; differentiable.
 """
 

@@ -1,4 +1,4 @@
-"""Gated activations, act(gate) * up: their definition in plain jnp, and their forms inside a Triton kernel."""
+"""Gated activations, act(gate) * up: definitions in plain jnp, and versions for use inside Triton kernels."""
 
 from collections.abc import Callable
 
@@ -15,31 +15,31 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-"""The definitions, float32 -> float32."""
+"""Reference definitions, float32 -> float32."""
 
 
 def check_activation(activation: str) -> None:
-    """There is such an activation.
+    """Checks that the activation is known.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it is not.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {tuple(ACTIVATIONS)}")
 
 
 def gated(activation: str, gate_up: Float[Array, "T FF"]) -> Float[Array, "T F"]:
-    """act(gate) * up, the two side by side in `gate_up`; in its dtype, act(gate) computed in float32 and rounded."""
+    """act(gate) * up of the halves of `gate_up`, in its dtype; act(gate) is computed in float32 and rounded once."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
-    # f32 inside the activation only: a torch kernel rounds once, jnp would after every step of the formula.
+    # f32 only inside the activation, like torch kernels, which round once; jnp would round after every operation.
     return ACTIVATIONS[activation](gate.astype(jnp.float32)).astype(gate.dtype) * up
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)) inside a kernel, float32, within 5e-6 of its value.
+    """1 / (1 + exp(-x)) inside a kernel, float32, with an absolute error below 5e-6.
 
-    1 / (1 + e) as the square of rsqrt, which is one instruction: the division and the full-range exp of jax.nn.sigmoid
-    take three times as many instructions an element, which is as long as the memory needs for it.
+    Computes 1 / (1 + e) as the square of rsqrt, a single instruction. The division and full-range exp of
+    jax.nn.sigmoid take three times as many instructions, as long as the memory access itself.
     """
     root = lax.rsqrt(1.0 + jnp.exp2(x * -LOG2_E))
     return root * root
@@ -50,7 +50,7 @@ KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": ACTIVATIONS["relu"],
     "gelu_pytorch_tanh": ACTIVATIONS["gelu_pytorch_tanh"],
 }
-"""What a kernel may compute; gelu is not among them, as no Triton kernel of Pallas has an erf."""
+"""Activations supported inside kernels; gelu is missing because Pallas-Triton has no erf."""
 
 
 def kernel_gated(activation: str, gate: Array, up: Array) -> Array:

@@ -1,15 +1,15 @@
-"""Attention of rows over gathered keys, with bits that depend on the row alone.
+"""Attention of rows over gathered keys, with results whose bits depend only on the row.
 
-On XLA CPU in float32 a row's result is the same, bit for bit, however many rows, units or masked keys share the
-call and wherever its keys begin. Measured on jax 0.10.2 and 0.11.2, this needs five things (tests hold them):
+On XLA CPU in float32, a row's result is bit-identical regardless of how many rows, units or masked keys share the call
+and of where its keys start. As measured on jax 0.10.2 and 0.11.2 and checked by tests, this needs five things:
 
-- dots are plain batched matrices of at least two rows (one row takes a matrix-vector path that sums in another
-  order), with a number of keys that is a multiple of 16 (another number changes the path of Q K^T);
-- the softmax denominator is a dot with ones: a reduction is regrouped by its length, a dot adds keys one by one,
-  so that masked keys, which add exact zeros, change nothing;
+- dots are plain batched matrix products with at least two rows (a single row takes a matrix-vector path with another
+  order of summation) and a number of keys that is a multiple of 16 (others change the path of Q K^T);
+- the softmax denominator is a dot with ones: the grouping of a reduction depends on its length, while a dot adds keys
+  one by one, so that masked keys, which add exact zeros, change nothing;
 - P V takes at most 64 columns at a time, a multiple of 16: wider dots split the sum over keys;
-- exp never runs on a small array: below 4096 elements jax 0.10.2 compiles another exp, one ulp apart;
-- the stages are fenced, so that no multiply is contracted with an add in one call and not in another.
+- exp never runs on a small array: below 4096 elements jax 0.10.2 compiles a different exp, one ulp apart;
+- the stages are fenced, so that multiply-adds are not contracted in some calls and not in others.
 """
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-KEY_ALIGN = 64  # callers pad the key axis to a multiple: 16 is enough where measured, 64 suits wider vectors
+KEY_ALIGN = 64  # callers pad the key axis to a multiple of this; 16 suffices where measured, 64 is safer
 MIN_ROWS = 8
 MIN_SCORES = 8192  # elements of a score matrix
 COLUMNS = 64
@@ -32,15 +32,15 @@ def attend_rows(
     *,
     scale: float,
 ) -> Float[Array, "U R N H"]:
-    """softmax(scale * q k^T, where mask) v for units that share nothing, in float32.
+    """softmax(scale * q k^T, where mask) v for independent units, in float32.
 
     Query head n reads kv head n // (N / K). Differentiable in q, k and v.
 
     Args:
         q: R query rows of each of U units.
-        k: Keys; a masked one may hold anything, NaN included, when no gradient is taken.
-        v: Values; finite wherever the mask is false for a whole unit's rows or for any of them.
-        mask: Which keys a row sees.
+        k: Keys; without gradients, masked keys may be anything, including NaN.
+        v: Values; must be finite where any row of the unit masks them (0 * NaN is NaN).
+        mask: Whether a row sees a key.
         scale: Factor of the scores, multiplied into q.
 
     Returns:

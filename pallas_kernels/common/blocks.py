@@ -1,4 +1,4 @@
-"""How Triton kernels address their operands: whole arrays, blocks of columns, masked loads."""
+"""Addressing of operands in Triton kernels: whole arrays, blocks of columns, masked loads."""
 
 import functools
 from typing import Any
@@ -10,13 +10,13 @@ from jaxtyping import Array
 
 
 def whole(a: Any) -> pl.BlockSpec:
-    """The kernel addresses the array itself."""
+    """A BlockSpec that gives the kernel the whole array."""
     rank = len(a.shape)
     return pl.BlockSpec(a.shape, lambda *_: (0,) * rank)
 
 
 def block_of(index: Array, sizes: tuple[int, ...], width: int) -> tuple[Array, Array, Array]:
-    """(target, first column, end of the target's columns) of a block of `width` columns; none straddles two targets."""
+    """(target, first column, end of the target's columns) for a block of `width` columns within one target."""
     target, column, end = jnp.int32(0), index * width, jnp.int32(sizes[0])
     blocks, start = 0, 0
     for i, size in enumerate(sizes[:-1], start=1):
@@ -29,14 +29,14 @@ def block_of(index: Array, sizes: tuple[int, ...], width: int) -> tuple[Array, A
 
 
 def column_block(index: Array, sizes: tuple[int, ...], width: int) -> tuple[Array, Array, Array]:
-    """(target, columns [1, width], which of them belong to the target) of a block of columns."""
+    """(target, columns [1, width], mask of those that belong to the target) for a block of columns."""
     target, column, end = block_of(index, sizes, width)
     columns = column + jnp.arange(width, dtype=jnp.int32)[None, :]
     return target, columns, columns < end
 
 
 def masked_load(ref: Any, index: tuple[Array | int, ...], *masks: Array | None) -> Array:
-    """The elements at `index`; where a mask (None: no mask) is false, zero, and no memory is touched."""
+    """Loads the elements at `index`; where a mask is false, returns zero without touching memory. None is no mask."""
     masks = [mask for mask in masks if mask is not None]
     if not masks:
         return plt.load(ref.at[index])

@@ -1,13 +1,13 @@
-"""What ops refuse before they compute: shapes beside which a kernel would read or write."""
+"""Argument checks shared by the ops; wrong shapes would make kernels read or write out of bounds."""
 
 from typing import Any
 
 
 def check_shapes(**arrays: tuple[Any, tuple[int, ...]]) -> None:
-    """Every named (array, expected shape) agrees.
+    """Checks every named (array, expected shape).
 
     Raises:
-        ValueError: one does not; both shapes are named.
+        ValueError: a shape differs; the message gives both.
     """
     for name, (array, shape) in arrays.items():
         if tuple(array.shape) != shape:
@@ -15,20 +15,20 @@ def check_shapes(**arrays: tuple[Any, tuple[int, ...]]) -> None:
 
 
 def check_rank(name: str, array: Any, dimensions: int) -> None:
-    """The array has that many dimensions.
+    """Checks the number of dimensions of an array.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it differs.
     """
     if array.ndim != dimensions:
         raise ValueError(f"{name}: got shape {tuple(array.shape)}, expected {dimensions} dimensions")
 
 
 def check_dtype(name: str, array: Any, like: str, dtype: Any) -> None:
-    """The array has the dtype of the one that is called `like`.
+    """Checks that an array has `dtype`, the dtype of the argument named `like`.
 
     Raises:
-        TypeError: it has not; both are named.
+        TypeError: it does not; the message gives both.
     """
     if array.dtype != dtype:
         raise TypeError(f"{name}: got dtype {array.dtype}, expected {like}'s {dtype}")

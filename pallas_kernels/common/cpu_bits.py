@@ -1,19 +1,18 @@
-"""XLA on a CPU, told to compute a row of a product with the same bits however many rows share the product.
+"""Makes XLA on CPU compute a row of a matrix product with the same bits, regardless of the number of rows.
 
-Three things choose the order of a row's sum by microarchitecture, number of threads and number of rows (measured on
-Zen 3, Sapphire Rapids and Zen 5 with jaxlib 0.10.2 and 0.11.2):
+Three things make the order of a row's sum depend on microarchitecture, number of threads and number of rows (measured
+on Zen 3, Sapphire Rapids and Zen 5 with jaxlib 0.10.2 and 0.11.2):
 
-- YNNPACK, into which XLA fuses dots by default, and its like (XNNPACK, oneDNN), off by default today. They are
-  compiler options: `compiler_options()`.
-- oneDNN's SGEMM, with which Eigen multiplies what is not fused: on AVX2 the last rows of a product take another path
-  (the last two of 128). It is no compiler option: Eigen reads an environment variable before its first product.
-  Importing this module sets it, unless the user has.
-- Eigen's threads: from about four on, some products of some 128 rows are split along the sum. How many there are is
-  fixed when jax starts; NPROC=1 in the environment makes it one. That would slow everything else down, so it is the
-  user's to say; the tests do.
+- YNNPACK, into which XLA fuses dots by default, and similar libraries (XNNPACK, oneDNN), currently off by default. They
+  are controlled by compiler options: `compiler_options()`.
+- oneDNN's SGEMM, which Eigen uses for dots that are not fused: on AVX2 the last rows of a product take another path
+  (e.g. the last two of 128). Eigen reads an environment variable before its first product; importing this module sets
+  it, unless the user has.
+- Eigen's threads: with about four or more, some products with about 128 rows are split along the sum. Their number is
+  fixed when jax starts; NPROC=1 in the environment sets it to one. Since that slows down everything else, it is left to
+  the user; the tests set it.
 
-`rows_keep_their_bits()` looks whether it holds. Whoever switches a fusion on in XLA_FLAGS, or sets the variable, has
-decided and is not overruled.
+`rows_keep_their_bits()` tests whether it works. Fusions enabled in XLA_FLAGS, and the variable if set, are respected.
 """
 
 import functools
@@ -33,34 +32,34 @@ FUSIONS = (
     "xla_cpu_experimental_xnn_fusion_type",
     "xla_cpu_experimental_onednn_fusion_type",
 )
-"""Lists of what XLA hands to a library; empty, they switch it off."""
+"""Options that list what XLA delegates to a library; an empty list disables it."""
 
 
 def xla_flags(given: str) -> str:
-    """XLA_FLAGS that say the same as `compiler_options()`, for code that compiles without options (plain jax.numpy).
+    """XLA_FLAGS equivalent to `compiler_options()`, for code compiled without options (plain jax.numpy).
 
     Args:
-        given: Flags to be added to; a fusion that they name stays as it is.
+        given: Flags to append to; fusions that they set are left alone.
     """
     return " ".join([given, *(f"--{name}=" for name in FUSIONS if name not in given)]).strip()
 
 
 BROKEN = (
-    "bit-identity of float32 rows does not hold on this machine: a row's bits depend on how many rows share its "
-    "product. NPROC=1 in the environment, and no library fusion in XLA_FLAGS, make it hold where XLA can"
+    "float32 rows are not bit-identical across batches on this machine: a row's bits depend on how many rows share its "
+    "product. Setting NPROC=1 in the environment and no library fusion in XLA_FLAGS may help"
 )
-"""What an engine says once, and the reason of tests that need it."""
+"""The engine's warning, and the skip reason of tests that need bit-identity."""
 
 ROWS = (8, 16, 32, 48, 64, 128, 192, 320)
-SHAPES = ((64, 64), (64, 272), (160, 64))  # (k, n): as many rows as an attention's dots have, and more
+SHAPES = ((64, 64), (64, 272), (160, 64))  # (k, n), tested with the row counts of attention dots and larger ones
 DEEP_ROWS = (64, 128, 192, 320)
-DEEP_SHAPES = ((256, 768),)  # sums this long need the rows of a whole step
+DEEP_SHAPES = ((256, 768),)  # long sums, bit-identical only with the row counts of whole steps
 
 
 def compiler_options() -> dict[str, str]:
-    """Options for `lower(...).compile(...)` and for an outermost `jax.jit`; empty on any other device than a CPU.
+    """Options for `lower(...).compile(...)` and for an outermost `jax.jit`; empty on devices other than CPU.
 
-    Names that this jaxlib does not know are left out: what it computes then, `rows_keep_their_bits` finds out.
+    Options unknown to this jaxlib are omitted; `rows_keep_their_bits` detects whether that matters.
     """
     return dict(cpu_options()) if jax.default_backend() == "cpu" else {}
 
@@ -83,10 +82,10 @@ def cpu_options() -> dict[str, str]:
 
 @functools.cache
 def rows_keep_their_bits() -> bool:
-    """Whether, compiled with `compiler_options()`, rows have the bits that they have in a larger product.
+    """Whether rows compiled with `compiler_options()` have the same bits as in a larger product.
 
-    Looks at float32 products of several shapes, once a process: two compiles, about 0.2 s on one core. True on a
-    device that is no CPU: nothing of the kind is promised there.
+    Tests float32 products of several shapes once per process: two compiles, about 0.2 s on one core. True on devices
+    other than CPU, where bit-identity is not promised.
     """
     return jax.default_backend() != "cpu" or not (differing(SHAPES, ROWS) or differing(DEEP_SHAPES, DEEP_ROWS))
 

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: named by the caller, or the best for the device."""
+"""Chooses the implementation of an op: the one named by the caller, or the best for the device."""
 
 import jax
 
@@ -6,7 +6,7 @@ IMPLEMENTATIONS = ("xla", "triton")
 
 
 def choose(implementation: str | None) -> str:
-    """The implementation of an op: None is triton on a GPU and xla elsewhere.
+    """The implementation to use: None means triton on a GPU and xla elsewhere.
 
     Raises:
         ValueError: the implementation is unknown.
@@ -19,5 +19,5 @@ def choose(implementation: str | None) -> str:
 
 
 def interpreted(interpret: bool | None) -> bool:
-    """Whether a kernel runs as plain XLA operations: by default on the CPU only."""
+    """Whether kernels run in interpret mode, as plain XLA operations; by default only on CPU."""
     return jax.default_backend() == "cpu" if interpret is None else interpret

@@ -20,32 +20,32 @@ def pack_attention(
     window: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "G L N H"]:
-    """Every row attends to the earlier rows of its own sample, itself included. Packs share nothing.
+    """Causal attention inside packs: every row attends to itself and the earlier rows of its own sample.
 
-    The XLA form computes in float32, pack by pack, some queries at a time, and recomputes the scores in its
-    transpose: its memory does not grow with G nor with L squared. On CPU in float32 a row has the very bits that
-    `paged_attention(implementation="xla")` gives it, wherever its sample lies in the pack.
+    The XLA implementation computes in float32, pack by pack, a block of queries at a time, and recomputes the scores in
+    its backward: its memory grows neither with G nor with L squared. On CPU in float32, a row has the same bits as with
+    `paged_attention(implementation="xla")`, wherever its sample is in the pack.
 
     Args:
         q, k, v: Rotated queries and keys, and values; N is a multiple of K, L of PACK_ALIGN.
-        positions, segments: Of the rows; rows of equal segment are one sample (-1: padding, which sees padding), and
-            within a sample positions rise with the row.
+        positions, segments: Rows with equal segments are one sample (-1 is padding, which attends to padding);
+            positions increase within a sample.
         scale: Factor of the scores.
-        window: Keys a row sees, itself included; None for all.
-        implementation: "xla", "cudnn" (bfloat16 and float16, H a multiple of 8) or None: cudnn on a GPU that can, else
-            xla. Before jax 0.11 cuDNN's transpose also computes a gradient of the mask, which nobody reads.
+        window: Number of keys that a row sees, including itself; None for all.
+        implementation: "xla", "cudnn" (bfloat16 and float16, H a multiple of 8) or None for cudnn on a GPU if
+            supported, else xla. Before jax 0.11, cuDNN's backward also computes an unused gradient of the mask.
 
     Returns:
-        In the dtype of q. Differentiable in q, k and v.
+        The attention output in q's dtype; differentiable in q, k and v.
 
     Raises:
-        ValueError: Shapes disagree, or the implementation or window is unknown.
-        NotImplementedError: cudnn was named and cannot take this dtype or head size.
+        ValueError: shapes disagree, or the implementation or window is invalid.
+        NotImplementedError: cudnn was named but does not support this dtype or head size.
     """
     _check(q, k, v, positions, segments, window)
     if _choose(implementation, q) == "cudnn":
         mask = pack_mask(positions, segments, positions, segments, window)[:, None]
-        # Causal as well: cuDNN then skips the tiles above the diagonal.
+        # is_causal is redundant but lets cuDNN skip the tiles above the diagonal.
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
         )
@@ -65,7 +65,7 @@ def _choose(implementation: str | None, q: Array) -> str:
 
 
 def _cudnn_head_dim() -> int:
-    """Largest head cuDNN takes: 256 from Hopper on."""
+    """Largest head size that cuDNN supports: 256 from Hopper on, else 128."""
     if jax.default_backend() != "gpu":
         return 256
     return 256 if float(jax.local_devices()[0].compute_capability) >= 9.0 else 128

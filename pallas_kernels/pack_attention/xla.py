@@ -1,4 +1,4 @@
-"""Attention of packs in plain XLA: float32, pack by pack; a row keeps its bits (see common/attend_rows.py)."""
+"""Pack attention in plain XLA: float32, pack by pack, with bit-identical rows (see common/attend_rows.py)."""
 
 import functools
 
@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.common.attend_rows import attend_rows
 
-PACK_ALIGN = 64  # pack lengths are multiples of this: keeps gradient bits free of position on the XLA CPU path
-SCORE_BYTES = 8 << 20  # one float32 score matrix; a few such live at the same time
+PACK_ALIGN = 64  # pack lengths are multiples of this, so that gradient bits on CPU do not depend on position
+SCORE_BYTES = 8 << 20  # maximum size of one float32 score matrix; a few are live at the same time
 
 
 def pack_attention_xla(
@@ -50,7 +50,7 @@ def _attend_pack(
     scale: float,
     window: int | None,
 ) -> Float[Array, "L N H"]:
-    """One pack, float32. Nothing but its inputs is kept for the transpose."""
+    """One pack, float32. Only its inputs are kept for the backward."""
     length, heads, _ = q.shape
     rows = rows_at_once(length, heads)
 
@@ -68,7 +68,7 @@ def _attend_pack(
 
 
 def rows_at_once(length: int, heads: int) -> int:
-    """The most queries, a multiple of PACK_ALIGN that divides the pack, whose scores fit SCORE_BYTES; at least one."""
+    """The most queries whose scores fit SCORE_BYTES: a multiple of PACK_ALIGN that divides the pack length."""
     blocks = length // PACK_ALIGN
     fits = max(1, SCORE_BYTES // (4 * heads * length * PACK_ALIGN))
     return PACK_ALIGN * max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= fits)

@@ -1,4 +1,4 @@
-"""Gradients of groups of rows, added to a pool of adapter pages."""
+"""Adds gradients of groups of rows to a pool of adapter pages."""
 
 from pallas_kernels.page_scatter.api import scatter_add_pages
 

@@ -13,19 +13,19 @@ from pallas_kernels.page_scatter.xla import scatter_add_xla
 
 
 def scatter_add_pages(pools: Any, ids: Int32[Array, "G MP"], deltas: Any, *, implementation: str | None = None) -> Any:
-    """pool[ids[g, m]] += delta[g, m], group after group: two packs of one job add in the job's own order.
+    """pool[ids[g, m]] += delta[g, m], in group order, so that the packs of one job are always added in the same order.
 
     Args:
-        pools: Tree of pages [P, r, c], float32; written in place where XLA may reuse the buffers (donate them).
-        ids: Pages of each group, 0 where it has none; no other page twice in a group.
+        pools: Tree of page pools [P, r, c], float32; updated in place if XLA may reuse the buffers (donate them).
+        ids: Pages of each group, 0 for none; other pages must not repeat within a group.
         deltas: The same tree of gradients [G, MP, r, c], float32.
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
 
     Returns:
-        The tree of pools. Page 0 is a bin, never to be read: the kernel leaves it alone, XLA adds to it.
+        The tree of pools. Page 0 is a trash page that must not be read: the kernel skips it, XLA adds to it.
 
     Raises:
-        ValueError: shapes disagree, or the implementation is unknown; both values are named.
+        ValueError: shapes disagree, or the implementation is unknown; the message gives both values.
     """
     for number, (pool, delta) in enumerate(zip(jax.tree.leaves(pools), jax.tree.leaves(deltas), strict=True)):
         check_shapes(**{f"deltas[{number}]": (delta, (*ids.shape, *pool.shape[1:]))})

@@ -1,4 +1,4 @@
-"""The op as one Pallas-Triton launch: all page stacks of a layer, in place."""
+"""The op as one Pallas-Triton launch over all page pools of a layer, in place."""
 
 import functools
 from typing import Any
@@ -24,13 +24,13 @@ def scatter_add_triton(
     warps: int = 4,
     interpret: bool | None = None,
 ) -> Any:
-    """`scatter_add_pages` in one launch, with the same bits but for page 0, which is left alone.
+    """`scatter_add_pages` in one launch, bit-identical to XLA except for page 0, which is skipped.
 
     Args:
-        pools, ids, deltas: As there.
-        block: Elements of a page that a program adds up.
-        warps: Triton's.
-        interpret: Run as plain XLA operations; by default on the CPU only.
+        pools, ids, deltas: As for `scatter_add_pages`.
+        block: Elements of a page handled by one program.
+        warps: Triton's num_warps.
+        interpret: Run as plain XLA operations; by default only on CPU.
 
     Returns:
         The tree of pools.
@@ -46,7 +46,7 @@ def scatter_add_triton(
         slot, index = pl.program_id(0), pl.program_id(1)
         page = ids_ref[slot]
         earlier = lax.fori_loop(0, slot, lambda n, found: found | (ids_ref[n] == page), page == 0)
-        # The first slot of a page adds up all of them: nobody else touches the page.
+        # The first slot of a page adds up all slots of that page; no other program touches it.
         for n, (size, programs) in enumerate(zip([a.shape[1] for a in flat], blocks, strict=True)):
             add = functools.partial(_add, slots, ids_ref, slot, page, index * block, block, size)
             pl.when(~earlier & (index >= 0) & (index < programs))(
@@ -80,7 +80,7 @@ def _add(
     pool_ref: Any,
     out_ref: Any,
 ) -> None:
-    """out[page, block] = pool + the deltas of every slot of the page, from `slot` on, in their order."""
+    """out[page, block] = pool + the deltas of all slots of the page, from `slot` on, in order."""
     at = start + jnp.arange(block, dtype=jnp.int32)
     inside = None if size % block == 0 else at < size
 

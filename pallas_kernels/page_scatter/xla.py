@@ -1,10 +1,10 @@
-"""The op in plain XLA: one scatter a group."""
+"""The op in plain XLA: one scatter per group."""
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-MAX_UNROLLED = 16  # groups beyond which a loop keeps the program small
+MAX_UNROLLED = 16  # with more groups, a loop keeps the program small
 
 
 def scatter_add_xla(

@@ -24,29 +24,29 @@ def paged_attention(
     window: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N H"]:
-    """Causal attention of packed query rows over a paged KV cache; prefill chunks and decode rows alike.
+    """Causal attention of query rows over a paged KV cache, for prefill chunks and decode rows.
 
     Each block of `block_rows` rows belongs to one sequence; see AttentionPlan for which keys a row sees. Softmax and
-    sums are float32. Keys and values that no row of a block sees (a page's unused tail, page 0) may hold
-    anything, NaN included. Not differentiable on purpose: train rows use packed attention.
+    sums are float32. Keys and values that no row of a block sees (a page's unused tail, page 0) may be anything,
+    including NaN. Deliberately not differentiable: train rows use `pack_attention`.
 
     Args:
         q: Query rows, bfloat16, float16 or float32; N is a multiple of K.
-        k_pages: Keys of one layer, q's dtype; S slots a page.
+        k_pages: Keys of one layer, q's dtype; S positions per page.
         v_pages: Values, likewise.
         plan: Work list of T / block_rows blocks.
-        block_rows: Rows of a block: 1 for decode, 16 for prefill.
+        block_rows: Rows per block: 1 for decode, 16 for prefill.
         scale: Factor of the scores, usually H ** -0.5.
-        window: Row p sees keys p - window < t <= p; None: all up to p.
-        implementation: "xla", "triton", or None: triton on a GPU where it supports H, else xla.
+        window: A row at position p sees keys p - window < t <= p; None means all keys up to p.
+        implementation: "xla", "triton", or None for triton on a GPU if it supports H, else xla.
 
     Returns:
         Attention output in q's dtype; 0 in rows beyond a block's length.
 
     Raises:
-        ValueError: Shapes disagree, or an argument is out of range or unknown.
-        TypeError: Dtypes disagree.
-        NotImplementedError: The named implementation does not support this case.
+        ValueError: shapes disagree, or an argument is out of range or unknown.
+        TypeError: dtypes disagree.
+        NotImplementedError: the named implementation does not support this case.
     """
     _check_arrays(q, k_pages, v_pages)
     plan.check(q.shape[0], block_rows)
@@ -74,7 +74,7 @@ def _check_arrays(q: Any, k_pages: Any, v_pages: Any) -> None:
         check_rank(name, array, rank)
         check_dtype(name, array, "q", q.dtype)
     if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise TypeError(f"q: got dtype {q.dtype}, expected a floating one")
+        raise TypeError(f"q: got dtype {q.dtype}, expected a floating-point dtype")
     if k_pages.shape != v_pages.shape:
         raise ValueError(f"v_pages: got shape {v_pages.shape}, expected k_pages' {k_pages.shape}")
     if k_pages.shape[3] != q.shape[2]:

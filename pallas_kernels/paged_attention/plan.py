@@ -1,4 +1,4 @@
-"""What paged attention has to do: blocks of query rows, and where the keys of each lie."""
+"""The work list of paged attention: blocks of query rows, and where their keys are."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,18 @@ from jaxtyping import Array, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Work list of one call: blocks of `block_rows` query rows, each of one sequence.
+    """Work list of one call: blocks of `block_rows` query rows, each from one sequence.
 
-    Block i covers rows [i * block_rows, (i + 1) * block_rows) of q. Its row j stands at position
-    `block_pos[i] + j` of its sequence and sees the keys at positions t <= its own (and, with a window w,
-    t > its own - w). Key t of sequence s lies in page `tables[s, t // page_size]`, slot `t % page_size`.
-    A pytree of int32 arrays, numpy or jax; on the device its values are trusted.
+    Block i covers rows [i * block_rows, (i + 1) * block_rows) of q. Its row j is at position p = `block_pos[i] + j` of
+    its sequence and sees the keys at positions t <= p (and, with a window w, t > p - w). Key t of sequence s is in page
+    `tables[s, t // page_size]` at offset `t % page_size`. A pytree of int32 arrays, numpy or jax; values are not
+    checked on the device.
 
     Attributes:
-        block_seq: Row of `tables`.
-        block_pos: Absolute position of the block's first row.
+        block_seq: Row of `tables` for each block.
+        block_pos: Absolute position of each block's first row.
         block_len: Rows in use, 0 to block_rows; 0 marks a padding block.
-        tables: Page ids; entries at or past the sequence's end are never used, but must be valid ids.
+        tables: Page ids; entries beyond the end of a sequence are never used, but must be valid ids.
     """
 
     block_seq: Int[Array, " NB"]
@@ -30,11 +30,11 @@ class AttentionPlan:
     tables: Int[Array, "Q MaxPages"]
 
     def check(self, rows: int, block_rows: int) -> None:
-        """Refuses a plan whose shapes do not fit `rows` query rows in blocks of `block_rows`.
+        """Checks that the plan's shapes fit `rows` query rows in blocks of `block_rows`.
 
         Raises:
-            ValueError: Sizes disagree; both are named.
-            TypeError: An array is not int32.
+            ValueError: sizes disagree; the message gives both.
+            TypeError: an array is not int32.
         """
         if block_rows < 1 or rows % block_rows:
             raise ValueError(f"q: got {rows} rows, expected a multiple of block_rows={block_rows}")

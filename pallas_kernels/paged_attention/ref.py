@@ -1,4 +1,4 @@
-"""The definition of paged attention: every row by itself, float32, plain jnp."""
+"""The reference definition of paged attention: row by row, float32, plain jnp."""
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ def paged_attention_ref(
     scale: float,
     window: int | None = None,
 ) -> Float[Array, "T N H"]:
-    """out[t] = softmax over the keys that row t sees of (scale * q[t] . k) applied to v; see AttentionPlan.
+    """out[t] = sum of softmax(scale * q[t] . k) v over the keys that row t sees; see AttentionPlan.
 
-    Gathers a whole table of keys per row: for tests and small sizes. Unused rows are 0; the result has q's dtype.
+    Gathers a whole table of keys per row, so only for tests and small sizes. Unused rows are 0; returns q's dtype.
     """
     rows, heads, _ = q.shape
     group = heads // k_pages.shape[2]
@@ -38,7 +38,7 @@ def paged_attention_ref(
     if window is not None:
         seen &= t > position[:, None] - window
     scores = jnp.einsum("tnh,tsnh->tns", q.astype(jnp.float32) * scale, k)
-    # -1e30 and not -inf: a row that sees nothing has weights of 0, not NaN.
+    # -1e30 instead of -inf, so that a row that sees no keys has zero weights rather than NaN.
     weights = jnp.where(seen[:, None], jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1), 0.0)
     out = jnp.einsum("tns,tsnh->tnh", weights, jnp.where(seen[:, :, None, None], v, 0.0))
     return out.astype(q.dtype)

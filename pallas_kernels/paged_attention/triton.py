@@ -1,8 +1,8 @@
-"""Paged attention as Pallas-Triton launches (Ampere to Hopper); interpret mode on the CPU.
+"""Paged attention as Pallas-Triton launches (Ampere to Hopper); interpret mode on CPU.
 
-One program per (block, kv head, part of the keys) walks the page table with an online softmax. Decode over wide
-tables is split-KV: the number of parts follows from the table's width alone, a second launch merges them in order,
-so that a row's result does not depend on the batch. No atomics.
+One program per (block, kv head, part of the keys) walks the page table with an online softmax. Decode over wide tables
+uses split-KV: the number of parts depends only on the table's width, and a second launch merges them in order, so that
+a row's result does not depend on the batch. No atomics.
 """
 
 import functools
@@ -25,13 +25,13 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How the kernel is cut; numbers, never results beyond rounding, depend on it.
+    """Block sizes of the kernel; they affect results only by rounding.
 
     Attributes:
-        keys: Keys of one iteration, a power of two >= 16.
-        warps: Warps of a program.
+        keys: Keys per iteration, a power of two >= 16.
+        warps: Warps per program.
         stages: Depth of the load pipeline.
-        parts: Programs that share one block's keys; 1 writes the result at once.
+        parts: Programs that share one block's keys; 1 needs no merge.
     """
 
     keys: int = 64
@@ -41,7 +41,7 @@ class AttentionConfig:
 
 
 def attention_config(block_rows: int, group: int, head_dim: int, width: int) -> AttentionConfig:
-    """Cut for a table of `width` keys, from static shapes only (figures: benchmarks/kernels/paged_attention.py)."""
+    """The configuration for a table of `width` keys (measurements: benchmarks/kernels/paged_attention.py)."""
     if block_rows > 1:
         wide = padded_rows(block_rows, group) >= 128 or head_dim > 128
         return AttentionConfig(keys=32 if head_dim > 128 else 64, warps=8 if wide else 4, stages=2)
@@ -50,12 +50,12 @@ def attention_config(block_rows: int, group: int, head_dim: int, width: int) -> 
 
 
 def supports_triton(head_dim: int) -> bool:
-    """Head sizes of the kernel; one that is no power of two computes in the next one, masked."""
+    """Whether the kernel supports a head size; sizes between powers of two are padded to the next one and masked."""
     return 16 <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
 
 
 def padded_rows(block_rows: int, group: int) -> int:
-    """Rows of the score matrix: the block's query heads, padded to what a tensor core takes."""
+    """Rows of the score matrix: the block's query heads, padded for tensor cores."""
     return max(16, pl.next_power_of_2(block_rows * group))
 
 
@@ -74,9 +74,9 @@ def paged_attention_triton(
     """Same contract as `paged_attention`.
 
     Args:
-        q, k_pages, v_pages, plan, block_rows, scale, window: As there.
-        config: How to cut the work; by default from the shapes.
-        interpret: Run as plain XLA operations; by default on the CPU only.
+        q, k_pages, v_pages, plan, block_rows, scale, window: As for `paged_attention`.
+        config: Block sizes; by default chosen from the shapes.
+        interpret: Run as plain XLA operations; by default only on CPU.
     """
     interpret = interpreted(interpret)
     rows, heads, dim = q.shape

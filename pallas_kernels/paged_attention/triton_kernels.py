@@ -1,7 +1,7 @@
-"""Bodies of the paged attention launches.
+"""Bodies of the paged attention kernels.
 
-Written to what both Triton and interpret mode can do: masked loads index every dimension with arrays and always
-name `other`; all sizes are powers of two. Masked lanes load zeros, so garbage keys and values never enter a dot.
+Restricted to what both Triton and interpret mode support: masked loads index every dimension with arrays and set
+`other`; all sizes are powers of two. Masked lanes load zeros, so that garbage keys and values never enter a dot.
 """
 
 import math
@@ -23,15 +23,15 @@ class Shape:
     """Static sizes of one launch.
 
     Attributes:
-        block_rows: Query rows of a block.
-        group: Query heads of one kv head.
+        block_rows: Query rows per block.
+        group: Query heads per kv head.
         rows: Rows of the score matrix, >= block_rows * group, a power of two.
         dim: Head size.
         lanes: `dim` rounded up to a power of two.
-        page_size: Slots of a page.
-        keys: Keys of an iteration.
+        page_size: Positions per page.
+        keys: Keys per iteration.
         parts: Programs that share a block's keys.
-        part_keys: Keys of one part, a multiple of `keys`; part i starts at key i * part_keys.
+        part_keys: Keys per part, a multiple of `keys`; part i starts at key i * part_keys.
         scale: Factor of the scores.
         window: Sliding window or None.
     """
@@ -50,7 +50,7 @@ class Shape:
 
 
 def _rows(shape: Shape, block: Array, head: Array) -> tuple[Array, Array, Array]:
-    """(row of q, query head, is a row of this block) for every row of the score matrix."""
+    """(row of q, query head, whether it belongs to this block) for every row of the score matrix."""
     index = jnp.arange(shape.rows)
     offset = index // shape.group
     inside = index < shape.block_rows * shape.group
@@ -63,7 +63,7 @@ def _lanes(shape: Shape) -> tuple[Array, Array]:
 
 
 def _dot(a: Array, b: Array, trans_b: bool = False) -> Array:
-    """Sum in float32; float32 operands keep their bits (no TF32)."""
+    """A dot with float32 accumulation; float32 operands are not rounded to TF32."""
     return plt.dot(a, b, trans_b=trans_b, allow_tf32=False if a.dtype == jnp.float32 else None)
 
 
@@ -73,8 +73,8 @@ def attend_part(
 ) -> None:
     """Online softmax of one block and kv head over one part of its keys.
 
-    With one part the quotient goes to out_ref [T, N, H]; else the unscaled sum [parts, T, N, H] goes there, the
-    maximum (base 2) and the denominator to top_ref and sum_ref [parts, T, N].
+    With one part, writes the result to out_ref [T, N, H]. Otherwise writes the unnormalised sum to out_ref
+    [parts, T, N, H], and the maximum (base 2) and the denominator to top_ref and sum_ref [parts, T, N].
     """
     block, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     seq, pos, length = seq_ref[block], pos_ref[block], len_ref[block]
@@ -122,7 +122,7 @@ def attend_part(
         out = mixed / jnp.where(total == 0, 1.0, total)[:, None]
         plt.store(out_ref.at[q_at], out.astype(out_ref.dtype), mask=inside[:, None] & in_dim)
         return
-    store = inside & (first < last)  # the merge reads no part that had no keys
+    store = inside & (first < last)  # the merge skips parts without keys
     plt.store(out_ref.at[(part, *q_at)], mixed, mask=store[:, None] & in_dim)
     plt.store(top_ref.at[part, row, query_head], top, mask=store)
     plt.store(sum_ref.at[part, row, query_head], total, mask=store)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common.attend_rows import KEY_ALIGN, attend_rows
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
-GATHER_BYTES = 2 << 20  # keys, values and scores of one chunk: what fits the caches was fastest, and bounds memory
+GATHER_BYTES = 2 << 20  # keys, values and scores of one chunk: bounds memory; fastest when it fits the caches
 
 
 def paged_attention_xla(
@@ -22,7 +22,7 @@ def paged_attention_xla(
     scale: float,
     window: int | None = None,
 ) -> Float[Array, "T N H"]:
-    """Same contract as `paged_attention`. On CPU in float32 a row keeps its bits (see common/attend_rows.py)."""
+    """Same contract as `paged_attention`. On CPU, float32 bits depend only on the row (see common/attend_rows.py)."""
     page_size, kv_heads, dim = k_pages.shape[1:]
     tables = _widen(plan.tables, page_size)
     keys = tables.shape[1] * page_size
@@ -36,7 +36,7 @@ def paged_attention_xla(
         size = rows.shape[0]
         row, t = jnp.arange(block_rows)[None], jnp.arange(keys)[None]
         position = pos[:, None] + row
-        # What no row of the block sees is garbage: 0 x NaN would be NaN, so its values are zeroed beforehand.
+        # Values that no row of the block sees may be garbage; zero them, because 0 * NaN is NaN.
         held = t < (pos + length)[:, None]
         seen = (t[None] <= position[..., None]) & (row < length[:, None])[..., None]
         if window is not None:
@@ -53,7 +53,7 @@ def paged_attention_xla(
 
 
 def _in_chunks(attend, parts: tuple[Array, ...], blocks: int, chunk: int) -> Array:
-    """attend over all blocks, `chunk` at a time; the last chunk is filled up with padding blocks."""
+    """Runs `attend` over all blocks, `chunk` at a time; the last chunk is padded."""
     if chunk == blocks:
         return attend(parts)
     count = -(-blocks // chunk)
@@ -67,6 +67,6 @@ def _in_chunks(attend, parts: tuple[Array, ...], blocks: int, chunk: int) -> Arr
 
 
 def _widen(tables: Int[Array, "Q MaxPages"], page_size: int) -> Int[Array, "Q Wider"]:
-    """Adds columns of page 0 until the keys of a table are a multiple of KEY_ALIGN."""
+    """Pads the tables with page 0 until their number of keys is a multiple of KEY_ALIGN."""
     columns = KEY_ALIGN // math.gcd(KEY_ALIGN, page_size)
     return jnp.pad(jnp.asarray(tables), ((0, 0), (0, -tables.shape[1] % columns)))

@@ -1,4 +1,4 @@
-"""The public op: the delta of every row, differentiable in x, A, B and y."""
+"""The public op `smlm`: the delta of every row, differentiable in x, A, B and y."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,32 +27,32 @@ def smlm(
     y: Float[Array, "T out"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T out"]:
-    """Segmented multi-LoRA multiplication: the delta of every row under its own adapter, added to y.
+    """Segmented multi-LoRA multiplication: adds the delta of every row, under its own adapter, to y.
 
     delta[t, cols_i] = sum over the row's pages p of (x[t] @ A[p, i*R:(i+1)*R].T) @ B[p, :, cols_i], R = 16,
     with scaling folded into B. Products take operands in the arrays' dtype (S = x A^T is rounded to it) and
-    sum in float32, in an order that depends on the input size alone; nothing crosses from tile to tile.
+    accumulate in float32, in an order that depends only on the input size; tiles are independent.
 
-    A `jax.custom_vjp` whose rules are `smlm_fwd` and the backward by groups: packs (`smlm_bwd`) where the plan is one
-    of packs, else runs of rows of one adapter. Gradients of A and B are float32 per group, added in the order of the
+    A `jax.custom_vjp` of `smlm_fwd` and a backward by groups, which are packs (`smlm_bwd`) if the plan has packs only,
+    else runs of rows of one adapter. Gradients of A and B are computed per group in float32, added in the order of the
     groups (`scatter_add_pages`) and cast to A's dtype. y is not kept for the backward.
 
     Args:
         x: Inputs, bfloat16, float16 or float32.
         A: Pages of the n stacked targets, x's dtype. Page 0 means none and is never read by the kernels.
-        B: Pages, columns of the targets side by side, x's dtype.
-        plan: Work list of `build_plan`; on the device, its page numbers are trusted to be below P.
+        B: Pages, with the targets' columns side by side, x's dtype.
+        plan: From `build_plan`; its page numbers are not checked on the device and must be below P.
         out_features: Columns of each target, multiples of 16; they sum to B's last dimension.
-        y: What the delta is added to, x's dtype. Under jit the kernels write it in place where XLA may reuse
-            it (donate it, or let it be a temporary). None: the delta alone, zero for rows without adapter.
+        y: Added to the delta, x's dtype. Under jit the kernels write in place if XLA may reuse its buffer (donate it,
+            or let it be a temporary). If None, the result is the delta alone, zero for rows without adapter.
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
 
     Returns:
-        y plus the delta; rows without adapter are y's, bit for bit. With few rows the kernels may round the delta
-        before the sum (see `smlm_fwd`), but not where the call is differentiated.
+        y plus the delta; rows without adapter equal y bit for bit. With few rows the kernels may round the delta
+        before the sum (see `smlm_fwd`), unless the call is differentiated.
 
     Raises:
-        ValueError: shapes disagree or are no multiples of 16, or the implementation is unknown.
+        ValueError: shapes disagree or are not multiples of 16, or the implementation is unknown.
         TypeError: dtypes disagree.
     """
     out_features = tuple(int(size) for size in out_features)
@@ -75,7 +75,7 @@ def _smlm(
 
 
 def _without_packs(plan: SmlmPlan) -> SmlmPlan:
-    """The same rows, none of which train."""
+    """The same plan without train rows."""
     return replace(plan, pack_pages=plan.pack_pages[:0], pack_rows=0)
 
 
@@ -93,7 +93,7 @@ def _forward_rule(
 
 
 def _backward_rule(out_features: tuple[int, ...], implementation: str, kept: Any, dout: Array) -> tuple[Any, ...]:
-    """dX in x's dtype, dA and dB in A's; y's gradient is dout itself."""
+    """dX in x's dtype, dA and dB in A's; the gradient of y is dout itself."""
     S, x, A, B, plan, has_y = kept
     dy = None if has_y is None else dout
     if S is None:  # no rows

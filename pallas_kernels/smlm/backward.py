@@ -1,4 +1,4 @@
-"""The backward half: gradients of the rows that train, those of A and B for every pack by itself."""
+"""The backward of SMLM for train rows: gradients of x, and of A and B separately for every pack."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from pallas_kernels.smlm.pack_triton import pack_dy_triton, pack_x_triton
 from pallas_kernels.smlm.pack_xla import expand_packs, pack_dy_xla, pack_x_xla
 from pallas_kernels.smlm.plan import SmlmPlan
 
-Glu = tuple[str, Float[Array, "K FF"]]  # activation, gate and up side by side
+Glu = tuple[str, Float[Array, "K FF"]]  # (activation, [gate | up])
 
 
 def smlm_bwd(
@@ -34,27 +34,27 @@ def smlm_bwd(
     glu: Glu | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "K in_or_FF"], Float32[Array, "G GP nR in"], Float32[Array, "G GP R out"]]:
-    """The backward of `smlm` for the plan's train rows: dX, and dA and dB of every pack by itself.
+    """The backward of `smlm` for the plan's train rows: dX, and separate dA and dB for every pack.
 
-    dS = dY B^T, dX = dS A, dA = dS^T X, dB = S^T dY, pack by pack: operands in x's dtype, sums in float32, in an order
-    that depends on a pack's own shape alone. Nothing is summed over packs (`scatter_add_pages` does that), so who
-    shares a step cannot change a job's gradient. Two launches: one reads dY, the other x.
+    dS = dY B^T, dX = dS A, dA = dS^T X, dB = S^T dY per pack, with operands in x's dtype and sums in float32, in an
+    order that depends only on the pack's shape. Nothing is summed over packs (`scatter_add_pages` does that), so the
+    other packs in a step cannot change a job's gradient. Two launches: one reads dY, the other x.
 
     Args:
-        S: What `smlm_fwd` returned; pages beyond those of plan.pack_pages are not read.
+        S: As returned by `smlm_fwd`; pages beyond those in plan.pack_pages are not read.
         x: Inputs of the K train rows; None with `glu`.
         A, B: Page pools, as for `smlm_fwd`; the pages of every pack are gathered once.
-        plan: Its packs, `pack_pages` and `pack_rows`, are all that is read; see `pack_plan`.
+        plan: Only `pack_pages` and `pack_rows` are read; see `pack_plan`.
         dy: Gradient of the train rows' output.
         out_features: Columns of each target.
-        dx: What dX is added to: the gradient of x through the base projection, or a function dy -> that gradient. The
-            function is called between the two launches, where dy is still in the cache. None: 0.
-        glu: (activation, gate_up) where x is act(gate) * up of the halves of gate_up: x is formed again from them, and
-            the first result is the gradient of gate_up.
+        dx: Added to dX: the gradient of x through the base projection, or a function dy -> that gradient, which is
+            called between the two launches, while dy is still in the cache. None means 0.
+        glu: (activation, gate_up) if x is act(gate) * up of the halves of gate_up: x is recomputed from them, and the
+            first result is the gradient of gate_up.
         implementation: As for `smlm`.
 
     Returns:
-        dX (or d gate_up) in x's dtype; dA and dB, float32, of each pack's pages; 0 where a pack has no such page.
+        dX (or d gate_up) in x's dtype; float32 dA and dB of each pack's pages, 0 for absent pages.
 
     Raises:
         ValueError: shapes disagree, the plan has no packs, or the implementation or activation is unknown.
@@ -79,13 +79,13 @@ def smlm_bwd(
 def between_halves(
     dS: Any, dy: Array, dx: Array | Callable[[Array], Array] | None, like: Array | jax.ShapeDtypeStruct
 ) -> tuple[Any, Array | None]:
-    """dS, and what dX is added to, after the half that reads dy: a function dx is called here.
+    """(dS, dx), evaluated after the half that reads dy; calls dx if it is a function.
 
     Raises:
-        ValueError, TypeError: dx has not the shape or the dtype of `like`, the input.
+        ValueError, TypeError: dx does not have the shape or dtype of the input `like`.
     """
     if callable(dx):
-        # The adapter first: the base's product would throw dy out of the cache.
+        # The adapter's half comes first: the base's product would evict dy from the cache.
         dS, dy = lax.optimization_barrier((dS, dy))
         dx = dx(dy)
     if dx is not None:
@@ -101,9 +101,9 @@ def smlm_expand(
     *,
     out_features: tuple[int, ...],
 ) -> Float[Array, "K out"]:
-    """The delta of the train rows from the S that `smlm_fwd` returned: for an output that was not kept.
+    """Recomputes the delta of the train rows from the S that `smlm_fwd` returned, if the output was not kept.
 
-    Summed in float32, rounded once to S's dtype.
+    Accumulated in float32, rounded once to S's dtype.
 
     Args:
         S, B, plan, out_features: As for `smlm_bwd`.
@@ -117,23 +117,23 @@ def _by_pack(plan: SmlmPlan, rows: Array) -> Array:
 
 
 def _pages_of_packs(pool: Float[Array, "P r c"], pages: Int32[Array, "G GP"]) -> Float32[Array, "G GP r c"]:
-    """The pages of every pack, float32 so that their gradients are; absent ones are 0."""
+    """The pages of every pack in float32, so that their gradients are too; absent pages are 0."""
     return jnp.where((pages > 0)[..., None, None], pool[pages].astype(jnp.float32), 0.0)
 
 
 def _glu_input(x: Array | None, glu: Glu) -> jax.ShapeDtypeStruct:
-    """What x would look like."""
+    """Shape and dtype of the x that `glu` describes."""
     activation, gate_up = glu
     check_activation(activation)
     if x is not None:
-        raise ValueError(f"x: got shape {x.shape}, expected None with glu: it is formed from gate_up")
+        raise ValueError(f"x: got shape {x.shape}, expected None with glu: it is computed from gate_up")
     return jax.ShapeDtypeStruct((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
 
 
 def _x_half_of_glu(
     glu: Glu, A: Array, dS: Array, dx: Array | None, plan: SmlmPlan, implementation: str
 ) -> tuple[Array, Array]:
-    """d gate_up and dA; fused where a kernel has the activation."""
+    """d gate_up and dA; fused if the kernel supports the activation."""
     activation, gate_up = glu
     by_pack = partial(_by_pack, plan)
     if implementation == "triton" and activation in KERNEL_ACTIVATIONS:

@@ -1,4 +1,4 @@
-"""What the ops on adapter pages refuse before they compute."""
+"""Argument checks of the ops on adapter pages."""
 
 from dataclasses import fields
 from typing import Any
@@ -11,11 +11,11 @@ from pallas_kernels.smlm.plan import RANK_PAGE, SmlmPlan, plan_shapes
 
 
 def check_pages(size: int, dtype: Any, A: Any, B: Any, out_features: tuple[int, ...]) -> None:
-    """A and B are the pages of targets of these columns, for inputs of `size` features.
+    """Checks that A and B are pages of targets with these columns, for inputs of `size` features.
 
     Raises:
-        ValueError: shapes disagree or are no multiples of 16.
-        TypeError: they have not this dtype, or it is no floating one.
+        ValueError: shapes disagree or are not multiples of 16.
+        TypeError: their dtype is not `dtype`, or is not floating point.
     """
     check_rank("A", A, 3)
     check_rank("B", B, 3)
@@ -30,11 +30,11 @@ def check_pages(size: int, dtype: Any, A: Any, B: Any, out_features: tuple[int, 
     check_dtype("A", A, "x", dtype)
     check_dtype("B", B, "x", dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"x: got dtype {dtype}, expected a floating one")
+        raise TypeError(f"x: got dtype {dtype}, expected a floating-point dtype")
 
 
 def check_arrays(x: Any, A: Any, B: Any, y: Any, out_features: tuple[int, ...]) -> None:
-    """Every array of a forward has the shape that x and out_features imply, and x's dtype.
+    """Checks that every array of a forward has the shape implied by x and out_features, and x's dtype.
 
     Raises:
         ValueError, TypeError: as `check_pages`.
@@ -47,10 +47,10 @@ def check_arrays(x: Any, A: Any, B: Any, y: Any, out_features: tuple[int, ...]) 
 
 
 def check_plan(plan: SmlmPlan, rows: int) -> None:
-    """The plan is for this many rows, and of one piece.
+    """Checks that the plan is for `rows` rows and that its shapes are consistent.
 
     Raises:
-        ValueError: it is not; both are named.
+        ValueError: they are not; the message gives both values.
         TypeError: an array is not int32.
     """
     if plan.row_slot.shape != (rows,):
@@ -71,7 +71,7 @@ def check_plan(plan: SmlmPlan, rows: int) -> None:
 
 
 def check_backward(S: Any, x: Any, A: Any, B: Any, plan: SmlmPlan, dy: Any, out_features: tuple[int, ...]) -> None:
-    """Every array of a backward has the shape that the plan's packs and out_features imply.
+    """Checks that every array of a backward has the shape implied by the plan's packs and out_features.
 
     Raises:
         ValueError: shapes disagree, or the plan has no packs.
@@ -83,9 +83,9 @@ def check_backward(S: Any, x: Any, A: Any, B: Any, plan: SmlmPlan, dy: Any, out_
     check_pages(x.shape[1], x.dtype, A, B, out_features)
     rows, pages = plan.train_rows, plan.pack_pages.shape[1]
     if not rows:
-        raise ValueError("plan: got one without packs, expected some rows that train (see `SmlmPlan.pack_pages`)")
+        raise ValueError("plan: got no train rows, expected at least one pack (see `SmlmPlan.pack_pages`)")
     if S.shape[2] < pages:
-        raise ValueError(f"S: got {S.shape[2]} pages a row, expected at least plan.pack_pages' {pages}")
+        raise ValueError(f"S: got {S.shape[2]} pages per row, expected at least plan.pack_pages' {pages}")
     check_shapes(
         x=(x, (rows, x.shape[1])),
         S=(S, (rows, len(out_features), S.shape[2], RANK_PAGE)),

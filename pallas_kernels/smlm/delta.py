@@ -1,7 +1,7 @@
-"""The forward for few rows: the delta is computed beside the base GEMM, and added by whatever reads both.
+"""The forward for few rows: the delta is computed concurrently with the base GEMM and added by the consumer of both.
 
-Adding into y waits for it. At decode a base GEMM streams its weights and leaves room on every SM: the delta needs only
-x, so a device that runs independent kernels at one time hides its launches behind the GEMM.
+Adding into y would wait for y. At decode the base GEMM streams its weights and leaves room on every SM; the delta only
+needs x, so a device that runs independent kernels concurrently hides the delta's launches behind the GEMM.
 """
 
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ from pallas_kernels.smlm.tuning import FEW_ROWS
 
 
 def delta_beside(rows: int, plan: SmlmPlan, implementation: str) -> bool:
-    """Whether a forward of y takes this form: few rows, none that train, and kernels.
+    """Whether a forward takes this form: few rows, no train rows, and a kernel implementation.
 
-    Kernels can run beside each other, XLA's operations would only be more.
+    Kernels can run concurrently; as XLA operations, this form would only add work.
 
     Args:
         rows: T.
@@ -25,9 +25,9 @@ def delta_beside(rows: int, plan: SmlmPlan, implementation: str) -> bool:
 
 
 def add_delta(y: Float[Array, "T out"], delta: Float[Array, "T out"], plan: SmlmPlan) -> Float[Array, "T out"]:
-    """y plus the delta where the row has an adapter, y itself, bit for bit, where it has none.
+    """y plus the delta in rows with an adapter; y itself, bit for bit, in rows without.
 
-    Plain elementwise XLA on purpose: it fuses into the consumer of y, and y's split sums into it.
+    Deliberately plain elementwise XLA: it fuses into the consumer of y, and with y's split-k sum.
     """
     total = (y.astype(jnp.float32) + delta.astype(jnp.float32)).astype(y.dtype)
     return jnp.where((jnp.asarray(plan.row_slot) >= 0)[:, None], total, y)

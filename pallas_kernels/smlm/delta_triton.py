@@ -1,7 +1,7 @@
-"""The delta as two Pallas-Triton launches, neither of which touches y: shrink S = x A^T, expand S B.
+"""The delta as two Pallas-Triton launches that do not touch y: shrink S = x A^T, then expand S B.
 
-One program does one part of one tile; programs of unused tiles end at once. Sums have one order (spans, then a binary
-tree), that of the kernels that add in place.
+Each program handles one part of one tile; programs of unused tiles exit immediately. Sums have the same fixed order
+(spans, then a binary tree) as in the kernels that add in place.
 """
 
 import functools
@@ -26,13 +26,13 @@ from pallas_kernels.smlm.tuning import num_spans
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """How the two launches cut one call. No field moves a sum out of its order: results have the same bits.
+    """Block sizes of the two launches. They do not affect the order of sums: results are bit-identical.
 
     Attributes:
         parts: Programs that share the contraction of a shrink: a power of two, at most the number of spans.
         block_k: Inputs per step of the shrink.
         block_n: Outputs per program of the expand.
-        shrink_warps, shrink_stages, expand_warps, expand_stages: Triton's.
+        shrink_warps, shrink_stages, expand_warps, expand_stages: Triton's num_warps and num_stages.
     """
 
     parts: int = 8
@@ -45,7 +45,7 @@ class DeltaConfig:
 
 
 def delta_config(dtype: jnp.dtype) -> DeltaConfig:
-    """Tuned on an H200 in a decode step, where the launches share the SMs with the base GEMM."""
+    """Block sizes tuned on an H200 in a decode step, where the launches share the SMs with the base GEMM."""
     if jnp.dtype(dtype).itemsize > 2:  # float32: no tensor cores, twice the bytes
         return DeltaConfig(block_k=32, block_n=64, shrink_stages=2, expand_stages=1)
     return DeltaConfig()
@@ -53,7 +53,7 @@ def delta_config(dtype: jnp.dtype) -> DeltaConfig:
 
 @dataclass(frozen=True)
 class DeltaSizes:
-    """Static sizes of one call: `parts` programs a tile share the `spans` stretches of `span` inputs."""
+    """Static sizes of one call; the `parts` programs of a tile share the `spans` spans of `span` inputs."""
 
     tiles: int
     pages: int
@@ -80,7 +80,7 @@ class DeltaSizes:
 
     @property
     def whole_spans(self) -> bool:
-        """Whether no block of inputs needs a mask."""
+        """Whether all blocks of inputs are full and need no mask."""
         return self.span % self.block_k == 0 and self.span * self.spans == self.size
 
     @property
@@ -93,7 +93,7 @@ class DeltaSizes:
         return sum(pl.cdiv(size, self.block_n) for size in self.out_features)
 
     def block(self, index: Array) -> tuple[Array, Array, Array]:
-        """(target, columns [1, block_n], which of them belong to the target) of a block of outputs."""
+        """(target, columns [1, block_n], mask of those that belong to the target) for a block of outputs."""
         return column_block(index, self.out_features, self.block_n)
 
     def ranks(self, target: Array | int, page: Array) -> Array:
@@ -103,7 +103,7 @@ class DeltaSizes:
 
 
 class PageTile:
-    """Rows [TILE, 1] of a tile, which of them it holds, and its pages."""
+    """Rows [TILE, 1] of a tile, the mask of those in use, and its pages."""
 
     def __init__(self, sizes: DeltaSizes, number: Array, row_ref: Any, len_ref: Any, pages_ref: Any) -> None:
         offset = jnp.arange(TILE, dtype=jnp.int32)[:, None]
@@ -111,7 +111,7 @@ class PageTile:
         self._sizes, self._number, self._pages = sizes, number, pages_ref
 
     def fold(self, do: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
-        """Folds do(index, page, carry) over the tile's own pages."""
+        """Folds do(index, page, carry) over the pages that the tile uses."""
         page = lambda m: self._pages[self._number, m]  # noqa: E731
         if self._sizes.pages == 1:
             return do(jnp.int32(0), page(0), carry)
@@ -148,7 +148,7 @@ def delta_shrink(sizes: DeltaSizes, tile: PageTile, part: Array, x_ref: Any, A_r
 
 
 def delta_expand(sizes: DeltaSizes, tile: PageTile, part: Array, s_ref: Any, B_ref: Any, o_ref: Any) -> None:
-    """o[rows, block] = S B, with S the ordered sum of the partial sums."""
+    """o[rows, block] = S B, where S is the ordered sum of the partial sums."""
     target, columns, inside = sizes.block(part)
     rank = jnp.arange(RANK_PAGE, dtype=jnp.int32)[:, None]
 
@@ -161,7 +161,7 @@ def delta_expand(sizes: DeltaSizes, tile: PageTile, part: Array, s_ref: Any, B_r
     plt.store(o_ref.at[tile.rows, columns], delta.astype(o_ref.dtype), mask=tile.ok & inside)
 
 
-# Jitted so that the layers of a model trace and lower the kernels once a shape: 0.2 s each otherwise.
+# Jitted so that the layers of a model trace and lower the kernels once per shape (0.2 s each).
 @functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret"))
 def smlm_delta_triton(
     x: Float[Array, "T in"],
@@ -173,16 +173,16 @@ def smlm_delta_triton(
     config: DeltaConfig | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "T out"]:
-    """The delta of the rows that have an adapter; the others are whatever the memory held.
+    """The delta of rows with an adapter; other rows are uninitialised memory.
 
     Args:
         x: Inputs.
         A: Pages of the n stacked targets.
-        B: Pages, columns of the targets side by side.
+        B: Pages, with the targets' columns side by side.
         plan: Work list; its tiles of TILE rows are used.
         out_features: Columns of each target.
         config: Block sizes; by default those of `delta_config`.
-        interpret: Run as plain XLA operations; by default on the CPU only.
+        interpret: Run as plain XLA operations; by default only on CPU.
     """
     interpret = interpreted(interpret)
     config = config or delta_config(x.dtype)
@@ -205,7 +205,7 @@ def _launch(
     params: plt.CompilerParams,
     interpret: bool,
 ) -> Array:
-    """Runs `body` once per part of every used tile."""
+    """Runs `body` once for every part of every used tile."""
 
     def kernel(used_ref: Any, row_ref: Any, len_ref: Any, pages_ref: Any, *refs: Any) -> None:
         number, part = (f(pl.program_id(0), jnp.int32(parts)) for f in (lax.div, lax.rem))
@@ -214,7 +214,7 @@ def _launch(
         def _() -> None:
             body(sizes, PageTile(sizes, number, row_ref, len_ref, pages_ref), part, *refs)
 
-    kernel.__name__ = f"smlm_{body.__name__}"  # what a profile shows
+    kernel.__name__ = f"smlm_{body.__name__}"  # shown in profiles
     return pl.pallas_call(
         kernel,
         grid=(sizes.tiles * parts,),

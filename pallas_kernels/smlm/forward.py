@@ -1,4 +1,4 @@
-"""The forward half: the delta of every row, and S = x A^T of the rows that train."""
+"""The forward of SMLM: the delta of every row, and S = x A^T of the train rows."""
 
 from dataclasses import replace
 
@@ -25,19 +25,19 @@ def smlm_fwd(
     y: Float[Array, "T out"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "T out"], Float[Array, "K n MP R"] | None, SmlmPlan]:
-    """The forward of `smlm`, and what its backward needs: not differentiable itself.
+    """The forward of `smlm`, which also returns the residuals for its backward; not differentiable itself.
 
-    With few rows, none of which trains, kernels compute the delta beside whatever makes y, and round it to y's dtype
-    before the sum. In all other cases the sum is rounded once, and y is written in place where XLA may reuse it.
+    With few rows and no train rows, kernels compute the delta concurrently with y and round it to y's dtype before the
+    sum. Otherwise the sum is rounded once, and written in place of y if XLA may reuse its buffer.
 
     Args:
         x, A, B, plan, out_features, y, implementation: As for `smlm`.
 
     Returns:
-        y plus the delta, or the delta, in x's dtype.
-        S = x A^T of the plan's K train rows in x's dtype, by target and page, 0 where a row has no such page: what
-        `smlm_bwd` takes. None where no rows train.
-        The plan for the next call, whose counters are zero again.
+        y plus the delta, or the delta alone, in x's dtype.
+        S = x A^T of the plan's K train rows in x's dtype, by target and page, 0 for absent pages, as input of
+        `smlm_bwd`; None without train rows.
+        The plan to use for the next call, whose counters are zero again.
 
     Raises:
         ValueError, TypeError: as for `smlm`.
@@ -58,7 +58,7 @@ def forward(
     implementation: str,
     S_rows: int,
 ) -> tuple[Float[Array, "T out"], Float[Array, "K n MP R"] | None, SmlmPlan]:
-    """`smlm_fwd` without its checks, and with S of the first S_rows rows, whatever the plan says of packs."""
+    """`smlm_fwd` without its checks, returning S of the first S_rows rows regardless of the plan's packs."""
     plan = jax.tree.map(jnp.asarray, plan)
     if implementation == "xla":
         return *smlm_xla(x, A, B, plan, out_features, y, S_rows), plan

@@ -1,7 +1,7 @@
-"""The backward of a gated MLP's second half, act(gate) * up and the projection after it: the launch that reads x.
+"""The backward of act(gate) * up and the projection after it: the launch that reads x, fused with the activation.
 
-It reads gate, up and the base's gradient of their product once: it forms the product again, the gradients of gate and
-up, and dA. A program takes a block of columns and goes through rows, so that dA is few sums.
+It reads gate, up and the base's gradient of their product once, recomputes the product, and writes the gradients of
+gate and up, and dA. Each program takes a block of columns and loops over rows, so that dA needs few partial sums.
 """
 
 import functools
@@ -21,7 +21,7 @@ from pallas_kernels.smlm.plan import RANK_PAGE
 F32 = jnp.float32
 
 
-# Jitted so that the layers of a model trace and lower the kernels once a shape.
+# Jitted so that the layers of a model trace and lower the kernels once per shape.
 @functools.partial(jax.jit, static_argnames=("activation", "config", "interpret"))
 def pack_glu_triton(
     gate_up: Float[Array, "G L FF"],
@@ -33,19 +33,19 @@ def pack_glu_triton(
     config: GluConfig | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "G L FF"], Float[Array, "G MP R F"]]:
-    """Gradients of gate_up and A of base(act) + S B, with act = activation(gate) * up and S = act A^T.
+    """Gradients of base(act) + S B with respect to gate_up and A, where act = activation(gate) * up and S = act A^T.
 
     Args:
-        gate_up: gate and up side by side.
-        A: Pages of the projection's adapter, float32 for gradients that are never rounded; absent ones are zero.
-        dS: Of `pack_dy_triton`, in gate_up's dtype.
+        gate_up: [gate | up].
+        A: Pages of the projection's adapter, float32 to get an unrounded gradient; absent pages are zero.
+        dS: From `pack_dy_triton`, in gate_up's dtype.
         dact: Gradient of act through the base projection, gate_up's dtype.
         activation: A key of `common.activation.KERNEL_ACTIVATIONS`.
-        config: How the launch is cut; by default chosen from the shapes.
-        interpret: Run as plain XLA operations; by default on the CPU only.
+        config: Block sizes; by default chosen from the shapes.
+        interpret: Run as plain XLA operations; by default only on CPU.
 
     Returns:
-        Gradients of gate_up and A in their own dtypes; sums in float32.
+        Gradients of gate_up and A in their dtypes, accumulated in float32.
 
     Raises:
         ValueError: an operand has 2^31 elements or more.

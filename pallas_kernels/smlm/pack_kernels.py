@@ -1,7 +1,7 @@
-"""Bodies of the Triton kernels of packs and runs: what one program does for a part of one of them.
+"""Bodies of the Triton kernels for packs and runs; one program handles a part of one pack or run.
 
-`place` says where its rows and pages are. Indices are arrays in every dimension: a masked load that mixes arrays and
-slices does not run in interpret mode.
+`place` gives the location of its rows and pages. Every dimension is indexed with arrays, because masked loads that mix
+arrays and slices do not run in interpret mode.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def _columns(start: Array, count: int, end: Array, whole: bool) -> tuple[Array, 
 
 
 def _mask(rows: Array | None, columns: Array | None) -> Array | None:
-    """The outer product of two masks, where None is all."""
+    """The outer product of two masks, where None means all true."""
     if rows is None:
         return None if columns is None else columns[None, :]
     return rows[:, None] if columns is None else rows[:, None] & columns[None, :]
@@ -35,7 +35,7 @@ def _load(ref: Any, rows: Array, columns: Array, mask: Array | None) -> Array:
 
 
 def dS_share(cut: Cut, place: Pack, index: Array, y_ref: Any, w_ref: Any, h_ref: Any) -> None:
-    """h[part, tile, ranks] = y w^T over a span of columns: a share of dS, of dY and B."""
+    """h[part, tile, ranks] = y w^T over a span of columns: a partial sum of dS, with y = dY and w = B."""
     block = cut.block
     _, part, start, end, rows, ok = cut.tile(place, index)
 
@@ -56,9 +56,9 @@ def dS_share(cut: Cut, place: Pack, index: Array, y_ref: Any, w_ref: Any, h_ref:
 
 
 def gradient(cut: Cut, place: Pack, index: Array, y_ref: Any, s_ref: Any, g_ref: Any) -> None:
-    """g[ranks, columns] = s^T y over all rows: dA (of dS and x) or dB (of S and dY).
+    """g[ranks, columns] = s^T y over all rows: dA (s = dS, y = x) or dB (s = S, y = dY).
 
-    Formed as y^T s, the tall operand first, as the tensor cores want it.
+    Computed as y^T s: tensor cores want the tall operand first.
     """
     side, block = cut.side, cut.block
     target, start, end = side.block(index, block.columns)
@@ -82,7 +82,7 @@ def gradient(cut: Cut, place: Pack, index: Array, y_ref: Any, s_ref: Any, g_ref:
 
 
 def dX_tile(cut: Cut, place: Pack, index: Array, s_ref: Any, w_ref: Any, *refs: Any) -> None:
-    """o[tile, columns] = s w over a span of columns, plus y where refs are y and o, not o alone: dX of dS and A."""
+    """o[tile, columns] = s w over a span of columns, plus y if refs are (y, o): dX, with s = dS and w = A."""
     side, block = cut.side, cut.block
     target, _, start, end, rows, ok = cut.tile(place, index)
     s = [_load(s_ref, rows, side.in_s(at, size, target), _mask(ok, place.used(at, size))) for at, size in cut.ranks]
@@ -113,10 +113,10 @@ def through_glu(
     g_ref: Any,
     o_ref: Any,
 ) -> None:
-    """Through act = activation(gate) * up: d = dact + s w; o = d(gate) | d(up) of d; g[part, ranks, columns] = s^T act.
+    """Backward of act = activation(gate) * up: d = dact + s w; o = [dgate | dup]; g[part, ranks, columns] = s^T act.
 
-    `parts` programs share the rows of a block of columns, part after part.
-    The activation is computed in float32 and rounded before the product with up, as the forward does; d is not rounded.
+    `parts` programs share the rows of a block of columns.
+    As in the forward, the activation is computed in float32 and rounded before the product with up; d is not rounded.
     """
     side, block, dtype = cut.side, cut.block, o_ref.dtype
     part, index = (f(index, jnp.int32(cut.strips)) for f in (lax.div, lax.rem))
@@ -140,7 +140,7 @@ def through_glu(
         plt.store(o_ref.at[rows[:, None], columns[None, :]], (d * up * slope).astype(dtype), mask=mask)
         plt.store(o_ref.at[rows[:, None], ups[None, :]], (d * value).astype(dtype), mask=mask)
         act = (value * up).astype(dtype)
-        # The ranks first: act stays as it is in registers, transposing it took 30 us more of 85.
+        # s first, so that act is not transposed in registers, which would add 30 us to 85.
         return tuple(total + product(one, act, 0, contract_a=0) for total, one in zip(sums, s, strict=True))
 
     sums = tuple(jnp.zeros((size, block.columns), F32) for _, size in cut.ranks)

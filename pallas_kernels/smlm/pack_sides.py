@@ -1,10 +1,10 @@
-"""Where the rows and pages of a pack or a run lie, and how work on them is cut.
+"""Layout of the rows and pages of packs and runs, and how work on them is split into programs.
 
-Rows of all packs lie one below the other, and so do the pages of a pack: pack g has rows g*L.. of x and dY, rows
-g*R.. of A (R = pages * targets * 16 ranks, in the pages' own order, as dS has them) and g*RT.. of B (RT = pages * 16
-ranks, shared by the targets' columns). A run's first row, length and pages are read from a list; its pages lie
-anywhere in the pools, its gradients where a pack's do. S has the RT ranks of one target after those of another. Ranks
-are taken in chunks that are powers of two.
+The rows of all packs are concatenated, and so are their pages: pack g has rows g*L.. of x and dY, rows g*R.. of A
+(R = pages * targets * 16 ranks, in page order, as in dS) and g*RT.. of B (RT = pages * 16 ranks, shared by the targets'
+columns). A run's first row, length and pages are read from a list; its pages can be anywhere in the pools, and its
+gradients are laid out like a pack's. S has the RT ranks of each target in turn. Ranks are processed in chunks whose
+sizes are powers of two.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ Chunks = tuple[tuple[int, int], ...]  # (first rank, ranks)
 
 @dataclass(frozen=True)
 class Side:
-    """A tall operand of packs, x or dY, and the ranks that its columns meet.
+    """A tall operand of packs, x or dY, and the ranks that its columns are contracted with.
 
     Attributes:
         packs: G.
         rows: L, rows of a pack.
-        sizes: Columns of each target: (in,) of x, out_features of dY.
-        ranks: Ranks that a column meets: R of x, RT of dY.
+        sizes: Columns of each target: (in,) for x, out_features for dY.
+        ranks: Ranks per column: R for x, RT for dY.
     """
 
     packs: int
@@ -40,7 +40,7 @@ class Side:
 
     @property
     def chunks(self) -> Chunks:
-        """All ranks in stretches that are powers of two: no lane is wasted."""
+        """All ranks in chunks whose sizes are powers of two, so that no lane is wasted."""
         found, start = [], 0
         while start < self.ranks:
             size = min(MAX_RANKS, 1 << ((self.ranks - start).bit_length() - 1))
@@ -50,7 +50,7 @@ class Side:
 
     @property
     def windows(self) -> list[Chunks]:
-        """The chunks in groups of at most MAX_RANKS ranks: what one program's sums may hold."""
+        """The chunks in groups of at most MAX_RANKS ranks, the limit for one program's sums."""
         found: list[Chunks] = []
         for chunk in self.chunks:
             if found and sum(size for _, size in found[-1]) + chunk[1] <= MAX_RANKS:
@@ -60,70 +60,70 @@ class Side:
         return found
 
     def blocks(self, width: int) -> int:
-        """Blocks of `width` columns, none of which straddles two targets."""
+        """Number of blocks of `width` columns; no block straddles two targets."""
         return sum(pl.cdiv(size, width) for size in self.sizes)
 
     def block(self, index: Array, width: int) -> tuple[Array, Array, Array]:
-        """(target, first column, end of the target's columns) of a block."""
+        """(target, first column, end of the target's columns) for a block."""
         return block_of(index, self.sizes, width)
 
     def in_s(self, start: int, size: int, target: Array) -> Array:
-        """Where ranks start.. of a target are in a row of S, or of dS for the one target of x."""
+        """Columns of a target's ranks start.. in S, or in dS for the single target of x."""
         return target * self.ranks + start + jnp.arange(size, dtype=jnp.int32)
 
     def lists(self) -> tuple[str, ...]:
-        """Names of the operands that `place` reads."""
+        """Names of the list operands that `place` reads."""
         return ()
 
     def place(self, number: Array, refs: dict[str, Any]) -> "Pack":
-        """A pack by its number."""
+        """The pack with this number."""
         return Pack(self, number)
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Where a pack's rows and pages are: all of it static but the number."""
+    """Location of a pack's rows and pages; everything but the number is static."""
 
     side: Side
     number: Array
 
     def when(self, ranks: Chunks, do: Callable[[], None]) -> None:
-        """Calls `do` if there is work."""
+        """Calls `do` if there is work for these ranks."""
         do()
 
     def steps(self, count: int) -> int | Array:
-        """Blocks of `count` rows."""
+        """Number of blocks of `count` rows."""
         return pl.cdiv(self.side.rows, count)
 
     def rows(self, first: Array, count: int) -> tuple[Array, Array | None]:
-        """Rows first.., and which of them belong to it (None: all)."""
+        """Rows first.., and the mask of those that belong to the pack (None: all)."""
         offset = first + jnp.arange(count, dtype=jnp.int32)
         return self.number * self.side.rows + offset, None if self.side.rows % count == 0 else offset < self.side.rows
 
     def used(self, start: int, size: int) -> Array | None:
-        """Which of the ranks start.. it has (None: all; those of absent pages are zeros)."""
+        """Mask of the ranks start.. that exist (None: all; those of absent pages are zeros)."""
         return None
 
     def pages(self, start: int, size: int) -> Array:
-        """Rows of its pages."""
+        """Rows of its pages for ranks start.."""
         return self.sums(start, size)
 
     def sums(self, start: int, size: int) -> Array:
-        """Rows of the gradients of its pages."""
+        """Rows of its pages' gradients for ranks start.."""
         return self.number * self.side.ranks + start + jnp.arange(size, dtype=jnp.int32)
 
 
 @dataclass(frozen=True)
 class ListedSide(Side):
-    """A tall operand whose runs, or tiles of runs, are listed.
+    """A tall operand whose runs, or tiles of runs, are given by lists.
 
     Attributes:
-        packs: Entries of the list.
-        rows: Rows of the longest entry that is cut into tiles.
+        packs: Entries in the lists.
+        rows: Rows of the longest entry that is split into tiles.
         page_ranks: Ranks of a page.
         max_pages: MP.
-        listed: Names of first rows, lengths and pages.
-        bare: Entries without pages are work too.
+        listed: Names of the lists: first rows, lengths and pages.
+        bare: Whether entries without pages need work too.
     """
 
     page_ranks: int
@@ -135,7 +135,7 @@ class ListedSide(Side):
         return self.listed
 
     def place(self, number: Array, refs: dict[str, Any]) -> "Run":
-        """An entry of the list."""
+        """The entry with this number."""
         row, length, pages = (refs[name] for name in self.listed)
         own = tuple(pages[number, m] for m in range(self.max_pages))
         return Run(self, number, row[number], length[number], own)
@@ -143,7 +143,7 @@ class ListedSide(Side):
 
 @dataclass(frozen=True)
 class Run(Pack):
-    """Where the rows and pages of a run are, or those of a tile of one. What is not its own is masked when loaded."""
+    """Location of the rows and pages of a run or of a tile of one. Loads of anything else are masked."""
 
     side: ListedSide
     first: Array
@@ -152,7 +152,7 @@ class Run(Pack):
 
     def when(self, ranks: Chunks, do: Callable[[], None]) -> None:
         wanted = self.length > 0
-        if not self.side.bare:  # leading pages are used: without the page of the first rank there is none to come
+        if not self.side.bare:  # used pages come first: if the first rank's page is absent, so are the rest
             wanted &= self.own[ranks[0][0] // self.side.page_ranks] > 0
         pl.when(wanted)(do)
 
@@ -182,7 +182,7 @@ class Run(Pack):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a tall operand is cut for one kind of work, and the ranks that a program handles."""
+    """How a tall operand is split for one kind of work, and the ranks that a program handles."""
 
     side: Side
     block: Block
@@ -190,16 +190,16 @@ class Cut:
 
     @property
     def strips(self) -> int:
-        """Programs of a pack, where one goes through all rows."""
+        """Programs per pack if each loops over all rows."""
         return self.side.blocks(self.block.columns)
 
     @property
     def tiles(self) -> int:
-        """Programs of a pack, where one has a tile of rows and a span of columns."""
+        """Programs per pack if each handles a tile of rows and a span of columns."""
         return pl.cdiv(self.side.rows, self.block.rows) * self.side.blocks(self.block.span)
 
     def tile(self, place: Pack, index: Array) -> tuple[Any, ...]:
-        """(target, part, first column, end, rows, which rows) of a tile; rows vary fastest."""
+        """(target, part, first column, end, rows, row mask) for a tile; rows vary fastest."""
         tiles, span = jnp.int32(pl.cdiv(self.side.rows, self.block.rows)), self.block.span
         part, tile = lax.div(index, tiles), lax.rem(index, tiles)
         target, start, end = self.side.block(part, span)

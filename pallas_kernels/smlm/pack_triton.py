@@ -1,8 +1,8 @@
 """The backward of packs as two Pallas-Triton launches.
 
-The first reads dY: shares of dS = dY B^T, and dB = S^T dY. XLA adds the shares up in their one order. The second
-reads x and writes dX: dA = dS^T x, dX = dS A. Programs of both kinds of a launch run side by side, so the big operand
-comes out of memory once; gradients are whole sums over a pack's rows, which no two programs share.
+The first reads dY and computes partial sums of dS = dY B^T, which XLA adds up in a fixed order, and dB = S^T dY. The
+second reads x and computes dA = dS^T x and dX = dS A. Both kinds of programs of a launch run concurrently, so that the
+large operand is read from memory once. A gradient sum over a pack's rows is never split between programs.
 """
 
 import functools
@@ -25,10 +25,10 @@ from pallas_kernels.smlm.pack_tuning import DyConfig, XConfig, default_dy_config
 from pallas_kernels.smlm.plan import RANK_PAGE
 
 F32 = jnp.float32
-MAX_ELEMENTS = 2**31  # the kernels address with 32 bits
+MAX_ELEMENTS = 2**31  # the kernels use 32-bit indices
 
 
-# Jitted so that the layers of a model trace and lower the kernels once a shape.
+# Jitted so that the layers of a model trace and lower the kernels once per shape.
 @functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret"))
 def pack_dy_triton(
     B: Float[Array, "G MP R out"],
@@ -39,17 +39,17 @@ def pack_dy_triton(
     config: DyConfig | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "G L MP nR"], Float[Array, "G MP R out"]]:
-    """`pack_dy_xla` by kernels: one launch, and the sum of its shares of dS.
+    """`pack_dy_xla` as one kernel launch, followed by the sum of its partial sums of dS.
 
-    Every sum has one order, which depends on the pack's own shape and not on how many there are; nothing crosses packs.
+    Every sum has a fixed order, which depends only on the pack's shape; packs are independent.
 
     Args:
-        B, S, dy, out_features: As there.
-        config: How the launch is cut; by default chosen from the shapes.
-        interpret: Run as plain XLA operations; by default on the CPU only.
+        B, S, dy, out_features: As for `pack_dy_xla`.
+        config: Block sizes; by default chosen from the shapes.
+        interpret: Run as plain XLA operations; by default only on CPU.
 
     Returns:
-        dS in S's dtype, dB in B's: of a float32 page it is never rounded.
+        dS in S's dtype, and dB in B's, which for float32 pages is never rounded.
 
     Raises:
         ValueError: an operand has 2^31 elements or more.
@@ -85,10 +85,10 @@ def pack_x_triton(
     config: XConfig | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "G L in"], Float[Array, "G MP nR in"]]:
-    """`pack_x_xla` by kernels: one launch; dX takes the place of dx, rounded once.
+    """`pack_x_xla` as one kernel launch; dX is written in place of dx and rounded once.
 
     Args:
-        x, A, dS, dx: As there.
+        x, A, dS, dx: As for `pack_x_xla`.
         config, interpret: As for `pack_dy_triton`.
 
     Returns:
@@ -117,7 +117,7 @@ def pack_x_triton(
 
 
 def check_elements(**arrays: Array) -> None:
-    """The kernels can address them.
+    """Checks that the kernels can index the arrays with 32 bits.
 
     Raises:
         ValueError: they cannot.
@@ -128,13 +128,13 @@ def check_elements(**arrays: Array) -> None:
 
 
 def rows_of(dtype: jnp.dtype, **arrays: Array) -> dict[str, Array]:
-    """Operands as the kernels take them: in one dtype, the rows of all packs one below the other."""
+    """Operands in the kernels' layout: one dtype, with the rows of all packs concatenated."""
     return {name: a.astype(dtype).reshape(-1, a.shape[-1]) for name, a in arrays.items()}
 
 
 @dataclass(frozen=True)
 class Work:
-    """One kind of work of a launch: its body, how it is cut, programs of a pack, names of what it reads and writes."""
+    """One kind of work of a launch: kernel body, split, programs per pack, and operand names."""
 
     body: Callable[..., None]
     cut: Cut
@@ -158,18 +158,18 @@ def launch(
     in_place: dict[str, str] | None = None,
     turns: int = 1,
 ) -> dict[str, Array]:
-    """Runs all works in one grid: pack after pack (or run after run), and in it one kind after the other, or by turns.
+    """Runs all works in one grid: pack by pack (or run by run), and within it the kinds of work in turn.
 
     Args:
-        name: What a profile shows.
+        name: Kernel name, shown in profiles.
         works: The kinds of work.
-        arrays: Operands by name; those that no work names are left out.
+        arrays: Operands by name; unused ones are ignored.
         outs: Results by name.
-        params: Triton's.
+        params: Triton's compiler parameters.
         interpret: Run as plain XLA operations.
-        in_place: {result: operand whose buffer it takes}.
-        turns: Pieces that each kind of a pack is cut into: kinds take turns, so that they meet in an operand's parts
-            before the cache has lost them.
+        in_place: {result: operand whose buffer it reuses}.
+        turns: Number of pieces that each kind of work is split into per pack; the kinds alternate between pieces, so
+            that they read the same part of an operand while it is in the cache.
     """
     used = {operand for work in works for operand in (*work.operands, *work.cut.side.lists())}
     arrays = {key: a for key, a in arrays.items() if key in used}
@@ -204,7 +204,7 @@ def launch(
 
 
 def add_shares(h: Float[Array, "parts T RT"], side: Side, span: int) -> Float[Array, "T nRT"]:
-    """dS from the shares of its column blocks: a tree of sums per target, then the targets' ranks page by page."""
+    """dS from the partial sums of its column blocks: a tree sum per target, then ranks reordered page by page."""
     totals, at = [], 0
     for size in side.sizes:
         parts = list(h[at : at + pl.cdiv(size, span)])

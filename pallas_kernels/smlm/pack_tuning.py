@@ -1,4 +1,4 @@
-"""How the Triton backward of packs is cut."""
+"""Block sizes of the Triton backward of packs."""
 
 from dataclasses import dataclass, replace
 
@@ -6,18 +6,18 @@ import jax.numpy as jnp
 
 from pallas_kernels.smlm.plan import RANK_PAGE, WIDE
 
-MAX_SHARED_BYTES = 160 * 1024  # what a block may take on Ampere; Hopper has more
-MAX_RANKS = 128  # ranks that the sums of one program hold
+MAX_SHARED_BYTES = 160 * 1024  # limit per block on Ampere; Hopper has more
+MAX_RANKS = 128  # maximum ranks in the sums of one program
 
 
 @dataclass(frozen=True)
 class Block:
-    """How one kind of work is cut.
+    """How one kind of work is split.
 
     Attributes:
         rows: Rows of a tile.
-        columns: Columns that a program takes at a time.
-        span: Columns that a program takes in all, where it goes through several; 0: one block of columns.
+        columns: Columns that a program handles at a time.
+        span: Columns that a program handles in total, if it loops; 0 for a single block of columns.
     """
 
     rows: int
@@ -27,12 +27,12 @@ class Block:
 
 @dataclass(frozen=True)
 class DyConfig:
-    """How the launch that reads dY is cut.
+    """Block sizes of the launch that reads dY.
 
     Attributes:
-        dB, dS: Its two kinds of work; the span of dS decides the order of its sums.
-        warps, stages: Triton's.
-        turns: Pieces of each kind of work that come by turns.
+        dB, dS: Its two kinds of work; the span of dS determines the order of its sums.
+        warps, stages: Triton's num_warps and num_stages.
+        turns: Number of pieces of each kind of work, which alternate.
     """
 
     dB: Block = Block(64, 64)
@@ -42,11 +42,11 @@ class DyConfig:
     turns: int = 1
 
     def shared_bytes(self, ranks: int, dtype: jnp.dtype) -> int:
-        """Shared memory: what a turn of a loop loads, times the stages.
+        """Shared memory in bytes: the loads of a loop iteration, times the stages.
 
         Args:
-            ranks: Ranks that a column of dY meets.
-            dtype: Of dY.
+            ranks: Ranks per column of dY.
+            dtype: Dtype of dY.
         """
         ranks = min(MAX_RANKS, ranks)
         most = max(self.dB.rows * (self.dB.columns + ranks), self.dS.columns * (self.dS.rows + ranks))
@@ -55,11 +55,11 @@ class DyConfig:
 
 @dataclass(frozen=True)
 class XConfig:
-    """How the launch that reads x is cut.
+    """Block sizes of the launch that reads x.
 
     Attributes:
         dA, dX: Its two kinds of work.
-        warps, stages: Triton's.
+        warps, stages: Triton's num_warps and num_stages.
     """
 
     dA: Block = Block(64, 64)
@@ -68,13 +68,13 @@ class XConfig:
     stages: int = 4
 
     def shared_bytes(self, ranks: int, dtype: jnp.dtype) -> int:
-        """Shared memory, likewise.
+        """Shared memory in bytes, likewise.
 
         Args:
-            ranks: Of all targets.
-            dtype: Of x.
+            ranks: Ranks of all targets.
+            dtype: Dtype of x.
         """
-        turns = self.stages if self.dX.span > self.dX.columns else 1  # one block of columns is no loop
+        turns = self.stages if self.dX.span > self.dX.columns else 1  # a single block of columns does not loop
         most = self.dA.rows * (self.dA.columns + min(MAX_RANKS, ranks)) * self.stages
         most = max(most, ranks * self.dX.rows + (ranks + self.dX.rows) * self.dX.columns * turns)
         return jnp.dtype(dtype).itemsize * most
@@ -82,12 +82,12 @@ class XConfig:
 
 @dataclass(frozen=True)
 class GluConfig:
-    """How the launch of a gated activation is cut.
+    """Block sizes of the launch with a gated activation.
 
     Attributes:
-        block: Rows that a program takes at a time, and its columns.
-        parts: Programs that share the rows of a block of columns; dA is the sum of theirs.
-        warps, stages: Triton's.
+        block: Rows that a program handles at a time, and its columns.
+        parts: Programs that share the rows of a block of columns; dA is the sum of their results.
+        warps, stages: Triton's num_warps and num_stages.
     """
 
     block: Block
@@ -99,14 +99,14 @@ class GluConfig:
 def default_dy_config(
     packs: int, rows: int, out_features: tuple[int, ...], pages: int, dtype: jnp.dtype
 ) -> DyConfig:
-    """The configuration of a shape class, tuned on an H200, of moderate shared memory anywhere.
+    """The configuration of a shape class, tuned on an H200, with moderate shared memory on any device.
 
     Args:
-        packs: G; it decides nothing that could move a sum.
-        rows: L, of a pack.
-        out_features: Columns of each target. Of many, dS has fewer shares, each of more columns.
+        packs: G; never affects the order of sums.
+        rows: L, rows of a pack.
+        out_features: Columns of each target. With many columns, dS has fewer partial sums over more columns each.
         pages: MP.
-        dtype: Of dY.
+        dtype: Dtype of dY.
     """
     if jnp.dtype(dtype).itemsize > 2:  # float32: twice the bytes, no wgmma
         config = DyConfig(Block(32, 32), Block(32, 32, 512), stages=2)
@@ -122,7 +122,7 @@ def default_dy_config(
 
 
 def default_runs_dy_config(out_features: tuple[int, ...], pages: int, dtype: jnp.dtype) -> DyConfig:
-    """The configuration of a shape class of runs of any length: their dS goes by wide tiles, dB by runs.
+    """The configuration for runs of any length: dS is computed by wide tiles, dB by runs.
 
     Args:
         out_features, pages, dtype: As for `default_dy_config`.
@@ -135,13 +135,13 @@ def default_x_config(ranks: int, dtype: jnp.dtype) -> XConfig:
     """The configuration of a shape class, likewise.
 
     Args:
-        ranks: Of all pages of all targets.
-        dtype: Of x.
+        ranks: Ranks of all pages of all targets.
+        dtype: Dtype of x.
     """
     config = XConfig()
     if jnp.dtype(dtype).itemsize > 2:
         config = XConfig(Block(32, 32), Block(32, 32, 32), stages=2)
-    if ranks > 2 * MAX_RANKS:  # dX holds all ranks of its rows: fewer rows, and no loop to load ahead for
+    if ranks > 2 * MAX_RANKS:  # dX holds all ranks of its rows: use fewer rows and no pipelined loop
         config = replace(config, dX=Block(config.dX.rows // 2, config.dX.columns, config.dX.columns))
     while config.shared_bytes(ranks, dtype) > MAX_SHARED_BYTES:
         if config.stages > 1:
@@ -156,9 +156,9 @@ def default_glu_config(rows: int, ranks: int, dtype: jnp.dtype) -> GluConfig:
     """The configuration of a shape class, likewise.
 
     Args:
-        rows: L, of a pack. Few rows are few programs: two share a block of columns.
-        ranks: Of all pages.
-        dtype: Of gate and up.
+        rows: L, rows of a pack. With few rows, two programs share a block of columns, to have enough programs.
+        ranks: Ranks of all pages.
+        dtype: Dtype of gate and up.
     """
     if jnp.dtype(dtype).itemsize > 2 or ranks > MAX_RANKS:
         return GluConfig(Block(32, 32), stages=1)

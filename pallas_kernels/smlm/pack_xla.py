@@ -1,6 +1,7 @@
-"""LoRA of packs in plain XLA: every pack is of one adapter, so the products are batched.
+"""LoRA of packs in plain XLA: every pack has one adapter, so the products are batched.
 
-The delta of a kept S, `expand_packs`, and the backward in two halves: `pack_dy_xla` reads dY, `pack_x_xla` x.
+`expand_packs` computes the delta from a kept S; the backward has two halves, `pack_dy_xla`, which reads dY, and
+`pack_x_xla`, which reads x.
 """
 
 import jax.numpy as jnp
@@ -13,26 +14,26 @@ F32 = jnp.float32
 def expand_packs(
     S: Float[Array, "G L n MP R"], B: Float[Array, "G MP R out"], out_features: tuple[int, ...]
 ) -> Float[Array, "G L out"]:
-    """The delta S B: summed in float32, rounded once to S's dtype."""
+    """The delta S B, accumulated in float32 and rounded once to S's dtype."""
     b = _spread(B.astype(S.dtype), out_features)
     return jnp.einsum("glmr,gmro->glo", _by_page(S), b, preferred_element_type=S.dtype)
 
 
 def _blocks(out_features: tuple[int, ...]) -> Bool[np.ndarray, "n 1 out"]:
-    """Which columns of the fused output belong to which target."""
+    """Per target, the mask of its columns in the fused output."""
     owner = np.repeat(np.arange(len(out_features)), out_features)
     return (np.arange(len(out_features))[:, None] == owner)[:, None]
 
 
 def _spread(B: Float[Array, "G MP R out"], out_features: tuple[int, ...]) -> Float[Array, "G MP nR out"]:
-    """B as one block-diagonal matrix over the stacked ranks: one product serves all targets, and dY is never cut."""
+    """B as one block-diagonal matrix over the stacked ranks: one product for all targets, without slicing dY."""
     G, M, R, out = B.shape
     spread = jnp.where(_blocks(out_features), B[:, :, None], jnp.zeros((), B.dtype))
     return spread.reshape(G, M, len(out_features) * R, out)
 
 
 def _by_page(S: Float[Array, "G L n MP R"]) -> Float[Array, "G L MP nR"]:
-    """S as A's pages have their ranks."""
+    """S with its ranks in the order of A's pages."""
     return S.swapaxes(2, 3).reshape(*S.shape[:2], S.shape[3], -1)
 
 
@@ -42,17 +43,17 @@ def pack_dy_xla(
     dy: Float[Array, "G L out"],
     out_features: tuple[int, ...],
 ) -> tuple[Float[Array, "G L MP nR"], Float[Array, "G MP R out"]]:
-    """dS = dY B^T and dB = S^T dY of the delta S B, as batched products: sums in float32, operands in S's dtype.
+    """dS = dY B^T and dB = S^T dY of the delta S B, as batched products with operands in S's dtype, sums in float32.
 
     Args:
         B: Pages with scaling folded in; absent pages are zero. Pass float32 (a bfloat16 page cast to float32
-            computes the same values) to get a gradient that was never rounded.
-        S: What the forward kept of x A^T.
+            gives the same values) to get an unrounded gradient.
+        S: x A^T as kept by the forward.
         dy: Gradient of the delta.
         out_features: Columns of each target.
 
     Returns:
-        dS in S's dtype, its ranks in the order of A's pages; dB in B's dtype.
+        dS in S's dtype, with ranks in the order of A's pages; dB in B's dtype.
     """
     b, dy = _spread(B.astype(S.dtype), out_features), dy.astype(S.dtype)
     dS = jnp.einsum("glo,gmro->glmr", dy, b, preferred_element_type=F32).astype(S.dtype)
@@ -70,10 +71,10 @@ def pack_x_xla(
     """dX = dS A and dA = dS^T X of S = x A^T, as batched products, likewise.
 
     Args:
-        x: Inputs of the forward; dropout, where there is any, already applied.
+        x: Inputs of the forward, after dropout if any.
         A: Pages of the n stacked targets, float32 likewise; absent pages are zero.
-        dS: Of `pack_dy_xla`.
-        dx: What dX, rounded to x's dtype, is added to.
+        dS: From `pack_dy_xla`.
+        dx: Added to dX after dX is rounded to x's dtype.
 
     Returns:
         dX in x's dtype, dA in A's.

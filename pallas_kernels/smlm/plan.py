@@ -1,4 +1,4 @@
-"""Which rows belong to which adapter: the work list of one step, built once on the host, for all layers."""
+"""The work list of one step, which maps rows to adapters; built once on the host and shared by all layers."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 TILE = 16  # rows of a tile: the smallest M of a tensor core instruction, and one prefill block
-WIDE = 64  # rows of a wide tile: A and B are read once for four tiles
+WIDE = 64  # rows of a wide tile, which reads A and B once for four tiles
 RANK_PAGE = 16  # ranks of one adapter page
 
 Segment = tuple[int, int, tuple[int, ...]]  # first row, rows, adapter pages
@@ -20,28 +20,27 @@ IntArray = np.ndarray | jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SmlmPlan:
-    """A step's rows cut into tiles of one adapter each; a pytree of int32 arrays, numpy or jax.
+    """A step's rows split into tiles of one adapter each; a pytree of int32 arrays, numpy or jax.
 
-    The same rows are listed twice, in tiles of TILE rows (XLA, and the kernels at decode) and in wide tiles
-    of WIDE rows (the kernels when there are many rows). After the wide tiles of adapters come those of the rows
-    without one, so that every row of the step is in one wide tile. NT, NW and MP are static; entries beyond `used`
-    are 0.
+    The rows are listed twice: in tiles of TILE rows (for XLA, and for the kernels at decode) and in wide tiles of WIDE
+    rows (for the kernels with many rows). Wide tiles of adapters are followed by those of rows without one, so that
+    every row of the step is in one wide tile. NT, NW and MP are static; entries beyond `used` are 0.
 
-    The leading `train_rows` rows are packs, equally long and back to back, each of one adapter: the rows that
-    `smlm_fwd` keeps S of, and `smlm_bwd` differentiates.
+    The leading `train_rows` rows are packs: equally long, contiguous, each with one adapter. `smlm_fwd` returns S for
+    these rows, and `smlm_bwd` differentiates them.
 
     Attributes:
         tile_row: First row of each tile.
         tile_len: Rows of each tile, at most TILE; 0 marks an unused tile.
-        tile_pages: Adapter pages of each tile, leading entries used, 0 = none.
-        row_slot: Of each row, tile * TILE + offset in the tile; -1 when the row has no adapter.
+        tile_pages: Adapter pages of each tile, used entries first, 0 = none.
+        row_slot: Per row, tile * TILE + offset in the tile; -1 without adapter.
         wide_row: First row of each wide tile.
         wide_len: Rows of each wide tile, at most WIDE; 0 marks an unused one.
-        wide_pages: Adapter pages of each wide tile; none of a tile of rows without adapter.
-        used: Number of used tiles, of wide tiles of adapters, and of wide tiles in all.
-        counters: Scratch of the kernels: zero before and after every call. A kernel that counts takes the array over
-            and returns it, in the plan for the next call; a caller that goes on with the old plan makes XLA copy it.
-        pack_pages: Adapter pages of each pack, leading entries used, 0 = none; G is 0 where no rows train.
+        wide_pages: Adapter pages of each wide tile; all 0 for rows without adapter.
+        used: Number of used tiles, of wide tiles with adapters, and of all wide tiles.
+        counters: Scratch of the kernels, zero before and after every call. A kernel that uses it donates the array and
+            returns it in the plan for the next call; reusing the old plan makes XLA copy it.
+        pack_pages: Adapter pages of each pack, used entries first, 0 = none; G is 0 without train rows.
         pack_rows: L, rows of each pack; static.
     """
 
@@ -59,15 +58,15 @@ class SmlmPlan:
 
     @property
     def train_rows(self) -> int:
-        """Leading rows that are differentiated: G * L."""
+        """Number of leading rows that are differentiated: G * L."""
         return self.pack_pages.shape[0] * self.pack_rows
 
 
 def num_tiles_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int], height: int = TILE) -> int:
-    """Tiles that suffice for any step whose parts hold at most that many rows in at most that many runs.
+    """Number of tiles that suffices for any step whose parts have at most so many rows in at most so many runs.
 
-    A run is a stretch of neighbouring rows of one adapter. A part of R rows in D runs needs at most
-    sum ceil(r_i / height) <= D + floor((R - D) / height) tiles, reached when all but one run have one row.
+    A run is a maximal range of adjacent rows with the same adapter. A part of R rows in D runs needs at most
+    sum ceil(r_i / height) <= D + floor((R - D) / height) tiles, attained when all but one run have one row.
 
     Args:
         rows_per_part: R of each part (train, score, prefill, decode), >= 0.
@@ -75,7 +74,7 @@ def num_tiles_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int], 
         height: Rows of a tile: TILE for num_tiles, WIDE for num_wide.
 
     Returns:
-        The sum over parts, at least 1 so that a plan always has a shape.
+        The sum over parts, at least 1 so that plan arrays are never empty.
 
     Raises:
         ValueError: the two differ in length, or a number is negative.
@@ -92,11 +91,11 @@ def num_tiles_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int], 
 
 
 def num_wide_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int]) -> int:
-    """Wide tiles that suffice: as `num_tiles_bound`, with a stretch of rows without adapter around every run.
+    """Number of wide tiles that suffices, counting rows without adapter between and around all runs.
 
     Args:
         rows_per_part: As for `num_tiles_bound`.
-        runs_per_part: As for `num_tiles_bound`: runs of adapters.
+        runs_per_part: As for `num_tiles_bound`; runs with adapters only.
     """
     return num_tiles_bound(rows_per_part, [2 * runs + 1 for runs in runs_per_part], WIDE)
 
@@ -107,7 +106,7 @@ def plan_shapes(num_rows: int, num_tiles: int, max_pages: int, num_wide: int | N
     Args:
         num_rows: T, rows of the step.
         num_tiles: NT, capacity in tiles.
-        max_pages: MP, most pages of one adapter.
+        max_pages: MP, maximum pages of one adapter.
         num_wide: NW, capacity in wide tiles; by default `num_wide_bound` of num_tiles runs, which always suffices.
     """
     num_wide = num_wide_bound([num_rows], [num_tiles]) if num_wide is None else num_wide
@@ -124,23 +123,23 @@ def build_plan(
     max_pages: int,
     num_wide: int | None = None,
 ) -> SmlmPlan:
-    """Cuts segments into tiles, on the host.
+    """Splits segments into tiles, on the host.
 
-    Neighbouring segments with the same pages are joined first: the decode rows of one adapter share tiles.
+    Adjacent segments with the same pages are merged first, so that decode rows of one adapter share tiles.
 
     Args:
-        segments: (first row, rows, pages) each; rows of no segment, or of one without pages, have no adapter.
+        segments: (first row, rows, pages) each; rows in no segment, or in one without pages, have no adapter.
         num_rows: T, rows of the step.
-        num_tiles: NT, capacity in tiles; `num_tiles_bound` gives a number that always suffices.
-        max_pages: MP, most pages of one adapter.
-        num_wide: NW, capacity in wide tiles; by default one that always suffices. A smaller one saves idle programs.
+        num_tiles: NT, capacity in tiles; `num_tiles_bound` always suffices.
+        max_pages: MP, maximum pages of one adapter.
+        num_wide: NW, capacity in wide tiles; the default always suffices, a smaller one saves idle programs.
 
     Returns:
-        The plan, in numpy; no rows train (`dataclasses.replace` it with `pack_pages` and `pack_rows` where some do).
+        The plan, in numpy, without train rows (set `pack_pages` and `pack_rows` with `dataclasses.replace`).
 
     Raises:
-        ValueError: a segment leaves [0, num_rows), overlaps another, repeats or misnames a page or has more
-            than max_pages of them, or the segments need more tiles than there are. Both values are named.
+        ValueError: a segment is outside [0, num_rows), overlaps another, has a repeated or invalid page or more than
+            max_pages of them, or the segments need more tiles than the capacity. The message gives both values.
     """
     for name, value in (("num_rows", num_rows), ("num_tiles", num_tiles), ("max_pages", max_pages)):
         if value < 1:
@@ -164,12 +163,12 @@ def build_plan(
 
 
 def pack_plan(pages: Int32[Array, "G MP"], rows: int) -> SmlmPlan:
-    """The plan of packs and nothing else, G of `rows` rows each: for a backward, inside jit.
+    """A plan of packs only, G of `rows` rows each, for a backward inside jit.
 
-    What is traced and not used is dead code: `smlm_bwd` reads `pack_pages` alone.
+    XLA removes the parts that are not used: `smlm_bwd` reads only `pack_pages`.
 
     Args:
-        pages: Adapter pages of each pack, leading entries used, 0 = none.
+        pages: Adapter pages of each pack, used entries first, 0 = none.
         rows: L, static.
     """
     pages, packs = jnp.asarray(pages, jnp.int32), pages.shape[0]
@@ -178,7 +177,7 @@ def pack_plan(pages: Int32[Array, "G MP"], rows: int) -> SmlmPlan:
     tiles = [_pack_tiles(pages, rows, height) for height in (TILE, WIDE)]
     slot = jnp.arange(packs, dtype=jnp.int32)[:, None] * (TILE * math.ceil(rows / TILE)) + offset
     (tile_row, tile_len, tile_pages), (wide_row, wide_len, wide_pages) = tiles
-    # A pack without adapter has no tiles of TILE rows, but wide ones.
+    # A pack without adapter has no tiles, but it has wide tiles.
     tile_len = jnp.where(tile_pages[:, 0] > 0, tile_len, 0)
     counts = (tile_row.size, wide_row.size, wide_row.size)
     return SmlmPlan(
@@ -197,7 +196,7 @@ def pack_plan(pages: Int32[Array, "G MP"], rows: int) -> SmlmPlan:
 
 
 def _pack_tiles(pages: Array, rows: int, height: int) -> tuple[Array, Array, Array]:
-    """First row, rows and pages of the tiles of packs, pack after pack."""
+    """First row, length and pages of the tiles of all packs, in order."""
     packs, count = pages.shape[0], math.ceil(rows / height)
     start = height * jnp.arange(count, dtype=jnp.int32)[None]
     row = jnp.arange(packs, dtype=jnp.int32)[:, None] * rows + start
@@ -206,7 +205,7 @@ def _pack_tiles(pages: Array, rows: int, height: int) -> tuple[Array, Array, Arr
 
 
 def _gaps(runs: list[Segment], num_rows: int) -> list[Segment]:
-    """The stretches of rows that no run has."""
+    """The row ranges between runs, as segments without pages."""
     gaps, end = [], 0
     for first, rows, _ in [*runs, (num_rows, 0, ())]:
         if first > end:
@@ -216,7 +215,7 @@ def _gaps(runs: list[Segment], num_rows: int) -> list[Segment]:
 
 
 def _runs(segments: Sequence[Segment], num_rows: int, max_pages: int) -> list[Segment]:
-    """Checks the segments; returns those with rows and pages, sorted, equal neighbours joined."""
+    """Checks the segments; returns those with rows and pages, sorted, with equal neighbours merged."""
     kept: list[Segment] = []
     for number, (first, rows, pages) in enumerate(segments):
         name = f"segments[{number}]"
@@ -234,7 +233,7 @@ def _runs(segments: Sequence[Segment], num_rows: int, max_pages: int) -> list[Se
     for first, rows, pages in kept:
         end = joined[-1][0] + joined[-1][1] if joined else 0
         if first < end:
-            raise ValueError(f"segments: got two that hold row {first}, expected each row in at most one")
+            raise ValueError(f"segments: row {first} is in two segments, expected each row in at most one")
         if joined and first == end and pages == joined[-1][2]:
             joined[-1] = (joined[-1][0], joined[-1][1] + rows, pages)
         else:
@@ -250,7 +249,7 @@ def _fill(
     pages: np.ndarray,
     slot: np.ndarray | None,
 ) -> int:
-    """Writes tiles of `height` rows in the order of the runs; returns how many."""
+    """Writes tiles of `height` rows in the order of the runs; returns their number."""
     tile = 0
     for first, rows, run_pages in runs:
         count = -(-rows // height)

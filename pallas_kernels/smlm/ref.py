@@ -1,4 +1,4 @@
-"""The definition of the op: plain jnp in float32, row by row. Readable and slow;."""
+"""The reference definition of the op: plain jnp in float32, row by row. Readable and slow."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def smlm_ref(
     plan: SmlmPlan,
     out_features: tuple[int, ...],
 ) -> Float32[Array, "T out"]:
-    """The LoRA delta of every row, scaling being folded into B.
+    """The LoRA delta of every row, with the scaling folded into B.
 
     delta[t, cols_i] = sum over the row's pages p of (x[t] @ A[p, i*R:(i+1)*R].T) @ B[p, :, cols_i]
     (LoRA, arXiv 2106.09685, a rank-r product written as a sum over pages of R = 16 ranks).
@@ -29,13 +29,13 @@ def smlm_ref(
     Args:
         x: Inputs.
         A: Pages of the n stacked targets.
-        B: Pages, columns of the targets side by side.
+        B: Pages, with the targets' columns side by side.
         plan: Work list; rows without adapter get 0.
         out_features: Columns of each target.
     """
     pages = row_pages(plan)
     used = pages > 0
-    # Unused page entries and rows without adapter are cut off before the product, not after: 0 x NaN is NaN.
+    # Mask unused pages and rows without adapter before the product rather than after it: 0 * NaN is NaN.
     x32 = jnp.where(used[:, :1], x.astype(jnp.float32), 0.0)
     A32 = jnp.where(used[:, :, None, None], A.astype(jnp.float32)[pages], 0.0)
     B32 = jnp.where(used[:, :, None, None], B.astype(jnp.float32)[pages], 0.0)

@@ -1,4 +1,4 @@
-"""The runs of a plan: stretches of neighbouring rows of one adapter, whose gradients are one sum each."""
+"""The runs of a plan: maximal ranges of adjacent rows with the same adapter, each with its own gradient sum."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ from pallas_kernels.smlm.plan import SmlmPlan
 
 
 class Runs(NamedTuple):
-    """Runs in the order of their rows. G is static: the fewest that always suffice for the plan's capacities.
+    """Runs in row order. G is static: the smallest number that always suffices for the plan's capacities.
 
     Attributes:
         row: First row of each run.
-        length: Its rows; 0 marks an unused entry.
-        pages: Pages of its adapter, leading entries used, 0 = none.
-        of_tile: Of each tile of TILE rows, the run that it belongs to; G of an unused tile.
+        length: Number of rows of each run; 0 marks an unused entry.
+        pages: Pages of each run's adapter, used entries first, 0 = none.
+        of_tile: The run of each tile of TILE rows; G for unused tiles.
     """
 
     row: Int32[Array, " G"]
@@ -25,9 +25,9 @@ class Runs(NamedTuple):
 
 
 def runs_of(plan: SmlmPlan) -> Runs:
-    """Joins the tiles that continue each other with equal pages, on the device.
+    """Merges consecutive tiles with equal pages into runs, on the device.
 
-    Every run has a tile and a wide tile of its own, so there are at most as many as the smaller list holds.
+    Every run has at least one tile and one wide tile, so the smaller of the two capacities bounds their number.
     """
     row, length, pages = (jnp.asarray(a) for a in (plan.tile_row, plan.tile_len, plan.tile_pages))
     runs, used = min(plan.tile_row.shape[0], plan.wide_row.shape[0]), length > 0
@@ -35,7 +35,7 @@ def runs_of(plan: SmlmPlan) -> Runs:
     continues = (before == row[1:]) & (pages_before == pages[1:]).all(axis=1)
     first = used & jnp.concatenate([jnp.ones((1,), bool), ~continues])
     of_tile = jnp.where(used, jnp.cumsum(first, dtype=jnp.int32) - 1, runs)
-    # What is sent to G is dropped.
+    # Index G is out of range and therefore dropped.
     to = jnp.where(first, of_tile, runs)
 
     def at_first(a: Array) -> Array:

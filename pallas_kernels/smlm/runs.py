@@ -1,4 +1,4 @@
-"""The backward of SMLM for any plan: gradients per run, of pages read through the plan."""
+"""The backward of SMLM for arbitrary plans, with gradients per run."""
 
 from collections.abc import Callable
 
@@ -27,29 +27,29 @@ def backward_runs(
     dx: Rows | Callable[[Array], Rows] | None = None,
     implementation: str | None = None,
 ) -> tuple[Rows, Float32[Array, "G MP nR in"], Float32[Array, "G MP R out"], Int32[Array, "G MP"]]:
-    """The gradients of the delta S B, S = x A^T: dX = dY B^T A, and of every run dA and dB.
+    """The gradients of the delta S B, S = x A^T: dX = dY B^T A, and dA and dB of every run.
 
-    A run is a longest stretch of neighbouring rows of one adapter. Its gradients are sums over its rows alone, in an
-    order that depends on their number alone; two runs of one adapter are two groups, which nothing here adds up.
+    A run is a maximal range of adjacent rows with the same adapter. Its gradients are sums over its rows, in an order
+    that depends only on their number. Two runs of one adapter are separate groups, which are not added up here.
     Operands are in x's dtype (dS = dY B^T is rounded to it), sums in float32.
 
     Args:
-        S: x A^T of all rows, as the forward kept it; 0 where a row has no such page.
+        S: x A^T of all rows, as kept by the forward; 0 for absent pages.
         x: Inputs of the forward.
-        A, B: Pages, x's dtype. Page 0 means none, and decides nothing.
-        plan: The forward's.
-        dy: Gradient of the delta; it is taken in x's dtype.
+        A, B: Pages, x's dtype. Page 0 means none; its contents do not matter.
+        plan: The forward's plan.
+        dy: Gradient of the delta; cast to x's dtype.
         out_features: Columns of each target.
-        dx: What dX is added to, x's dtype: an array, which the kernels write in place where XLA may reuse the buffer;
-            or a function of dy that gives it, called between the half that reads dy and the half that reads x, so
-            that dy is still in the cache; or None for 0.
+        dx: Added to dX, in x's dtype: an array, which the kernels overwrite if XLA may reuse its buffer; a function
+            of dy that returns it, called between the half that reads dy and the half that reads x, while dy is still
+            in the cache; or None for 0.
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
 
     Returns:
-        dX: of rows without adapter dx, bit for bit.
-        dA, dB: by run and page, never rounded. G is the smaller of the plan's capacities of tiles and wide tiles.
-        pages: Of every run; 0 where it has none, and where there is no run. **What dA and dB hold there is
-            undefined** (0 of "xla", of "triton" whatever the memory held), as the pool's page 0 is.
+        dX: equal to dx, bit for bit, in rows without adapter.
+        dA, dB: by run and page, never rounded. G is the smaller of the plan's capacities in tiles and wide tiles.
+        pages: Pages of every run; 0 for absent pages and unused runs. **There, dA and dB are undefined** (0 for
+            "xla", uninitialised memory for "triton"), like the pool's page 0.
 
     Raises:
         ValueError: shapes disagree, the implementation is unknown, or the kernels cannot address an operand.
@@ -70,7 +70,7 @@ def backward_runs(
 
 
 def _check(S: Array, x: Array, A: Array, B: Array, plan: SmlmPlan, dy: Array, out_features: tuple[int, ...]) -> None:
-    """Every array has the shape that x, the pools and out_features imply, and x's dtype."""
+    """Checks that every array has the shape implied by x, the pools and out_features, and x's dtype."""
     for name, array, rank in (("x", x, 2), ("A", A, 3), ("plan.tile_pages", plan.tile_pages, 2)):
         check_rank(name, array, rank)
     (rows, size), pages, n, out = x.shape, plan.tile_pages.shape[1], len(out_features), sum(out_features)

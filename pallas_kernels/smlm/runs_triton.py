@@ -1,7 +1,7 @@
-"""The backward of runs as two Pallas-Triton launches: the kernels of packs, with rows and pages read from lists.
+"""The backward of runs as two Pallas-Triton launches, using the pack kernels with rows and pages read from lists.
 
-The first reads dY: dB = S^T dY run by run, and shares of dS = dY B^T by wide tiles. The second reads x: dA = dS^T x run
-by run, and dX = dS A by wide tiles, in place.
+The first reads dY and computes dB = S^T dY by runs and partial sums of dS = dY B^T by wide tiles. The second reads x
+and computes dA = dS^T x by runs and dX = dS A by wide tiles, in place.
 """
 
 import functools
@@ -24,7 +24,7 @@ RUNS = ("run_row", "run_len", "run_pages")
 TILES = ("tile_row", "tile_len", "tile_pages")
 
 
-# Jitted so that the layers of a model trace and lower the kernels once a shape.
+# Jitted so that the layers of a model trace and lower the kernels once per shape.
 @functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret"))
 def runs_dy_triton(
     B: Float[Array, "P R out"],
@@ -39,7 +39,7 @@ def runs_dy_triton(
 ) -> tuple[Float[Array, "T MP nR"], Float32[Array, "G MP R out"]]:
     """dS = dY B^T, rounded to S's dtype, and dB = S^T dY by runs.
 
-    Where a row or a run has no page, what they hold is undefined.
+    Both are undefined for the absent pages of a row or run.
 
     Raises:
         ValueError: an operand or dB has 2^31 elements or more.
@@ -77,14 +77,14 @@ def runs_x_triton(
     config: XConfig | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "T in"], Float32[Array, "G MP nR in"]]:
-    """dX = dx + dS A, rounded once, in place of dx where it is given; and dA = dS^T x by runs.
+    """dX = dx + dS A, rounded once, in place of dx if given; and dA = dS^T x by runs.
 
     Raises:
         ValueError: an operand or dA has 2^31 elements or more.
     """
     (rows, size), (_, pages, page_ranks) = x.shape, dS.shape
     interpret = interpreted(interpret)
-    # Without a dx to leave as it is, rows without adapter are to become zeros: their tiles are work too.
+    # Without dx, rows without adapter must be set to zero, so their tiles need work too.
     of_runs, of_tiles = _sides(plan, runs, (size,), page_ranks, bare=dx is None)
     config = config or default_x_config(of_runs.ranks, x.dtype)
     given = {} if dx is None else {"dx": dx}
@@ -107,7 +107,7 @@ def runs_x_triton(
 
 
 def _lists(plan: SmlmPlan, runs: Runs) -> dict[str, Array]:
-    """What RUNS and TILES name."""
+    """The list operands named by RUNS and TILES."""
     lists = zip(RUNS, (runs.row, runs.length, runs.pages), strict=True)
     wide = zip(TILES, (plan.wide_row, plan.wide_len, plan.wide_pages), strict=True)
     return {**dict(lists), **{name: jnp.asarray(a) for name, a in wide}}
@@ -116,9 +116,9 @@ def _lists(plan: SmlmPlan, runs: Runs) -> dict[str, Array]:
 def _sides(
     plan: SmlmPlan, runs: Runs, sizes: tuple[int, ...], page_ranks: int, bare: bool = False
 ) -> tuple[ListedSide, ListedSide]:
-    """The tall operand by runs and by wide tiles, those without adapter included or not."""
+    """The tall operand by runs and by wide tiles; `bare` includes wide tiles without adapter."""
     (entries, pages), ranks = runs.pages.shape, runs.pages.shape[1] * page_ranks
-    # Wide tiles of adapters come first, and each holds a tile: there are no more than the smaller list has room for.
+    # Wide tiles with adapters come first, and each has at least one tile, so the smaller capacity bounds their number.
     tiles = plan.wide_row.shape[0] if bare else entries
     by_runs = ListedSide(entries, WIDE, sizes, ranks, page_ranks, pages, RUNS)
     return by_runs, ListedSide(tiles, WIDE, sizes, ranks, page_ranks, pages, TILES, bare)

@@ -1,7 +1,7 @@
 """The backward of runs in plain XLA, batched over the plan's tiles of TILE rows.
 
-A tile's products are batched GEMMs of its own rows and pages, one page at a time; a run's gradients are the sum of
-its tiles' in their order. On the XLA CPU path their float32 bits depend on the run alone.
+The products are batched GEMMs over tiles, one page at a time; a run's gradients are the sum over its tiles in order. On
+the XLA CPU path their float32 bits depend only on the run.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ def runs_dy_xla(
     runs: Runs,
     out_features: tuple[int, ...],
 ) -> tuple[list[Float[Array, "NT M nR"]], Float32[Array, "G MP R out"]]:
-    """dS = dY B^T of every page by tiles, rounded to S's dtype, and dB = S^T dY by runs."""
+    """dS = dY B^T by page and tile, rounded to S's dtype, and dB = S^T dY by runs."""
     dy_tiles, S_tiles = (_tiles(plan, a) for a in (dy.astype(S.dtype), S))
     dS, dB = [], []
     for m in range(S.shape[2]):
@@ -57,7 +57,7 @@ def runs_x_xla(
     for m, dS_m in enumerate(dS):
         used, A_m = _page(plan, A, m)
         part = jnp.einsum("tlr,tri->tli", dS_m, A_m, preferred_element_type=F32)
-        # An absent page adds nothing, rather than zeros: the bits must not depend on MP.
+        # Skip absent pages rather than adding zeros, so that the bits do not depend on MP.
         dX = part if dX is None else jnp.where(used[:, None, None], dX + part, dX)
         dA.append(_where(used, jnp.einsum("tlr,tli->tri", dS_m, x_tiles, preferred_element_type=F32)))
     slot = jnp.asarray(plan.row_slot)
@@ -70,7 +70,7 @@ def runs_x_xla(
 
 
 def _tiles(plan: SmlmPlan, a: Float[Array, "T ..."]) -> Float[Array, "NT M ..."]:
-    """Rows by tiles. What is beyond a tile's end is 0, whatever lies there."""
+    """Rows gathered by tile, 0 beyond a tile's end."""
     row, length = jnp.asarray(plan.tile_row), jnp.asarray(plan.tile_len)
     offset = jnp.arange(TILE, dtype=jnp.int32)[None, :]
     rows = jnp.minimum(row[:, None] + offset, a.shape[0] - 1)
@@ -79,7 +79,7 @@ def _tiles(plan: SmlmPlan, a: Float[Array, "T ..."]) -> Float[Array, "NT M ..."]
 
 
 def _page(plan: SmlmPlan, pool: Float[Array, "P r c"], m: int) -> tuple[Bool[Array, " NT"], Float[Array, "NT r c"]]:
-    """Which tiles have an m-th page, and that page."""
+    """The mask of tiles with an m-th page, and that page."""
     pages = jnp.asarray(plan.tile_pages)[:, m]
     return pages > 0, pool[pages]
 
@@ -89,7 +89,7 @@ def _where(used: Bool[Array, " NT"], a: Float[Array, "NT r c"]) -> Float[Array, 
 
 
 def _sum_tiles(plan: SmlmPlan, runs: Runs, parts: list[Float32[Array, "NT r c"]]) -> Float32[Array, "G MP r c"]:
-    """Every run's sum over its tiles, page by page: tile after tile, each into its own run's place."""
+    """Sums over each run's tiles, page by page, in tile order."""
     number: Int32[Array, " NT"] = runs.of_tile
 
     def step(tile: Array, totals: list[Any]) -> list[Any]:

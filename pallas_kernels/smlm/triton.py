@@ -1,7 +1,7 @@
-"""The op as Pallas-Triton launches: Ampere to Hopper, interpret mode on the CPU.
+"""The op as Pallas-Triton launches, for Ampere to Hopper; interpret mode on CPU.
 
-Shrink computes S = x A^T, its contraction shared by several programs a tile; expand adds S B into y in place.
-Work is a list of (tile, part) that a bounded grid walks. Sums have one order: no float atomics.
+Shrink computes S = x A^T, with the contraction of a tile split between programs; expand adds S B to y in place. A grid
+of bounded size iterates over (tile, part) pairs. Sums have a fixed order: no float atomics.
 """
 
 import functools
@@ -24,10 +24,10 @@ from pallas_kernels.smlm.triton_kernels import expand, expand_reduced, shrink, s
 from pallas_kernels.smlm.triton_tiles import CallSizes, Tile
 from pallas_kernels.smlm.tuning import SmlmConfig, smlm_config
 
-MAX_PROGRAMS = 16384  # beyond it a program takes several pieces of work
+MAX_PROGRAMS = 16384  # beyond this, a program handles several pieces of work
 
 
-# Jitted so that the layers of a model trace and lower the kernels once a shape: 0.2 s each otherwise.
+# Jitted so that the layers of a model trace and lower the kernels once per shape (0.2 s each).
 @functools.partial(jax.jit, static_argnames=("out_features", "config", "interpret", "S_rows"))
 def smlm_triton(
     x: Float[Array, "T in"],
@@ -41,28 +41,28 @@ def smlm_triton(
     interpret: bool | None = None,
     S_rows: int = 0,
 ) -> tuple[Float[Array, "T out"], Float[Array, "K n MP R"] | None, Int32[Array, " C"]]:
-    """y plus the delta, in place where y's buffer may be reused; zeros plus the delta without y.
+    """y plus the delta, in place if y's buffer may be reused; the delta alone without y.
 
     Args:
         x: Inputs.
         A: Pages of the n stacked targets.
-        B: Pages, columns of the targets side by side.
-        plan: Work list; rows without adapter are in no tile, so they stay as they are.
+        B: Pages, with the targets' columns side by side.
+        plan: Work list; rows without adapter are in no tile and stay unchanged.
         out_features: Columns of each target.
-        y: What the delta is added to, or None.
+        y: Added to the delta, or None.
         config: Block sizes; by default chosen from the shapes.
-        interpret: Run as plain XLA operations; by default on the CPU only.
-        S_rows: K; if any, S = x A^T of the first K rows is returned too, 0 where a row has no such page.
+        interpret: Run as plain XLA operations; by default only on CPU.
+        S_rows: K; if > 0, S = x A^T of the first K rows is returned as well, 0 for absent pages.
 
     Returns:
-        The sum, S, and the plan's counters: zero again, for the next call.
+        The sum, S, and the plan's counters, zero again, for the next call.
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, sum(out_features)), x.dtype) if y is None else y, None, plan.counters
     interpret = interpreted(interpret)
     config = config or smlm_config(x.shape[0], x.shape[1], out_features, plan.tile_pages.shape[1], x.dtype)
     if S_rows:
-        config = replace(config, reduce=True)  # S as one array
+        config = replace(config, reduce=True)  # S is needed as a single array
     if y is None:
         y = jnp.zeros((x.shape[0], sum(out_features)), x.dtype)
     if config.tile_rows == TILE:
@@ -76,13 +76,13 @@ def smlm_triton(
 
 
 def first_rows(S: Float[Array, "T nMPR"], rows: int, plan: SmlmPlan, targets: int) -> Float[Array, "K n MP R"]:
-    """S of the first rows as a kernel left it, 0 where a row has no such page."""
+    """S of the first rows from a kernel's output, with absent pages set to 0."""
     used = (row_pages(plan)[:rows] > 0)[:, None, :, None]
     return jnp.where(used, S[:rows].reshape(rows, targets, -1, RANK_PAGE), jnp.zeros((), S.dtype))
 
 
 def of_shape(a: Array) -> jax.ShapeDtypeStruct:
-    """What a result that takes an operand over looks like."""
+    """Shape and dtype of a result that reuses the buffer of `a`."""
     return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
 
@@ -95,7 +95,7 @@ class Launch:
     work: tuple[Array, ...]  # used, and row, length and pages of the tiles
 
     def shrink(self, x: Array, A: Array, counters: Array) -> tuple[Array, Array]:
-        """S, or the partial sums h that it is the sum of; and the counters, taken over where the kernel counts."""
+        """S (with config.reduce) or its partial sums h, and the counters, which the kernel donates if it uses them."""
         sizes, config = self.sizes, self.config
         params = plt.CompilerParams(num_warps=config.shrink_warps, num_stages=config.shrink_stages)
         h = jax.ShapeDtypeStruct((sizes.parts, x.shape[0], sizes.ranks), jnp.float32)
@@ -106,7 +106,7 @@ class Launch:
         return self.run("shrink_and_reduce", shrink_and_reduce, sizes.parts, (x, A, counters), outs, alias, params)[1:]
 
     def expand(self, S: Array, B: Array, y: Array) -> Array:
-        """y + S B in place, S as `shrink` gives it."""
+        """y + S B in place, with S as returned by `shrink`."""
         config, body = self.config, expand_reduced if self.config.reduce else expand
         params = plt.CompilerParams(num_warps=config.expand_warps, num_stages=config.expand_stages)
         alias = {len(self.work) + 2: 0}
@@ -124,9 +124,9 @@ class Launch:
         *,
         bare: bool = False,
     ) -> tuple[Array, ...]:
-        """Runs `body` once per part of every tile of an adapter, and of every `bare` tile if asked to.
+        """Runs `body` once for every part of every tile with an adapter, and with `bare` also of those without.
 
-        `name` is what a profile shows; `alias` says which arguments are written in place.
+        `name` is shown in profiles; `alias` maps arguments to the results that overwrite them.
         """
         programs = min(self.sizes.max_tiles * parts, MAX_PROGRAMS)
         args = (*self.work, *args)
@@ -144,7 +144,7 @@ class Launch:
 
     def _kernel(self, body: Callable[..., None], parts: int, programs: int, bare: bool) -> Callable[..., None]:
         sizes, early = self.sizes, self.config.early and not self.sizes.interpret
-        wide = sizes.rows != TILE  # only the wide tiles include bare ones
+        wide = sizes.rows != TILE  # only wide tiles include rows without adapter
 
         def kernel(used_ref: Any, row_ref: Any, len_ref: Any, pages_ref: Any, *refs: Any) -> None:
             def piece(work: Array) -> None:
@@ -155,7 +155,7 @@ class Launch:
 
             first = _release_next(pl.program_id(0)) if early else pl.program_id(0)
             if programs == sizes.max_tiles * parts:
-                # An unused tile has length 0; asking `used` first would put one more memory latency before the work.
+                # An unused tile has length 0; checking `used` first would add a memory latency before the work.
                 piece(first)
                 return
             used = used_ref[wide + (wide and bare)]
@@ -170,14 +170,14 @@ class Launch:
 
 
 def _release_next(value: Array) -> Array:
-    """`value`, after letting the next kernel's blocks be placed while this one runs; sm_90 and later.
+    """Returns `value`, after allowing the next kernel's blocks to be scheduled while this one runs; sm_90 and later.
 
-    XLA launches Triton kernels as programmatic dependents and begins each with a wait for the kernel before it, so
-    what comes early is the launch alone. Where XLA does not, the instruction does nothing.
+    XLA launches Triton kernels with programmatic dependent launch and starts each with a wait for the previous kernel,
+    so that only the launch itself overlaps. Where XLA does not, the instruction has no effect.
     """
     (same,) = plt.elementwise_inline_asm(
         "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
-        args=[lax.broadcast(value, (1,))],  # scalars are not taken
+        args=[lax.broadcast(value, (1,))],  # scalars are not supported
         constraints="=r,r",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],

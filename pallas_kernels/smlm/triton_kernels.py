@@ -1,8 +1,7 @@
-"""Bodies of the Triton kernels: what one program does for one part of one tile.
+"""Bodies of the Triton kernels; one program handles one part of one tile.
 
-Indices are arrays in every dimension, because a masked load that mixes arrays and slices does not run in
-interpret mode; every masked load names its `other`. A masked lane touches no memory and enters products
-as zero.
+Every dimension is indexed with arrays, because masked loads that mix arrays and slices do not run in interpret mode.
+Every masked load sets `other`: masked lanes touch no memory and enter products as zero.
 """
 
 from typing import Any
@@ -28,9 +27,9 @@ def _partial_sums(
     x_ref: Any,
     A_ref: Any,
 ) -> list[Array]:
-    """Per target, sums of x A^T over `spans` spans from `first_span` on; [rows, ranks of the group] float32.
+    """Per target, the sum of x A^T over `spans` spans from `first_span` on; [rows, ranks of the group] float32.
 
-    The spans advance side by side: independent chains keep the tensor cores and the loads busy.
+    The spans advance in lockstep: independent accumulators keep the tensor cores and loads busy.
     """
     masked = sizes.span % sizes.block_k != 0 or sizes.span * sizes.spans != sizes.in_features
 
@@ -72,19 +71,19 @@ def _ranks(sizes: CallSizes, group: Group, target: Array | int) -> Array:
 
 
 def load_S(sizes: CallSizes, tile: Tile, group: Group, target: Array | int, S_ref: Any) -> Array:
-    """S of a target, as `shrink_and_reduce` left it."""
+    """Loads S of a target, as written by `shrink_and_reduce`."""
     at = S_ref.at[tile.rows, _ranks(sizes, group, target)]
     return plt.load(at, mask=tile.ok & group.used[None, :], other=0.0)
 
 
 def _sum_partials(sizes: CallSizes, tile: Tile, group: Group, target: Array | int, h_ref: Any) -> Array:
-    """S of a target: the partial sums of all parts, in their one order."""
+    """S of a target: the sum over all parts, in a fixed order."""
     mask, ranks = tile.ok & group.used[None, :], _ranks(sizes, group, target)
     parts = [plt.load(h_ref.at[p, tile.rows, ranks], mask=mask, other=0.0) for p in range(sizes.parts)]
     if len(parts) == 1:
         return parts[0]
-    # The last sum as a reduction of two: were all elementwise, the compiler would convert the layout of every part
-    # for the product that follows, with two barriers each, before it adds them up.
+    # The last addition is a reduction: if all were elementwise, the compiler would convert the layout of every part for
+    # the following product, with two barriers each, before adding them.
     half = len(parts) // 2
     left, right = tree_sum(parts[:half])[..., None], tree_sum(parts[half:])[..., None]
     return jnp.concatenate([left, right], axis=-1).sum(axis=-1)
@@ -112,12 +111,12 @@ def shrink_and_reduce(
     S_ref: Any,
     counters_ref: Any,
 ) -> None:
-    """Shrink; the last program of a tile to finish its part adds the parts up and sets the counter back to 0.
+    """Shrink; the program of a tile that finishes last adds up the parts and resets the tile's counter to 0.
 
-    The counters are an operand that the result of the same name takes over.
+    The counters operand is aliased to the result of the same name.
 
-    Who is last varies, what it computes does not. All threads have stored (the barrier) before one of them counts;
-    the atomics acquire and release at the scope of the GPU.
+    Which program is last varies, but not what it computes. The barrier ensures that all threads have stored before one
+    of them counts; the atomics acquire and release at GPU scope.
     """
     shrink(sizes, tile, part, x_ref, A_ref, h_ref)
     if not sizes.interpret:
@@ -131,7 +130,7 @@ def shrink_and_reduce(
 
 
 class _Block:
-    """A block of y under one tile. It is loaded at once, so that the loads are under way while S is computed."""
+    """A block of y for one tile. It is loaded first, so that the loads overlap with the computation of S."""
 
     def __init__(self, sizes: CallSizes, tile: Tile, part: Array, y_ref: Any) -> None:
         self.target, self.columns, inside = sizes.block(part)
@@ -150,7 +149,7 @@ class _Block:
 
 
 def expand(sizes: CallSizes, tile: Tile, part: Array, h_ref: Any, B_ref: Any, y_ref: Any, o_ref: Any) -> None:
-    """y[rows, block] += S B, with S the ordered sum of the partial sums."""
+    """y[rows, block] += S B, where S is the ordered sum of the partial sums."""
     block = _Block(sizes, tile, part, y_ref)
 
     def do(group: Group, delta: Array) -> Array:

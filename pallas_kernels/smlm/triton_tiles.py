@@ -1,4 +1,4 @@
-"""What one program of a Triton kernel works on: static sizes, a tile of rows, a group of pages."""
+"""The inputs of one Triton program: static sizes, a tile of rows, a group of pages."""
 
 import math
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from pallas_kernels.smlm.tuning import SmlmConfig, num_spans
 class CallSizes:
     """Static sizes of one call."""
 
-    rows: int  # of a tile
+    rows: int  # rows of a tile
     max_tiles: int
     max_pages: int
-    group: int  # pages that one product takes side by side
+    group: int  # pages handled by one product
     branch: bool
     in_features: int
     span: int  # inputs of a span, a multiple of 16
@@ -81,10 +81,10 @@ class CallSizes:
 
 @dataclass
 class Group:
-    """Pages side by side: vectors over their ranks."""
+    """Pages handled by one product, as vectors over their ranks."""
 
     page: Array
-    rank: Array  # in its page
+    rank: Array  # rank within its page
     slot: Array  # rank among all max_pages * 16 ranks of the tile
     used: Array
 
@@ -117,7 +117,7 @@ class Tile:
     def load(cls, sizes: CallSizes, tile: Array, row_ref: Any, len_ref: Any, pages_ref: Any) -> "Tile":
         offset = jnp.arange(sizes.rows, dtype=jnp.int32)[:, None]
         length = len_ref[tile]
-        # Rows beyond the tile keep their own index: a masked lane of a store must not collide with another.
+        # Rows beyond the tile keep distinct indices: masked lanes of a store must not collide with others.
         rows = row_ref[tile] + offset
 
         def page(m: Array) -> Array:
@@ -127,10 +127,10 @@ class Tile:
         return cls(sizes, tile, length, rows, offset < length, pages, page)
 
     def for_page_groups(self, do: Callable[[Group, Any], Any], carry: Any) -> Any:
-        """Folds `do` over groups of the tile's own pages.
+        """Folds `do` over groups of the pages that the tile uses.
 
-        With `branch`, a tile of one page takes products of 16 ranks whatever max_pages is; others loop to their last
-        used page.
+        With `branch`, a tile with one page uses products of 16 ranks regardless of max_pages; others loop up to their
+        last used page.
         """
         sizes, pages = self.sizes, self.pages
 

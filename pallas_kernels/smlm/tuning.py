@@ -8,28 +8,28 @@ import jax.numpy as jnp
 from pallas_kernels.smlm.plan import TILE, WIDE
 
 MAX_SPANS = 16
-FEW_ROWS = 64  # up to which the kernels of a delta pay beside the base GEMM (measured: 32 yes, 128 no)
+FEW_ROWS = 64  # up to here, running the delta concurrently with the base GEMM pays off (measured: 32 yes, 128 no)
 MAX_DECODE_ROWS = 512
-MAX_NARROW = 8192  # outputs up to which adding the parts up in every block costs less than a round trip for it
-MAX_SHARED_BYTES = 200 * 1024  # of the 227 KB that a block may take on Hopper
-UNTUNED_SHARED_BYTES = 90 * 1024  # of the 99 KB that a block may take on any GPU since Ampere
+MAX_NARROW = 8192  # up to so many outputs, adding the parts in every block costs less than a memory round trip
+MAX_SHARED_BYTES = 200 * 1024  # of the 227 KB available to a block on Hopper
+UNTUNED_SHARED_BYTES = 90 * 1024  # of the 99 KB available to a block on any GPU since Ampere
 
 
 @dataclass(frozen=True)
 class SmlmConfig:
-    """How the kernels cut one problem. No field moves a sum out of its order: results have the same bits.
+    """Block sizes and options of the kernels. They do not affect the order of sums: results are bit-identical.
 
     Attributes:
         tile_rows: Rows of a program's tile: TILE (the plan's tiles) or WIDE (its wide tiles).
-        reduce: The last program of a tile to shrink adds the partial sums up, once; otherwise every program of
-            the expand does, which saves a memory round trip where those are few.
-        early: Each kernel lets the next be placed on the GPU while it runs itself: needs sm_90.
-        group: Pages that one product takes side by side, a power of two.
-        branch: A tile of one page has code of its own, of 16 ranks, beside that for `group` pages.
+        reduce: Whether the last shrink program of a tile adds up the partial sums once; otherwise every expand
+            program does, which saves a memory round trip if there are few of them.
+        early: Whether each kernel lets the next be scheduled while it runs; needs sm_90.
+        group: Pages handled by one product, a power of two.
+        branch: Whether tiles with one page use separate code for 16 ranks instead of that for `group` pages.
         programs_k: Programs that share the contraction of a shrink: a power of two, at most the number of spans.
-        block_k: Inputs per step of the shrink, of each span.
+        block_k: Inputs per step of the shrink, in each span.
         block_n: Outputs per program of the expand.
-        shrink_warps, shrink_stages, expand_warps, expand_stages: Triton's.
+        shrink_warps, shrink_stages, expand_warps, expand_stages: Triton's num_warps and num_stages.
     """
 
     tile_rows: int = TILE
@@ -47,9 +47,9 @@ class SmlmConfig:
 
 
 def num_spans(in_features: int) -> int:
-    """Stretches that a contraction is cut into; their sums are added as a binary tree.
+    """Number of spans that a contraction is split into; their sums are added as a binary tree.
 
-    A function of the input size alone: a row's sum has one order whatever the launch looks like.
+    Depends only on the input size, so that a row's sum has the same order in every launch.
     """
     spans = 1
     while spans < MAX_SPANS and in_features // (2 * spans) >= 512:
@@ -57,7 +57,7 @@ def num_spans(in_features: int) -> int:
     return spans
 
 
-# The tuner's best by shape class: few rows (decode) or many, narrow outputs or wide ones, one page or several.
+# Autotuning results by shape class: few rows (decode) or many, narrow or wide outputs, one page or several.
 _HOPPER = {
     "few": SmlmConfig(early=True, programs_k=MAX_SPANS, block_k=256, shrink_warps=2, expand_warps=8),
     "few, pages": SmlmConfig(early=True, programs_k=MAX_SPANS, expand_warps=8),
@@ -65,19 +65,19 @@ _HOPPER = {
     "many, narrow": SmlmConfig(WIDE, early=True, programs_k=4, block_n=128),
     "many, pages": SmlmConfig(WIDE, reduce=True, early=True, branch=False, programs_k=4, block_n=128),
 }
-TUNED = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}  # one processor; the H200 was measured
-# For devices that nobody tuned on.
+TUNED = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}  # the same GPU chip; tuned on the H200
+# For devices without tuning results.
 UNTUNED = {name: replace(config, early=False, shrink_stages=2) for name, config in _HOPPER.items()}
 FLOAT32 = SmlmConfig(programs_k=MAX_SPANS, block_k=32, block_n=64, shrink_stages=2, expand_stages=1)
 
 
 def device_kind() -> str:
-    """What TUNED is keyed by: the kind of the first device."""
+    """The kind of the first device, a key of TUNED."""
     return jax.devices()[0].device_kind
 
 
 def shape_class(rows: int, out_features: tuple[int, ...], max_pages: int) -> str:
-    """The row of a device's table."""
+    """The key into a device's table."""
     if max_pages > 1:
         return "few, pages" if rows <= MAX_DECODE_ROWS else "many, pages"
     if rows <= MAX_DECODE_ROWS:
@@ -96,12 +96,12 @@ def smlm_config(
     """The configuration of a shape class on a device.
 
     Args:
-        rows: T, rows of the step; few rows are decode.
+        rows: T, rows of the step; few rows mean decode.
         in_features: Contraction size.
         out_features: Columns of each target.
         max_pages: MP of the plan.
-        dtype: Of x, A and B.
-        kind: Of the device; by default that of the first one.
+        dtype: Dtype of x, A and B.
+        kind: Kind of the device; by default that of the first device.
     """
     spans, targets = num_spans(in_features), len(out_features)
     if jnp.dtype(dtype).itemsize > 2:  # float32: no tensor cores, twice the bytes
@@ -117,6 +117,6 @@ def smlm_config(
 
 
 def _shared_bytes(config: SmlmConfig, ranks: int, spans: int) -> int:
-    """Shared memory of a 2-byte shrink: x and A of every span that a program advances, times the stages."""
+    """Shared memory of a 2-byte shrink: blocks of x and A of every span of a program, times the stages."""
     blocks = (config.tile_rows + ranks) * config.block_k * (spans // config.programs_k)
     return 2 * blocks * config.shrink_stages

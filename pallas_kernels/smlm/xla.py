@@ -1,4 +1,4 @@
-"""The op in plain XLA, batched over tiles: the default off the GPU, and the bit-exact path of f32 tests."""
+"""The op in plain XLA, batched over tiles: the default without a GPU, and the bit-exact path for f32 tests."""
 
 import functools
 
@@ -19,22 +19,22 @@ def smlm_xla(
     y: Float[Array, "T out"] | None,
     S_rows: int = 0,
 ) -> tuple[Float[Array, "T out"], Float[Array, "K n MP R"] | None]:
-    """y plus the delta (or the delta), by tiles of TILE rows.
+    """y plus the delta (or the delta alone), by tiles of TILE rows.
 
-    Every product is a batched GEMM of TILE rows of one adapter, one page at a time, so on the XLA CPU path a
-    row's float32 bits do not depend on its neighbours, its place in a tile, or the number of tiles or pages.
+    Every product is a batched GEMM over tiles of TILE rows, one page at a time, so that on the XLA CPU path a row's
+    float32 bits do not depend on its neighbours, its position in a tile, or the number of tiles or pages.
 
     Args:
         x: Inputs.
         A: Pages of the n stacked targets.
-        B: Pages, columns of the targets side by side.
+        B: Pages, with the targets' columns side by side.
         plan: Work list; rows without adapter keep y, or get 0.
         out_features: Columns of each target.
-        y: What the delta is added to, or None.
-        S_rows: K; if any, S = x A^T of the first K rows is returned too.
+        y: Added to the delta, or None.
+        S_rows: K; if > 0, S = x A^T of the first K rows is returned as well.
 
     Returns:
-        An array of y's (or x's) dtype; sums are float32. S has x's dtype, and is 0 where a row has no such page.
+        An array of y's (or x's) dtype, accumulated in float32. S has x's dtype and is 0 for absent pages.
     """
     row, length = jnp.asarray(plan.tile_row), jnp.asarray(plan.tile_len)
     pages, slot = jnp.asarray(plan.tile_pages), jnp.asarray(plan.row_slot)
@@ -44,7 +44,7 @@ def smlm_xla(
     delta, S = None, []
     for m in range(pages.shape[1]):
         S_m, part = _page_delta(x_tiles, A[pages[:, m]], B[pages[:, m]], out_features)
-        # An absent page adds nothing, rather than zeros: the bits must not depend on MP.
+        # Skip absent pages rather than adding zeros, so that the bits do not depend on MP.
         used = (pages[:, m] > 0)[:, None, None]
         delta = part if delta is None else jnp.where(used, delta + part, delta)
         S.append(jnp.where(used, S_m, jnp.zeros((), S_m.dtype)))
@@ -57,7 +57,7 @@ def smlm_xla(
 
 
 def _first_rows(S: list[Array], slot: Int32[Array, " K"], targets: int) -> Float[Array, "K n MP R"]:
-    """S of rows in these slots, from every page's S by tiles."""
+    """S of the rows in these slots, from each page's S by tile."""
     by_page = [one.reshape(-1, targets, RANK_PAGE)[jnp.maximum(slot, 0)] for one in S]
     stacked = jnp.stack(by_page, axis=2)
     return jnp.where((slot >= 0)[:, None, None, None], stacked, jnp.zeros((), stacked.dtype))
@@ -69,7 +69,7 @@ def _page_delta(
     B: Float[Array, "NT R out"],
     out_features: tuple[int, ...],
 ) -> tuple[Float[Array, "NT M nR"], Float[Array, "NT M out"]]:
-    """S of one page of every tile, rounded to the operands' dtype, and its delta, float32."""
+    """S for one page of every tile, rounded to the operands' dtype, and its delta in float32."""
     S = jnp.einsum("tmi,tri->tmr", x, A, preferred_element_type=jnp.float32).astype(B.dtype)
     deltas, start = [], 0
     for i, size in enumerate(out_features):

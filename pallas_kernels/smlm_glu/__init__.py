@@ -1,4 +1,4 @@
-"""A gated MLP's first half under adapters: gate and up with their deltas, and act(gate) * up."""
+"""The first half of a gated MLP with adapters: gate and up with their deltas, then act(gate) * up."""
 
 from pallas_kernels.smlm_glu.api import smlm_glu
 

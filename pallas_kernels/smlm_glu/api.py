@@ -1,4 +1,4 @@
-"""The public op: validation, and the choice of the fusion from shapes."""
+"""The public op: validation, and the choice between fused and unfused implementations."""
 
 from dataclasses import replace
 
@@ -27,30 +27,29 @@ def smlm_glu(
     keep: bool = True,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "T F"], Float[Array, "K FF"] | None, Float[Array, "K n MP R"] | None, SmlmPlan]:
-    """act(gate) * up of every row, where gate and up are the halves of y plus the delta of `smlm`.
+    """act(gate) * up of every row, where [gate | up] is y plus the delta of `smlm`.
 
-    gate and up are rounded to y's dtype as `smlm_fwd` rounds them, act(gate) is computed in float32 and rounded, and so
-    is the product. Many rows take one kernel for the sum and the activation where there are kernels and one has it;
-    all others take `smlm_fwd`, then the activation. Not differentiable: `smlm_bwd` with its option `glu` has the
-    transposes.
+    gate and up are rounded to y's dtype as in `smlm_fwd`; act(gate), computed in float32, and the product are rounded
+    as well. With many rows, and if kernels support the activation, one kernel fuses the sum and the activation;
+    otherwise `smlm_fwd` is followed by the activation. Not differentiable; for the backward use `smlm_bwd` with `glu`.
 
     Args:
         x: Inputs, bfloat16, float16 or float32.
         A: Pages of gate and up, x's dtype.
-        B: Pages, columns of gate and up side by side, x's dtype.
-        plan: Work list of `build_plan`.
-        y: gate and up of the base, x's dtype.
+        B: Pages, with the columns of gate and up side by side, x's dtype.
+        plan: From `build_plan`.
+        y: [gate | up] of the base, x's dtype.
         activation: A key of `common.activation.ACTIVATIONS`.
-        keep: Whether gate and up of the rows that train are returned.
+        keep: Whether to return gate and up of the train rows.
         implementation: "xla", "triton", or None for triton on a GPU and xla elsewhere.
 
     Returns:
         act(gate) * up of all rows.
-        gate and up of the K train rows; None where no rows train, or without `keep`.
-        S = x A^T of the train rows, and the plan for the next call: as from `smlm_fwd`.
+        [gate | up] of the K train rows; None without train rows or without `keep`.
+        S = x A^T of the train rows, and the plan for the next call, as from `smlm_fwd`.
 
     Raises:
-        ValueError: shapes disagree or are no multiples of 16, or the activation or implementation is unknown.
+        ValueError: shapes disagree or are not multiples of 16, or the activation or implementation is unknown.
         TypeError: dtypes disagree.
     """
     check_activation(activation)

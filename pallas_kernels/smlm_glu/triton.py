@@ -1,6 +1,6 @@
-"""The expand of gate and up folded into the gated activation that reads them: for many rows, on a GPU.
+"""Fuses the expand of gate and up with the gated activation, for many rows on a GPU.
 
-Adding the delta in place reads and writes the widest activation of a layer once more than the layer needs.
+Adding the delta in place would read and write the widest activation of a layer one extra time.
 """
 
 import functools
@@ -26,14 +26,14 @@ Found = tuple[Float[Array, "T F"], Float[Array, "K FF"] | None, Float[Array, "K 
 
 
 def glu_config(x: Float[Array, "T in"], half: int, max_pages: int) -> SmlmConfig:
-    """The configuration of `smlm` for these shapes, with one S for all blocks and blocks of two halves."""
-    rows = max(x.shape[0], MAX_DECODE_ROWS + 1)  # tiles are wide however few there are
+    """The configuration of `smlm` for these shapes, with S reduced once and blocks that cover both halves."""
+    rows = max(x.shape[0], MAX_DECODE_ROWS + 1)  # always use wide tiles
     config = smlm_config(rows, x.shape[1], (half, half), max_pages, x.dtype)
     block_n = 32 if x.dtype.itemsize > 2 else 64
     return replace(config, tile_rows=WIDE, reduce=True, block_n=block_n, expand_warps=8, expand_stages=1)
 
 
-# Jitted so that the layers of a model trace and lower the kernels once a shape.
+# Jitted so that the layers of a model trace and lower the kernels once per shape.
 @functools.partial(jax.jit, static_argnames=("activation", "keep_rows", "keep_y", "config", "interpret"))
 def smlm_glu_triton(
     x: Float[Array, "T in"],
@@ -48,18 +48,18 @@ def smlm_glu_triton(
     config: SmlmConfig | None = None,
     interpret: bool | None = None,
 ) -> Found:
-    """`smlm_glu` of many rows: the shrink of `smlm`, and one launch for the expand and the activation.
+    """`smlm_glu` for many rows: the shrink of `smlm`, then one launch for the expand and the activation.
 
     Args:
-        x, A, B, plan, y: As there.
+        x, A, B, plan, y: As for `smlm_glu`.
         activation: A key of `common.activation.KERNEL_ACTIVATIONS`.
-        keep_rows: K, leading rows whose S is returned for a backward.
-        keep_y: Whether gate and up of those rows are returned too.
-        config: Block sizes, with reduce and tiles of WIDE rows; by default those of `glu_config`.
-        interpret: Run as plain XLA operations; by default on the CPU only.
+        keep_rows: K, leading rows whose S is returned for the backward.
+        keep_y: Whether gate and up of those rows are returned as well.
+        config: Block sizes, with reduce=True and tiles of WIDE rows; by default those of `glu_config`.
+        interpret: Run as plain XLA operations; by default only on CPU.
 
     Returns:
-        act(gate) * up, what is kept of gate and up, S, and the plan's counters: zero again, for the next call.
+        act(gate) * up, the kept gate and up, S, and the plan's counters, zero again, for the next call.
     """
     interpret = interpreted(interpret)
     half = y.shape[1] // 2
@@ -90,7 +90,7 @@ def gate(
     o_ref: Any,
     kept_ref: Any = None,
 ) -> None:
-    """o[rows, block] = act(gate) * up, and kept[rows, both blocks] = gate, up of the leading rows."""
+    """o[rows, block] = act(gate) * up; also kept[rows, both blocks] = gate, up for the leading rows."""
     half = sizes.out_features[0]
     columns = part * sizes.block_n + jnp.arange(sizes.block_n, dtype=jnp.int32)[None, :]
     inside = None if sizes.whole_blocks else columns < half
@@ -106,7 +106,7 @@ def gate(
             new.append(delta + product(-load_S(sizes, tile, group, target, S_ref), b, 0))
         return tuple(new)
 
-    # Minus the delta: of a row without adapter that is 0, and y - 0 is y even where y is -0.
+    # Accumulate minus the delta: it is 0 in rows without adapter, and y - 0 equals y even if y is -0.
     zero = jnp.zeros((sizes.rows, sizes.block_n), F32)
     minus = tile.for_page_groups(do, (zero, zero))
     halves = [(y.astype(F32) - delta).astype(y.dtype) for y, delta in zip(base, minus, strict=True)]
