@@ -109,7 +109,7 @@ def test_a_plan_of_packs_lists_the_rows_that_the_host_would(rows: int) -> None:
         ([(0, 4, (1, 2, 3))], "got 3 pages, expected at most max_pages=2"),
         ([(0, 4, (0,))], r"got pages \(0,\), expected distinct page numbers >= 1"),
         ([(0, 4, (2, 2))], r"got pages \(2, 2\), expected distinct"),
-        ([(0, 4, (1,)), (3, 4, (2,))], "got two that hold row 3"),
+        ([(0, 4, (1,)), (3, 4, (2,))], "row 3 is in two segments"),
         ([(t, 1, (t + 1,)) for t in range(5)], "num_tiles: got 4, expected at least 5"),
     ],
 )

@@ -110,7 +110,7 @@ def test_arrays_and_numpy_scalars_are_token_ids() -> None:
 
 def test_arguments_of_a_template_beside_no_chat_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     for arguments in ({"tools": []}, {"chat_template_kwargs": {}}):
-        with pytest.raises(RequestError, match=f"{next(iter(arguments))}: got .* chat messages as the prompt, not 'hi'"):
+        with pytest.raises(RequestError, match=f"{next(iter(arguments))}: got .* chat messages as the prompt"):
             encode_prompt(tokenizer, "hi", **arguments)
 
 
