@@ -200,8 +200,8 @@ def make_bench(small: bool) -> Bench:
     cfg = EngineConfig(
         dtype="float32", max_model_len=128, kv_page_size=16, max_num_seqs=8, max_adapters=8, max_lora_rank=16,
         train_pages=2, slice_layers=1, buckets=(
-            Bucket(decode=8), Bucket(decode=8, sampling="full"), Bucket(score_packs=1, score_tokens=64),
-            Bucket(prefill=64, chunks=4, decode=8, sampling="plain"), Bucket(packs=1, pack_tokens=64, decode=8),
+            Bucket(decode=8), Bucket(decode=8), Bucket(score_packs=1, score_tokens=64),
+            Bucket(prefill=64, chunks=4, decode=8), Bucket(packs=1, pack_tokens=64, decode=8),
             Bucket(packs=2, pack_tokens=64),
         ),
     )  # fmt: skip

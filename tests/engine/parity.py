@@ -25,7 +25,7 @@ CONFIG = {
     "train_pages": 4,
     "logit_chunk": PACK,
     "buckets": (
-        Bucket(score_packs=1, score_tokens=2 * PACK, prefill=PREFILL, chunks=2, decode=8, sampling="full"),
+        Bucket(score_packs=1, score_tokens=2 * PACK, prefill=PREFILL, chunks=2, decode=8),
         Bucket(packs=1, pack_tokens=PACK),
     ),
 }

@@ -46,12 +46,13 @@ def test_log_probs_of_one_text_is_one_sequence(tiny_engine):
     np.testing.assert_array_equal(one, other)
 
 
-def test_a_level_that_no_prompt_can_have_is_refused(tiny_engine, monkeypatch):
-    """Its prompt fits no bucket of that level: it waited for ever."""
-    buckets = (Bucket(prefill=48, chunks=3, sampling="greedy"), Bucket(decode=16, sampling="full"))
-    monkeypatch.setattr(tiny_engine, "cfg", replace(tiny_engine.cfg, buckets=buckets))
-    with pytest.raises(RequestError, match="sampling level"):
-        tiny_engine.submit([3, 4], params=SamplingParams(temperature=1.0))
+def test_buckets_that_serve_only_beside_training_are_refused(tiny_engine):
+    """Without a job there is no step that prefills: a request waited for ever."""
+    for rows in ({"prefill": 48, "chunks": 3}, {"decode": 16}):
+        rest = {key: value for key, value in SERVE.items() if key not in rows}
+        buckets = (Bucket(**rows), Bucket(**rest, packs=1, pack_tokens=PACK))
+        with pytest.raises(ConfigError, match=f"buckets: got .* with {[*rest][0]} rows that needs no training packs"):
+            replace(tiny_engine.cfg, buckets=buckets)
 
 
 @pytest.fixture(scope="module")
