@@ -174,6 +174,7 @@ class Engine:
     finetune = delegate("job_manager", JobManager.finetune)
     resume_job = delegate("job_manager", JobManager.resume_job)
     forget_job = delegate("job_manager", JobManager.forget_job)
+    release_ended = delegate("job_manager", JobManager.release_ended)
     adopt_job = delegate("job_manager", JobManager.adopt_job)
 
     @property

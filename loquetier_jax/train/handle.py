@@ -23,6 +23,9 @@ class JobTaker(Protocol):
 
     driver: Driver
 
+    def release_ended(self, name: str) -> None:
+        """Waits, where a job of that name has ended, until it has given everything on the device back."""
+
     def adopt_job(self, state: JobState, data: Dataset, eval_data: Dataset | None, loss: Any) -> "JobHandle":
         """A job from its state."""
 
@@ -229,6 +232,7 @@ class JobHandle:
             job.cancel()
             return moved
 
+        other.release_ended(self.name)
         return self._still(move, other.driver)
 
     def _still(self, act: Callable[[JobState], Any], *others: Driver) -> Any:

@@ -98,7 +98,7 @@ class JobManager:
         own = resolve_shape(lora, self.home.spec) if init_from is None else None
         evaluates, replace = eval_data is not None, replace or init_from == name
         fits = partial(self._check_room, name, cfg=cfg, evaluates=evaluates, replace=replace)
-        self._retire_ended(name)
+        self.release_ended(name)
         with self.home.driver.entered():  # before anything is read or initialized, which may take minutes and gigabytes
             self._check_job(name)
             fits(shape=own or self.home.store.get(init_from).shape)
@@ -154,7 +154,7 @@ class JobManager:
         if train:
             cfg.check_evaluation(evaluates=eval_data is not None)
         data_sets = self._read(data, eval_data, cfg, datetime.fromisoformat(saved["tokenized_at"]))
-        self._retire_ended(saved["name"])
+        self.release_ended(saved["name"])
         return self.adopt_job(state, *data_sets, loss, go_on=bool(train))
 
     def forget_job(self, name: str) -> None:
@@ -213,13 +213,15 @@ class JobManager:
         if name in self.home.jobs and name in self.home.runner.device_jobs:
             raise JobError(f"job {name!r} has not ended: it is {self.home.jobs[name].status}")
 
-    def _retire_ended(self, name: str) -> None:
-        """Where a job of that name has ended, sees to it that it gives everything on the device back; without the lock.
+    def release_ended(self, name: str) -> None:
+        """Waits, where a job of that name has ended, until it has given everything on the device back.
 
         Raises:
-            EngineError: a step has failed.
+            AdapterError: an invalid name.
+            EngineError: a step has failed, or the engine was closed.
         """
         self.home.driver.check_alive()
+        check_name(name)
         if name in self.home.jobs and self.home.jobs[name].status in FINISHED and name in self.home.runner.device_jobs:
             self.home.driver.wait(lambda: name not in self.home.runner.device_jobs)
 

@@ -96,9 +96,9 @@ def owners(engine: Engine) -> dict[str, int]:
     pool = engine.adapters.pool
     return {
         "KV pages": serving.kv.num_pages - serving.kv.num_free,
-        "slots": serving.slots.num_slots - serving.slots.num_free,
+        "slots": serving.slots.size - serving.slots.num_free,
         "train pages": training.grad_pool.size - training.grad_pool.num_free,
-        "adapter pages": pool.num_pages - 1 - pool.num_free,
+        "adapter pages": pool.size - pool.num_free,
     }
 
 

@@ -49,8 +49,8 @@ def test_the_tokenizers_end_token_ends_a_request_beside_those_of_the_configs(eng
     """Training ends every text with it."""
     tokenizer = build_tokenizer()
     tokenizer.eos_token = "<|reserved_0|>"
-    monkeypatch.setattr(engine, "tokenizer", tokenizer)
-    for end in (engine.tokenizer.eos_token_id, *engine.spec.eos_token_ids):
+    monkeypatch.setattr(engine.requests, "tokenizer", tokenizer)
+    for end in (tokenizer.eos_token_id, *engine.spec.eos_token_ids):
         params = SamplingParams(temperature=0, max_tokens=8, logit_bias={end: 100.0})
         (completion,) = engine.generate(["a"], None, params)[0].outputs
         assert (completion.finish_reason, completion.stop_reason, completion.token_ids) == ("stop", None, [end])

@@ -123,7 +123,7 @@ def live_through(engine):
         engine.generate([[3, 4, 5]], f"x{seed}", greedy(2))
     found.append(serve(engine, "b"))
     failing = start_job(engine, "d", 5, learning_rate=1e30)
-    failing._engine.wait(lambda: failing.released)
+    engine.wait(lambda: failing.released)
     assert failing.status == "failed" and "not finite" in failing.error
     for name in ("a", "c", "x3"):
         engine.unload_adapter(name)

@@ -3,6 +3,7 @@
 import pytest
 
 from loquetier_jax.adapters.registry import Registry
+from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.errors import AdapterError
 from loquetier_jax.serve.queue import RequestQueue
 from loquetier_jax.train.device_job import DeviceJob
@@ -77,26 +78,26 @@ def test_replace_rename_unload_while_requests_run(engine, versions, after):
 
 
 def test_reading_the_present_version_would_be_seen(engine, versions, monkeypatch):
-    def present(self, request):
-        if request.adapter not in self.store:
-            return ()
-        return self.store.ensure_resident(self.store.get(request.adapter))
+    items = RequestQueue.items
 
-    monkeypatch.setattr(RequestQueue, "adapter_pages", present)
+    def present(self, decode, prefill):
+        for request in self.running.values():
+            known = request.adapter in self.store
+            request.adapter_pages = self.store.ensure_resident(self.store.get(request.adapter)) if known else ()
+        return items(self, decode, prefill)
+
+    monkeypatch.setattr(RequestQueue, "items", present)
     with pytest.raises(AssertionError, match="changed its version"):
         change_while_running(engine, versions, 12)
 
 
 def test_choosing_the_version_at_admission_would_be_seen(engine, versions, monkeypatch):
-    acquire = RequestQueue._acquire
+    ensure_resident = AdapterStore.ensure_resident
 
-    def late(self, request, epoch):
-        if request.adapter == "x" and "x" in self.store:
-            self.store.drop(self._versions[request.id])
-            self._versions[request.id] = self.store.hold("x")
-        return acquire(self, request, epoch)
+    def late(self, version):
+        return ensure_resident(self, self.get("x") if version.name == "x" and "x" in self else version)
 
-    monkeypatch.setattr(RequestQueue, "_acquire", late)
+    monkeypatch.setattr(AdapterStore, "ensure_resident", late)
     with pytest.raises(AssertionError, match="changed its version"):
         change_while_running(engine, versions, 0)
 

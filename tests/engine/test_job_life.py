@@ -157,7 +157,7 @@ def test_a_template_that_prints_the_time_resumes_at_any(tiny_engine, tmp_path, m
     """Its samples have the time at which the job was started; the next microsecond they were other data."""
     dated = copy.deepcopy(tiny_engine.tokenizer)
     dated.chat_template = DATED
-    monkeypatch.setattr(tiny_engine, "tokenizer", dated)
+    monkeypatch.setattr(tiny_engine.job_manager, "tokenizer", dated)
     cfg = quick(max_steps=50, per_device_train_batch_size=4)
     job = tiny_engine.finetune("job", CHATS, lora=LORA, eval_data=CHATS[:1], train=cfg)
     path = job.checkpoint(tmp_path)

@@ -16,10 +16,9 @@ from loquetier_jax.config import Bucket
 from loquetier_jax.engine import Engine
 from loquetier_jax.errors import CheckpointError, JobError
 from loquetier_jax.models.load import init_random
-from loquetier_jax.train import handle as job_handle
 from loquetier_jax.train.config import TrainConfig
 from loquetier_jax.train.data import Dataset
-from loquetier_jax.train.job_state import take_job_state
+from loquetier_jax.train.home import JobHome
 from loquetier_jax.train.manager import JobHandle
 from tests.engine.engines import SERVE, greedy, random_data, random_prompt, reset
 from tests.engine.traffic import add_adapters, busy_engine
@@ -154,14 +153,14 @@ def test_opposite_migrations_at_once(
     for engine, job in zip(engines, jobs, strict=True):
         to_the_middle(engine, job)
 
-    met = threading.Barrier(2)
+    met, take_state = threading.Barrier(2), JobHome.take_state
 
     def meets(*args: Any) -> Any:
         with suppress(threading.BrokenBarrierError):  # the other is kept out by a lock, and comes later
             met.wait(0.2)
-        return take_job_state(*args)
+        return take_state(*args)
 
-    monkeypatch.setattr(job_handle, "take_job_state", meets)
+    monkeypatch.setattr(JobHome, "take_state", meets)
     moved: dict[int, JobHandle] = {}
     threads = [
         threading.Thread(target=lambda i=i: moved.update({i: jobs[i].migrate(engines[1 - i])}), daemon=True)

@@ -175,14 +175,13 @@ def test_a_listener_that_waits_is_refused(tiny_engine, threaded):
     assert not engine.loop.serving.waiting
 
 
-def test_a_step_that_is_torn_ends_the_engine(tiny_engine, monkeypatch):
+def test_a_step_that_is_torn_ends_the_engine(make_engine, monkeypatch):
     """A second Ctrl-C, or a listener that exits, left half a step behind, and the engine went on with it."""
-    engine = tiny_engine
+    engine = make_engine()
 
     def torn():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_failure", None)  # so that the shared engine lives on after the test
     monkeypatch.setattr(engine.loop, "iterate", torn)
     submitted = engine.submit([5, 6, 7], params=greedy(4))
     with pytest.raises(KeyboardInterrupt):
@@ -196,7 +195,7 @@ def test_ctrl_c_during_a_checkpoint_leaves_the_job_running(tiny_engine, tmp_path
     """It stayed paused, which nobody had asked for."""
     job = tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick(max_steps=50))
     tiny_engine.wait(lambda: job.step >= 1)
-    monkeypatch.setattr(tiny_engine, "wait", lambda done: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(tiny_engine.driver, "wait", lambda done: signal.raise_signal(signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -229,7 +229,7 @@ def test_nothing_compiles_and_the_books_are_right(
     statuses = Counter(job.status for job in engine.jobs.values())
     assert statuses["succeeded"] > steps // 400 and not statuses["failed"], statuses
     pools = engine.loop.serving.kv, engine.loop.serving.slots, engine.loop.training.grad_pool
-    assert [p.num_free for p in pools] == [pools[0].num_pages, pools[1].num_slots, pools[2].size]
+    assert [p.num_free for p in pools] == [pools[0].num_pages, pools[1].size, pools[2].size]
     with pytest.raises(JobError, match="it is"):
         next(iter(engine.jobs.values())).pause()
 
