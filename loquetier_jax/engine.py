@@ -1,6 +1,5 @@
 """Engine: one base on the device, adapters and jobs on it. A facade: it composes the parts, which do the work."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from loquetier_jax.adapters.lora import LoraShape, LoraWeights
 from loquetier_jax.adapters.manager import AdapterManager
 from loquetier_jax.adapters.pages import pages_of
 from loquetier_jax.adapters.store import AdapterStore
@@ -86,7 +84,8 @@ class Engine:
             spec,
             num_pages=cfg.adapter_pages,
             max_pages=cfg.max_lora_pages,
-            write=self._write_adapter,
+            cast=lambda weights, shape: pages_of(weights, shape, spec, jnp.dtype(cfg.dtype)),
+            write=self.state.write_adapter,
             max_host_adapters=cfg.max_host_adapters,
         )
         self.loop = self._new_loop(policy or PolicyConfig())
@@ -94,9 +93,6 @@ class Engine:
         self.driver.drive(self.loop)
         self._compose()
         compile_serving(self.functions, self.state, cfg, self.latency, progress)
-
-    def _write_adapter(self, page_ids: Sequence[int], weights: LoraWeights, shape: LoraShape) -> None:
-        self.state.write_adapter(page_ids, pages_of(weights, shape, self.spec, jnp.dtype(self.cfg.dtype)))
 
     def _new_loop(self, policy: PolicyConfig) -> Loop:
         cfg, scoring = self.cfg, Scoring()

@@ -144,7 +144,7 @@ class Bench:
         args = (state.params, state.pages, state.kv, state.slots, out, flat)
         lowered = jax.jit(run, donate_argnums=(2, 3, 4)).lower(*map(shapes_of, args[:4]), out, flat)
         loop = lowered.compile(compiler_options(bucket))  # as an engine compiles it, with LoRA and without
-        held = [empty_slots(cfg.max_num_seqs, spec.vocab_size), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)]
+        held = [empty_slots(cfg.max_num_seqs, spec.vocab_size), jax.tree.map(jnp.zeros_like, out)]
 
         def turns(params: Any, pages: Any, kv: Any, _: Any, flat: jax.Array) -> Any:
             kv, *held[:] = loop(params, pages, kv, *held, flat)

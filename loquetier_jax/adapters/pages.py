@@ -162,7 +162,7 @@ def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages)
         raise IntegrityError(f"page_ids: got {ids}, expected {count} distinct ids between 1 and {total - 1}")
     for position, page_id in enumerate(ids):
         page = jax.tree.map(lambda leaf, at=position: leaf[at], new)
-        pages = _write_page(pages, np.int32(page_id), page)
+        pages = write_page(pages, np.int32(page_id), page)
     return pages
 
 
@@ -172,7 +172,7 @@ def read_pages(pages: AdapterPages, page_ids: Sequence[int]) -> AdapterPages:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write_page(pages: AdapterPages, page_id: Int[Array, ""], page: AdapterPages) -> AdapterPages:
+def write_page(pages: AdapterPages, page_id: Int[Array, ""], page: AdapterPages) -> AdapterPages:
     return jax.tree.map(lambda old, one: old.at[page_id].set(one), pages, page)
 
 

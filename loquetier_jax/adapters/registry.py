@@ -1,6 +1,10 @@
 """Which names there are, which version each points to, and who still uses an older one."""
 
+import functools
 import itertools
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.errors import AdapterError, IntegrityError, short
@@ -12,14 +16,38 @@ def check_name(name: object) -> None:
         raise AdapterError(f"name: got {short(name, 200)}, expected a non-empty string")
 
 
+C = TypeVar("C")
+
+
+def locked(*names: str) -> Callable[[type[C]], type[C]]:
+    """A class whose methods of these names run under `self.lock`: one thread at a time is inside of any of them."""
+
+    def one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.lock:
+                return method(self, *args, **kwargs)
+
+        return call
+
+    def decorate(cls: type[C]) -> type[C]:
+        for name in names:
+            setattr(cls, name, one_at_a_time(getattr(cls, name)))
+        return cls
+
+    return decorate
+
+
+@locked("names", "versions", "get", "rename", "unload", "hold", "drop", "acquire", "release", "check_integrity")
 class Registry:
-    """Names, versions and their users; knows nothing of weights.
+    """Names, versions and their users; knows nothing of weights. In any thread.
 
     A name points to one version; when it is pointed to another, the old one lives on until its last user is
     gone.
     """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self._names: dict[str, Version] = {}
         self._versions: dict[int, Version] = {}
         self._pinned: set[str] = set()

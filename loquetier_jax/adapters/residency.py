@@ -1,6 +1,7 @@
 """Where each version's weights are: device pages, host memory, a PEFT folder; who makes room for whom."""
 
 from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from loquetier_jax.pool import IdPool
 JOBS = "jobs"
 """Owner of the pages that training jobs have; those of a version are owned by its id."""
 
-WritePages = Callable[[tuple[int, ...], LoraWeights, LoraShape], None]
+CastPages = Callable[[LoraWeights, LoraShape], Any]
+WritePages = Callable[[tuple[int, ...], Any], None]
 
 
 def host_copy(weights: LoraWeights) -> LoraWeights:
@@ -29,7 +31,7 @@ class Residency:
         spec: The base.
         pool: The page ids.
         versions: The living versions by id; the registry's own, only read here.
-        write: `write(page_ids, weights, shape)` casts host weights into device pages.
+        cast, write: See `AdapterStore`.
         max_host_adapters: See `AdapterStore`.
         pinned: Whether a version must stay on the device.
     """
@@ -39,6 +41,7 @@ class Residency:
         spec: DecoderSpec,
         pool: IdPool,
         versions: Mapping[int, Version],
+        cast: CastPages,
         write: WritePages,
         max_host_adapters: int | None,
         pinned: Callable[[Version], bool],
@@ -46,7 +49,7 @@ class Residency:
         self._spec = spec
         self._pool = pool
         self._versions = versions
-        self._write = write
+        self._cast, self._write = cast, write
         self._max_host = max_host_adapters
         self._pinned = pinned
 
@@ -61,14 +64,14 @@ class Residency:
             return version.pages
         # Asked before weights are read: whoever retries at every step must not read a folder each time.
         victims = self._victims(version.shape.num_pages, None)
-        weights = self.load_host(version)
+        prepared = version.prepared or self._cast(self.load_host(version), version.shape)
         pages = self._take(version.shape.num_pages, version.id, victims)
         try:
-            self._write(pages, weights, version.shape)
+            self._write(pages, prepared)
         except BaseException:
             self._pool.give_back(pages, 0, version.id)
             raise
-        version.pages = pages
+        version.pages, version.prepared = pages, None
         self.trim_host()
         return pages
 
@@ -97,10 +100,18 @@ class Residency:
             check_weights(weights, version.shape, self._spec)
             version.host, version.snapshot = host_copy(weights), None
         elif version.host is None:
-            if not self._source_holds(version):
-                raise AdapterError(f"{version.name}: {version.source} has changed since it was loaded")
-            version.host = read_weights(version.source, version.shape, self._spec)
+            version.host = self.read_source(version)
         return version.host
+
+    def read_source(self, version: Version) -> LoraWeights:
+        """The version's weights, read from its folder; changes nothing.
+
+        Raises:
+            AdapterError: they cannot be read, or the folder holds other ones by now.
+        """
+        if not self._source_holds(version):
+            raise AdapterError(f"{version.name}: {version.source} has changed since it was loaded")
+        return read_weights(version.source, version.shape, self._spec)
 
     def trim_host(self) -> None:
         """Drops host copies beyond `max_host_adapters` that a folder holds too, least recently used first."""
@@ -147,7 +158,7 @@ class Residency:
         for version in sorted(idle, key=lambda v: (v is not doomed, v.last_used)):
             if short <= 0:
                 break
-            if version is doomed or (not self._pinned(version) and self._is_elsewhere(version)):
+            if version is doomed or (not self._pinned(version) and self.is_elsewhere(version)):
                 victims.append(version)
                 short -= version.shape.num_pages
         if short > 0:
@@ -165,7 +176,8 @@ class Residency:
         done = version.last_epoch <= self._pool.completed
         return version.pages is not None and version.in_flight == 0 and done
 
-    def _is_elsewhere(self, version: Version) -> bool:
+    def is_elsewhere(self, version: Version) -> bool:
+        """Whether its weights can be had again once its pages are gone."""
         return version.host is not None or version.snapshot is not None or self._source_holds(version)
 
     def _source_holds(self, version: Version) -> bool:

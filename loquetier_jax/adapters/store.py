@@ -4,13 +4,11 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from loquetier_jax.adapters.folder import FoundAdapter, read_folder
+from loquetier_jax.adapters.folder import FoundAdapter
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights
 from loquetier_jax.adapters.peft import fingerprint
-from loquetier_jax.adapters.registry import Registry
-from loquetier_jax.adapters.residency import JOBS, Residency, WritePages, host_copy
+from loquetier_jax.adapters.registry import Registry, locked
+from loquetier_jax.adapters.residency import JOBS, CastPages, Residency, WritePages, host_copy
 from loquetier_jax.adapters.version import Published, Version
 from loquetier_jax.config import RANK_PAGE
 from loquetier_jax.errors import AdapterError, CapacityError, IntegrityError
@@ -18,18 +16,23 @@ from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.pool import IdPool
 
 
+@locked("take_in", "fail", "pin", "unpin", "complete", "ensure_resident", "num_reclaimable")
+@locked("reserve", "give_back", "publish", "check_integrity")
 class AdapterStore(Registry):
     """Bookkeeping of adapters and of the device's page ids; touches the device only through `write`.
 
     A name points to one version; loading or publishing under it points it to another, and the old one serves
-    those who acquired it until the last of them releases it. Not thread-safe: one thread drives an engine.
+    those who acquired it until the last of them releases it.
+
+    In any thread; but what touches the device or a job's masters (`pin`, `ensure_resident`, `weights` of a version that
+    a job published, `reserve`, `publish`) is for who has the loop's lock.
 
     Args:
         spec: The base.
         num_pages: Rows of the device page stacks, page 0 included.
         max_pages: Most pages of one adapter.
-        write: `write(page_ids, weights, shape)` casts host weights into device pages (see
-            `pages.write_pages`).
+        cast: `cast(weights, shape)` makes pages of host weights, on the host (see `pages.pages_of`); in any thread.
+        write: `write(page_ids, pages)` writes those into device pages (see `pages.write_pages`).
         max_host_adapters: Host copies kept where the weights are also in a folder, least recently used
             dropped first; those without a folder always stay. None keeps all.
     """
@@ -40,6 +43,7 @@ class AdapterStore(Registry):
         *,
         num_pages: int,
         max_pages: int,
+        cast: CastPages,
         write: WritePages,
         max_host_adapters: int | None = None,
     ) -> None:
@@ -47,8 +51,9 @@ class AdapterStore(Registry):
         self.spec = spec
         self.pool = IdPool(range(1, num_pages), "adapter pages")
         self._max_pages = min(max_pages, num_pages - 1)
+        self._cast = cast
         self._residency = Residency(
-            spec, self.pool, self._versions, write, max_host_adapters, self.is_pinned
+            spec, self.pool, self._versions, cast, write, max_host_adapters, self.is_pinned
         )
 
     def add(
@@ -76,20 +81,13 @@ class AdapterStore(Registry):
         """
         self.check_new(name, shape, replace=replace)
         check_weights(weights, shape, self.spec)
-        stamp = () if source is None else fingerprint(source)
-        return self._serve(name, shape, config, host_copy(weights), source, stamp)
-
-    def load(self, name: str, folder: str | os.PathLike[str], *, replace: bool = False) -> Version:
-        """Adds an adapter from a PEFT folder, to the host; the folder has to stay as it is while that serves.
-
-        Raises:
-            AdapterError: what `peft.read_peft` refuses, too large a rank, a name in use; nothing is changed.
-        """
-        self._check_name(name, replace)
-        return self.take_in(name, read_folder(folder, self.spec), replace=replace)
+        stamp, host = () if source is None else fingerprint(source), host_copy(weights)
+        with self.lock:
+            self.check_new(name, shape, replace=replace)
+            return self._serve(name, shape, config, host, source, stamp)
 
     def take_in(self, name: str, found: FoundAdapter, *, replace: bool = False) -> Version:
-        """Adds what `read_folder` has read: the second half of `load`, which is over at once.
+        """Adds what `read_folder` has read, to the host; the folder has to stay as it is while that serves.
 
         Raises:
             AdapterError: too large a rank, a name in use; nothing is changed.
@@ -162,23 +160,34 @@ class AdapterStore(Registry):
         Raises:
             AdapterError: they cannot be read.
         """
-        return self._residency.load_host(self._alive(version))
+        with self.lock:
+            self._alive(version)
+            if version.host is not None or version.snapshot is not None:
+                return self._residency.load_host(version)
+        read = self._residency.read_source(version)  # of a folder, which takes long: others go on meanwhile
+        with self.lock:
+            version.host = read if version.host is None else version.host
+            return version.host
+
+    def prepare(self, version: Version) -> None:
+        """Makes a version ready to be written to the device, where it is not there: reads it, and casts it to pages.
+
+        For the thread that brings a request in, so that the loop's need not do either; who holds the version calls it.
+
+        Raises:
+            AdapterError: its weights cannot be read.
+        """
+        if version.pages is not None or version.prepared is not None or version.snapshot is not None:
+            return
+        prepared = self._cast(self.weights(version), version.shape)
+        with self.lock:
+            if version.pages is None:
+                version.prepared = prepared
 
     def num_reclaimable(self) -> int:
         """Pages that are free, or of versions that may be evicted."""
         idle = [v for v in self.versions() if v.pages and not v.in_flight and not self.is_pinned(v)]
         return self.pool.num_free + sum(len(v.pages) for v in idle)
-
-    def is_finite(self, version: Version) -> bool:
-        """Whether the version's weights are all finite numbers; reads them, once.
-
-        Raises:
-            AdapterError: they cannot be read.
-        """
-        if version.finite is None:
-            arrays = (a for pair in self.weights(version).values() for a in pair.values())
-            version.finite = all(bool(np.isfinite(a).all()) for a in arrays)
-        return version.finite
 
     # Jobs.
 

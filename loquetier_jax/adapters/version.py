@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights
 
@@ -25,12 +25,12 @@ class Version:
         snapshot: Gives `host` where neither `host` nor `source` does, or None.
         source: The PEFT folder that holds the same weights, or None.
         stamp: `peft.fingerprint(source)` when it was read.
+        prepared: Its pages on the host, ready to be written to the device; None again once they are.
         in_flight: Users whose steps read its pages: as long as there is one, they stay where they are.
         holds: Users that wait: the version stays, its pages need not.
         last_epoch: The last step dispatched with its pages by users that have released it.
         last_used: Larger for the more recently used.
         failure: Why there are no weights and never will be (`snapshot` raises it); None of all others.
-        finite: Whether all weights are finite numbers; None until somebody asked.
     """
 
     id: int
@@ -42,12 +42,12 @@ class Version:
     snapshot: Callable[[], LoraWeights] | None = None
     source: Path | None = None
     stamp: tuple[tuple[int, int], ...] = ()
+    prepared: Any = None
     in_flight: int = 0
     holds: int = 0
     last_epoch: int = 0
     last_used: int = 0
     failure: str | None = None
-    finite: bool | None = None
 
     @property
     def residency(self) -> Residency:

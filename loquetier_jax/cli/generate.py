@@ -88,10 +88,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     console = stderr_console()
-    defaults = _sampling(args)
-    lines = _prompts(args)
+    defaults = sampling_of(args)
+    lines = prompts_of(args)
     names = [name for name, _ in args.adapter] or [BASE]
-    asked = [one for line in lines for one in _ask(line, names, defaults, args.chat)]
+    asked = [one for line in lines for one in asked_by(line, names, defaults, args.chat)]
     _check(asked, names, resolve_config(args).max_model_len)
     engine = build_engine(args, console)
     load_adapters(engine, args.adapter)
@@ -120,7 +120,7 @@ def _check(asked: list[Asked], names: list[str], max_model_len: int) -> None:
             )
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     """Sampling parameters of the options."""
     from loquetier_jax.sampling_params import SamplingParams
 
@@ -156,7 +156,7 @@ def _own_words(values: dict[str, Any], where: str) -> dict[str, Any]:
         raise RequestError(f"{where}{error}") from error
 
 
-def _prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
+def prompts_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One {"prompt": text, ids or messages, ...} per prompt."""
     if args.prompt and args.file:
         raise RequestError("--file: got prompts as arguments as well, expected one of the two")
@@ -184,7 +184,7 @@ def _parse(data: Any, where: str) -> dict[str, Any]:
     return rest | {"prompt": prompt_of(data, where, RequestError), "where": f"{where}: "}
 
 
-def _ask(line: dict[str, Any], names: list[str], defaults: dict[str, Any], chat: bool) -> list[Asked]:
+def asked_by(line: dict[str, Any], names: list[str], defaults: dict[str, Any], chat: bool) -> list[Asked]:
     """The completions that one line asks for."""
     where = line.pop("where", "")
     own = {k: v for k, v in line.items() if k not in LINE_KEYS}

@@ -96,14 +96,15 @@ class RequestFrontend:
         prompt = plain_prompt(prompt)
         ids = self._encode(prompt, **chat)
         with self._seeding:
-            handle, adds = self._prepare(prompt, ids, adapter, params, request_id, listener)
+            handle, adds = self._accept(prompt, ids, adapter, params, request_id, listener)
+        self._queue.prepare(handle.requests)
         self._driver.post(adds)
         return handle
 
     def _encode(self, prompt: Prompt, **chat: Any) -> Sequence[int]:
         return encode_prompt(self.tokenizer, prompt, self.spec.vocab_size, **chat)
 
-    def _prepare(
+    def _accept(
         self,
         prompt: Prompt,
         ids: Sequence[int],
@@ -232,11 +233,13 @@ class RequestFrontend:
             before = self.rng.bit_generator.state
             try:
                 for prompt, ids, name, one in zip(prompts, encoded, adapters, every, strict=True):
-                    ready.append(self._prepare(prompt, ids, name, one or SamplingParams()))
+                    ready.append(self._accept(prompt, ids, name, one or SamplingParams()))
             except BaseException:
                 self.rng.bit_generator.state = before
                 self._queue.withdraw([r for handle, _ in ready for r in handle.requests])
                 raise
+        for handle, _ in ready:
+            self._queue.prepare(handle.requests)
         self._driver.post(lambda: [adds() for _, adds in ready] and None)
         return [handle for handle, _ in ready]
 

@@ -5,6 +5,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from loquetier_jax.pool import IdPool
 from loquetier_jax.sampling_params import refuse
 from loquetier_jax.serve import views
 from loquetier_jax.serve.kv import KVPages
+from loquetier_jax.serve.nan import why_nan
 from loquetier_jax.serve.output import StreamPiece
 from loquetier_jax.serve.request import Request
 
@@ -69,6 +71,16 @@ class RequestQueue:
                     self._versions[request.id], request.version = version, version.id
             self._live[first.request_id] = list(requests)
             self._live_ids.update(r.id for r in requests)
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Reads and casts the adapter of requests that were announced, where the loop would have to. In any thread.
+
+        What cannot be read ends the requests when they are admitted, as it does where it is found out only then.
+        """
+        version = self._versions.get(requests[0].id)
+        if version is not None:
+            with suppress(AdapterError):
+                self.store.prepare(version)
 
     def withdraw(self, requests: Sequence[Request]) -> None:
         """Undoes `announce` of requests that are not queued after all. In any thread."""
@@ -222,26 +234,12 @@ class RequestQueue:
                 rank = int(sampled["rank"][i])
             token, logprob = int(sampled["tokens"][i]), float(sampled["logprob"][i])
             if math.isnan(logprob):  # of this row alone: its adapter, or its own cache
-                piece = request.fail(self._why_nan(request), now)
+                piece = request.fail(why_nan(self.store, self._versions.get(request.id)), now)
             else:
                 piece = request.accept(token, logprob, alternatives, now, rank=rank)
             if request.finished:
                 self._release(request, epoch)
             self._tell(request, piece)
-
-    def _why_nan(self, request: Request) -> str:
-        """Whose NaN it is, as far as weights can tell."""
-        version = self._versions.get(request.id)
-        if version is None:
-            return "the base model gave NaN: its weights are not finite, or overflow on this prompt"
-        try:
-            finite = self.store.is_finite(version)
-        except AdapterError as error:  # its folder has changed since; the device has what it was
-            return f"the model gave NaN under adapter {version.name!r}, whose weights cannot be checked: {error}"
-        if finite:
-            mine, theirs = f"the weights of adapter {version.name!r} are finite", "those of the base model are not"
-            return f"the model gave NaN: {mine}; {theirs}, or something overflows on this prompt"
-        return f"the model gave NaN: the weights of adapter {version.name!r} are not finite"
 
     def cancel(self, request: Request, now: float, epoch: int) -> None:
         """Ends a request at once, unless it has ended."""

@@ -244,8 +244,8 @@ class JobManager:
 
     def _enlist(self, device_job: DeviceJob, weights: LoraWeights) -> JobHandle:
         if device_job.name not in self.home.store:
-            more = {"config": device_job.lora}
-            device_job.placeholder = self.home.store.add(device_job.name, weights, device_job.shape, **more)
+            settings = weights, device_job.shape
+            device_job.placeholder = self.home.store.add(device_job.name, *settings, config=device_job.lora)
         self.home.runner.add(device_job)
         handle = self.home.jobs[device_job.name] = JobHandle(self.home, device_job)
         self.home.driver.notify()

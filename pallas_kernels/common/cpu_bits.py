@@ -62,11 +62,11 @@ def compiler_options() -> dict[str, str]:
 
     Names that this jaxlib does not know are left out: what it computes then, `rows_keep_their_bits` finds out.
     """
-    return dict(_cpu_options()) if jax.default_backend() == "cpu" else {}
+    return dict(cpu_options()) if jax.default_backend() == "cpu" else {}
 
 
 @functools.cache
-def _cpu_options() -> dict[str, str]:
+def cpu_options() -> dict[str, str]:
     given = os.environ.get("XLA_FLAGS", "")
     options = {name: "" for name in FUSIONS if not re.search(rf"{name}=\S", given)}
     lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), jnp.float32))

@@ -52,7 +52,7 @@ def _attend_pack(
 ) -> Float[Array, "L N H"]:
     """One pack, float32. Nothing but its inputs is kept for the transpose."""
     length, heads, _ = q.shape
-    rows = _rows_at_once(length, heads)
+    rows = rows_at_once(length, heads)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(k: Array, v: Array, part: tuple[Array, Array, Array]) -> Array:
@@ -67,7 +67,7 @@ def _attend_pack(
     return lax.map(functools.partial(attend, k, v), parts).reshape(q.shape)
 
 
-def _rows_at_once(length: int, heads: int) -> int:
+def rows_at_once(length: int, heads: int) -> int:
     """The most queries, a multiple of PACK_ALIGN that divides the pack, whose scores fit SCORE_BYTES; at least one."""
     blocks = length // PACK_ALIGN
     fits = max(1, SCORE_BYTES // (4 * heads * length * PACK_ALIGN))

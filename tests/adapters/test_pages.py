@@ -97,15 +97,15 @@ def test_pages_round_trip_through_the_stacks_and_touch_nothing_else() -> None:
 
 
 def test_writing_is_in_place_and_compiles_once() -> None:
-    from loquetier_jax.adapters.pages import _write_page
+    from loquetier_jax.adapters.pages import write_page
 
     stacks = AdapterPages.empty(SPEC, 8, jnp.float32)
     stacks = write_pages(stacks, (1,), pages_of(random_weights(uniform(8)), uniform(8), SPEC, np.float32))
-    compiled = _write_page._cache_size()
+    compiled = write_page._cache_size()
     old = jax.tree.leaves(stacks)
     where = [leaf.unsafe_buffer_pointer() for leaf in old]
     stacks = write_pages(stacks, (4, 6, 2), pages_of(random_weights(MIXED), MIXED, SPEC, np.float32))
-    assert _write_page._cache_size() == compiled
+    assert write_page._cache_size() == compiled
     assert all(leaf.is_deleted() for leaf in old)
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(stacks)] == where
 

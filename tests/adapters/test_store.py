@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loquetier_jax.adapters.folder import read_folder
 from loquetier_jax.adapters.lora import LoraModule, LoraShape
 from loquetier_jax.adapters.peft import write_peft
 from loquetier_jax.adapters.store import AdapterStore
@@ -24,10 +25,16 @@ class Device:
         self.writes: list[tuple[int, ...]] = []
         self.content: dict[int, np.ndarray] = {}
 
-    def write(self, pages: tuple[int, ...], weights: dict, shape: LoraShape) -> None:
+    def write(self, pages: tuple[int, ...], prepared: tuple[dict, LoraShape]) -> None:
+        weights, shape = prepared
         assert len(pages) == shape.num_pages
         self.writes.append(pages)
         self.content.update(dict.fromkeys(pages, weights["layers.0.o_proj"]["lora_A"]))
+
+
+def together(weights: dict, shape: LoraShape) -> tuple[dict, LoraShape]:
+    """Pages that show what they were made of."""
+    return weights, shape
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def device() -> Device:
 @pytest.fixture
 def store(device: Device) -> AdapterStore:
     """Room for four pages."""
-    return AdapterStore(SPEC, num_pages=5, max_pages=3, write=device.write)
+    return AdapterStore(SPEC, num_pages=5, max_pages=3, cast=together, write=device.write)
 
 
 def add(store: AdapterStore, name: str, pages: int = 1, seed: int = 0, **kwargs):
@@ -280,7 +287,7 @@ def test_refused_adapters_change_nothing(store: AdapterStore, tmp_path: Path) ->
     with pytest.raises(AdapterError, match="name"):
         add(store, "")
     with pytest.raises(AdapterError, match="no such file"):
-        store.load("b", tmp_path)
+        store.take_in("b", read_folder(tmp_path, SPEC))
     for unknown in (store.get, store.unload, store.pin, store.unpin, store.hold, store.acquire):
         with pytest.raises(AdapterError, match="'zzz'"):
             unknown("zzz")
@@ -288,10 +295,10 @@ def test_refused_adapters_change_nothing(store: AdapterStore, tmp_path: Path) ->
 
 
 def test_failed_writes_return_the_pages(device: Device) -> None:
-    def write(pages: tuple[int, ...], weights: dict, shape: LoraShape) -> None:
+    def write(pages: tuple[int, ...], prepared: tuple[dict, LoraShape]) -> None:
         raise MemoryError("device")
 
-    store = AdapterStore(SPEC, num_pages=5, max_pages=3, write=write)
+    store = AdapterStore(SPEC, num_pages=5, max_pages=3, cast=together, write=write)
     version = add(store, "a", pages=3)
     with pytest.raises(MemoryError):
         store.ensure_resident(version)
@@ -307,10 +314,10 @@ def test_added_weights_are_copies(store: AdapterStore) -> None:
 
 
 def test_host_copies_that_a_folder_holds_are_dropped(device: Device, tmp_path: Path) -> None:
-    store = AdapterStore(SPEC, num_pages=5, max_pages=3, write=lambda *_: None, max_host_adapters=1)
+    store = AdapterStore(SPEC, num_pages=5, max_pages=3, cast=together, write=lambda *_: None, max_host_adapters=1)
     for i, name in enumerate("abc"):
         write_peft(tmp_path / name, random_weights(uniform(4), i), uniform(4), SPEC)
-        store.load(name, tmp_path / name)
+        store.take_in(name, read_folder(tmp_path / name, SPEC))
     kept = add(store, "kept")
     assert [store.get(n).residency for n in "abc"] == ["disk"] * 3 and kept.residency == "host"
     store.ensure_resident(store.get("b"))
@@ -322,9 +329,9 @@ def test_host_copies_that_a_folder_holds_are_dropped(device: Device, tmp_path: P
 
 
 def test_a_folder_written_anew_is_not_taken_for_the_old_version(tmp_path: Path) -> None:
-    store = AdapterStore(SPEC, num_pages=2, max_pages=1, write=lambda *_: None, max_host_adapters=0)
+    store = AdapterStore(SPEC, num_pages=2, max_pages=1, cast=together, write=lambda *_: None, max_host_adapters=0)
     write_peft(tmp_path / "a", random_weights(uniform(4), 1), uniform(4), SPEC)
-    version = store.load("a", tmp_path / "a")
+    version = store.take_in("a", read_folder(tmp_path / "a", SPEC))
     store.ensure_resident(version)
     assert version.host is None
     write_peft(tmp_path / "a", random_weights(uniform(4), 2), uniform(4), SPEC)
@@ -332,7 +339,7 @@ def test_a_folder_written_anew_is_not_taken_for_the_old_version(tmp_path: Path) 
         store.reserve(1)
     with pytest.raises(AdapterError, match="changed"):
         store.weights(version)
-    newer = store.load("a", tmp_path / "a", replace=True)
+    newer = store.take_in("a", read_folder(tmp_path / "a", SPEC), replace=True)
     assert store.versions() == [newer]
     store.check_integrity()
 
@@ -347,7 +354,17 @@ def test_check_integrity_finds_what_is_wrong(store: AdapterStore) -> None:
     version.in_flight = -1
     with pytest.raises(IntegrityError, match="users"):
         store.check_integrity()
-    pool = IdPool((1, 2), "adapter pages")
-    pool._free.append(2)
+
+
+class TwiceFree(IdPool):
+    """A pool that has an id twice."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 2), "adapter pages")
+        self._free.append(2)
+
+
+def test_an_id_that_is_free_twice_is_found() -> None:
+    pool = TwiceFree()
     with pytest.raises(IntegrityError, match="adapter pages"):
         pool.check_integrity()

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from loquetier_jax.adapters.folder import read_folder
 from loquetier_jax.adapters.lora import LoraModule, LoraShape
 from loquetier_jax.adapters.peft import write_peft
 from loquetier_jax.adapters.store import AdapterStore
@@ -71,7 +72,8 @@ class Job:
 class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.store = AdapterStore(SPEC, num_pages=8, max_pages=3, write=self.write, max_host_adapters=2)
+        device = {"cast": lambda *pair: pair, "write": self.write}
+        self.store = AdapterStore(SPEC, num_pages=8, max_pages=3, **device, max_host_adapters=2)
         self.content: dict[int, int] = {}
         self.busy: dict[int, int] = {}
         self.epoch = self.completed = self.tags = 0
@@ -80,7 +82,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.held: list[Request] = []
         self.jobs: list[Job] = []
 
-    def write(self, pages: tuple[int, ...], weights: dict, shape: LoraShape) -> None:
+    def write(self, pages: tuple[int, ...], prepared: tuple[dict, LoraShape]) -> None:
+        weights, shape = prepared
         assert len(pages) == shape.num_pages
         self.handed_out(pages)
         self.content.update(dict.fromkeys(pages, tag_of(weights)))
@@ -120,7 +123,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES, tag=st.sampled_from(sorted(FOLDERS)))
     def load(self, name: str, tag: int) -> None:
-        self.store.load(name, folders() / str(tag), replace=True)
+        self.store.take_in(name, read_folder(folders() / str(tag), SPEC), replace=True)
         self.current[name] = tag
 
     @precondition(lambda self: self.current)

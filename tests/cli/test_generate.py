@@ -105,20 +105,20 @@ def test_files_as_they_come_and_other_names_of_the_same(tmp_path: Path) -> None:
     """One JSON array, the byte order mark of Windows, and arguments under the names of transformers and OpenAI."""
     args = argparse.Namespace(prompt=[], max_tokens=128, temperature=0.0, top_p=1.0, seed=None, stop=[])
     args.sampling = ["max_new_tokens=9"]
-    defaults = generate._sampling(args)
+    defaults = generate.sampling_of(args)
     for name, content in (
         ("a.json", b'[{"prompt": "a"},\n {"prompt": [65, 66], "max_completion_tokens": 5}]'),
         ("a.jsonl", b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": [65, 66], "max_tokens": 5}'),
     ):
         (tmp_path / name).write_bytes(content)
         args.file = str(tmp_path / name)
-        lines = generate._prompts(args)
-        first, second = (one for line in lines for one in generate._ask(line, ["base"], defaults, chat=False))
+        lines = generate.prompts_of(args)
+        first, second = (one for line in lines for one in generate.asked_by(line, ["base"], defaults, chat=False))
         assert (first.prompt, first.params.max_tokens) == ("a", 9)
         assert (second.prompt, second.params.max_tokens) == ([65, 66], 5)
     args.file = str(tmp_path / "a.txt")
     Path(args.file).write_bytes(b"\xef\xbb\xbfa\nb\n")
-    assert generate._prompts(args) == [{"prompt": "a"}, {"prompt": "b"}]
+    assert generate.prompts_of(args) == [{"prompt": "a"}, {"prompt": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,6 @@ def test_lines_of_a_file_end_where_json_says(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "a\u2028b", "logit_bias": {"65": 2}}, ensure_ascii=False) + "\n", "utf-8")
     args = argparse.Namespace(prompt=[], file=str(path))
-    [line] = generate._prompts(args)
-    [asked] = generate._ask(line, ["base"], {}, chat=False)
+    [line] = generate.prompts_of(args)
+    [asked] = generate.asked_by(line, ["base"], {}, chat=False)
     assert asked.prompt == "a\u2028b" and asked.params.logit_bias == {65: 2}

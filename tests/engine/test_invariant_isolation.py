@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from loquetier_jax.batch import pack
+from loquetier_jax.batch.pack import pack_step
+from loquetier_jax.runtime import loop
 from loquetier_jax.step import state as device_state
 from tests.engine.engines import BUCKETS, add_random_adapter, greedy, random_data, random_prompt
 from tests.engine.evidence import (
@@ -96,15 +97,15 @@ def test_requests_are_the_same_alone_or_beside_jobs(make_engine):
 
 
 def test_gradients_in_a_neighbours_pages_would_be_seen(make_engine, monkeypatch):
-    fill = pack._fill_train
 
-    def leaky(items, bucket, batch, segments):
-        rows = fill(items, bucket, batch, segments)
-        batch.train.grad_pages[:] = batch.train.grad_pages[:1]
-        return rows
+    def leaky(*args):
+        batch, rows = pack_step(*args)
+        if batch.train is not None:
+            batch.train.grad_pages[:] = batch.train.grad_pages[:1]
+        return batch, rows
 
     alone = train_alone(make_engine, 4)
-    monkeypatch.setattr(pack, "_fill_train", leaky)
+    monkeypatch.setattr(loop, "pack_step", leaky)
     together, _ = train_in_company(make_engine, 4, 0)
     with pytest.raises(AssertionError, match="shares the steps"):
         check_equal(alone, together)

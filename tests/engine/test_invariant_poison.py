@@ -122,21 +122,21 @@ def settle_requests(engine):
     engine.drain()
 
 
-def poison_kept(monkeypatch, victim, value, where="_kept"):
+def poison_kept(monkeypatch, victim, value, where="kept"):
     """Poisons what the first pass of job `victim` has kept, its own rows alone, before the backward reads it."""
-    start_backward, seen = MicroStep._start_backward, []
+    take_fused, seen = MicroStep.take_fused, []
 
-    def poisoned(self, batch, functions, state):
+    def poisoned(self, out, batch, functions, state):
         own = [g for g, item in enumerate(self.items) if item.grad_pages == victim()]
         if own:
             seen.append(len(self.items))
         for g in own:
             rows = slice(g * PACK, (g + 1) * PACK)
-            new = jax.tree.map(lambda a, rows=rows: a.at[rows].set(value), getattr(self, where))
-            setattr(self, where, new)
-        start_backward(self, batch, functions, state)
+            new = jax.tree.map(lambda a, rows=rows: a.at[rows].set(value), getattr(out, where))
+            out = out.replace(**{where: new})
+        take_fused(self, out, batch, functions, state)
 
-    monkeypatch.setattr(MicroStep, "_start_backward", poisoned)
+    monkeypatch.setattr(MicroStep, "take_fused", poisoned)
     return seen
 
 
@@ -144,7 +144,7 @@ def grad_pages_of(engine, name):
     return lambda: engine.jobs[name].device_job.grad_pages if name in engine.jobs else None
 
 
-@pytest.mark.parametrize("where", ["_kept", "_hidden"])
+@pytest.mark.parametrize("where", ["kept", "hidden"])
 @pytest.mark.parametrize("value", POISON)
 def test_kept_activations_of_one_job(engine, quiet, monkeypatch, value, where):
     seen = poison_kept(monkeypatch, grad_pages_of(engine, "sick"), value, where)
@@ -163,14 +163,14 @@ def test_kept_activations_of_one_job(engine, quiet, monkeypatch, value, where):
 
 def test_activations_poisoned_across_the_packs_would_be_seen(engine, quiet, monkeypatch):
     """The same poison in the rows of all packs: the healthy job shows it."""
-    start_backward = MicroStep._start_backward
+    take_fused = MicroStep.take_fused
 
-    def poisoned(self, batch, functions, state):
+    def poisoned(self, out, batch, functions, state):
         if len(self.items) == 2:
-            self._hidden = self._hidden * jnp.float32(np.nan)
-        start_backward(self, batch, functions, state)
+            out = out.replace(hidden=out.hidden * jnp.float32(np.nan))
+        take_fused(self, out, batch, functions, state)
 
-    monkeypatch.setattr(MicroStep, "_start_backward", poisoned)
+    monkeypatch.setattr(MicroStep, "take_fused", poisoned)
     job = start(engine, "job", 0)
     start(engine, "sick", 1)
     engine.wait(lambda: job.released)

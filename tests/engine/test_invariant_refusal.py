@@ -11,6 +11,7 @@ from loquetier_jax.errors import (
     CapacityError,
     ConfigError,
     DataError,
+    EngineError,
     IntegrityError,
     JobError,
     ModelError,
@@ -18,6 +19,7 @@ from loquetier_jax.errors import (
 )
 from loquetier_jax.pool import IdPool
 from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.serve.kv import KVPages
 from loquetier_jax.serve.queue import RequestQueue
 from tests.engine.engines import BUCKETS, add_random_adapter, greedy, random_data, random_prompt
 from tests.engine.evidence import LORA, PAIR, finish, owners, prompts, settle, state_of, train_config
@@ -199,13 +201,13 @@ def test_a_pin_without_room_changes_nothing(engine):
 
 def test_a_queued_half_of_a_refused_request_would_be_seen(engine, undisturbed, monkeypatch):
     """Queue first, look later: the refusal is named all the same, but the request is there."""
-    add = RequestQueue.add
+    announce = RequestQueue.announce
 
-    def hasty(self, request, listener=None):
-        self.waiting[request.id] = request
-        add(self, request, listener)
+    def hasty(self, requests):
+        self.waiting[requests[0].id] = requests[0]
+        announce(self, requests)
 
-    monkeypatch.setattr(RequestQueue, "add", hasty)
+    monkeypatch.setattr(RequestQueue, "announce", hasty)
     with pytest.raises(AssertionError, match="left its traces"):
         check_refusals(engine, refuse_requests)
     engine.loop.serving.waiting.clear()
@@ -298,12 +300,12 @@ def test_a_lost_page_would_be_seen(engine, monkeypatch):
 
 def test_a_page_freed_while_a_step_may_use_it_would_be_seen(engine, monkeypatch):
     """Given back twice: once at once, once by its owner."""
-    release = RequestQueue._release
+    free = KVPages.free
 
-    def eager(self, request, epoch):
-        self.kv._pool._free.extend(request.kv_pages)
-        release(self, request, epoch)
+    def eager(self, pages, epoch):
+        free(self, pages, 0)
+        free(self, pages, epoch)
 
-    monkeypatch.setattr(RequestQueue, "_release", eager)
-    with pytest.raises(IntegrityError):
+    monkeypatch.setattr(KVPages, "free", eager)
+    with pytest.raises((IntegrityError, EngineError), match="KV pages"):
         random_game(engine, 0, 40)

@@ -6,7 +6,8 @@ Every size and level of the sampler against scoring: tests/step/test_head.py.
 import numpy as np
 import pytest
 
-from loquetier_jax.batch import pack
+from loquetier_jax.batch.pack import ScoreItem, pack_step
+from loquetier_jax.runtime import loop
 from loquetier_jax.train.data import Dataset, make_sample
 from loquetier_jax.train.runner import JobRunner
 from tests.engine.engines import add_random_adapter, greedy
@@ -117,11 +118,11 @@ def test_training_forward_equals_serving_and_scores(engine, adapter, busy):
 
 def test_scoring_without_the_adapter_would_be_seen(engine, monkeypatch):
     outputs = complete(engine, "small")
-    fill = pack._fill_score
 
     def base_only(items, *args):
-        return fill([pack.ScoreItem(item.pack, ()) for item in items], *args)
+        items.score = [ScoreItem(item.pack, ()) for item in items.score]
+        return pack_step(items, *args)
 
-    monkeypatch.setattr(pack, "_fill_score", base_only)
+    monkeypatch.setattr(loop, "pack_step", base_only)
     with pytest.raises(AssertionError):
         check_scores(engine, outputs, "small")

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from loquetier_jax.adapters.residency import Residency
 from loquetier_jax.config import Bucket, SLOConfig
 from loquetier_jax.errors import (
     AdapterError,
@@ -212,7 +213,7 @@ def test_an_adapter_that_cannot_get_a_page_does_not_spin(tiny_engine, monkeypatc
         add_random_adapter(tiny_engine, name, i)
     tiny_engine.generate([[5, 6, 7]] * (len(names) - 1), names[:-1], greedy(1))
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_engine.adapters._residency, "_is_elsewhere", lambda version: False)
+        patch.setattr(Residency, "is_elsewhere", lambda self, version: False)
         with pytest.raises(RuntimeError, match="nothing is left to do"):
             tiny_engine.generate([[5, 6, 7]], names[-1], greedy(1))
         assert tiny_engine.generate([[5, 6, 7]], names[0], greedy(1))[0].outputs[0].finish_reason == "length"

@@ -89,7 +89,7 @@ def test_scoring_without_room_lets_an_evaluation_pass(small):
 def test_scores_of_two_lengths_meet_in_the_bucket_of_the_shorter(small):
     """Packs were taken in order of arrival, whether or not they fit the bucket chosen for those that do."""
     done = []
-    tasks = [small._scores.task([list(range(3, 3 + n))], None, done.append, pytest.fail) for n in (20, 100, 20)]
+    tasks = [small.scores.task([list(range(3, 3 + n))], None, done.append, pytest.fail) for n in (20, 100, 20)]
     for task in (tasks[0], tasks[2]):
         task.packs[0] = _cut(task.packs[0])
     for task in tasks:

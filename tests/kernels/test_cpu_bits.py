@@ -12,9 +12,9 @@ from pallas_kernels.common import cpu_bits
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch):
     """Every test finds options out anew, and leaves nothing behind."""
-    cpu_bits._cpu_options.cache_clear()
+    cpu_bits.cpu_options.cache_clear()
     yield
-    cpu_bits._cpu_options.cache_clear()
+    cpu_bits.cpu_options.cache_clear()
 
 
 @pytest.mark.bits
@@ -33,7 +33,7 @@ def test_fusions_are_off_unless_the_user_has_switched_one_on(monkeypatch: pytest
     monkeypatch.setenv("XLA_FLAGS", "")
     assert cpu_bits.compiler_options() == dict.fromkeys(cpu_bits.FUSIONS, "")
     assert cpu_bits.xla_flags("--other=1").split() == ["--other=1", *(f"--{name}=" for name in cpu_bits.FUSIONS)]
-    cpu_bits._cpu_options.cache_clear()
+    cpu_bits.cpu_options.cache_clear()
     monkeypatch.setenv("XLA_FLAGS", f"--{ynn}=dot --{others[0]}=")
     assert cpu_bits.compiler_options() == dict.fromkeys(others, "")
     assert cpu_bits.xla_flags(f"--{ynn}=dot").split() == [f"--{ynn}=dot", *(f"--{name}=" for name in others)]
@@ -41,7 +41,7 @@ def test_fusions_are_off_unless_the_user_has_switched_one_on(monkeypatch: pytest
 
 def test_an_option_that_this_xla_does_not_know_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     known = cpu_bits.compiler_options()
-    cpu_bits._cpu_options.cache_clear()
+    cpu_bits.cpu_options.cache_clear()
     monkeypatch.setattr(cpu_bits, "FUSIONS", (*cpu_bits.FUSIONS, "xla_cpu_experimental_fusion_of_tomorrow"))
     assert cpu_bits.compiler_options() == known
 

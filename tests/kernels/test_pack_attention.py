@@ -174,7 +174,7 @@ def test_queries_in_parts_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) ->
     run = partial(pack_attention, q, k, v, positions, segments, scale=0.25)
     whole = jax.jit(run)()
     monkeypatch.setattr(module, "SCORE_BYTES", 1)
-    assert module._rows_at_once(128, 4) == 64
+    assert module.rows_at_once(128, 4) == 64
     np.testing.assert_array_equal(jax.jit(lambda: run())(), whole)
 
 
