@@ -15,7 +15,7 @@ from loquetier_jax.sampling_params import LEVELS, Level, SamplingParams, level_o
 from loquetier_jax.serve.output import CompletionOutput
 from loquetier_jax.step import sample as sampler
 from loquetier_jax.step.head import Distribution
-from tests.engine.engines import add_random_adapter, greedy, random_prompt
+from tests.engine.engines import SERVE, add_random_adapter, greedy, random_prompt
 from tests.engine.reference import dense_logits, dense_lora, generate, log_softmax, processed
 
 VOCAB = 40
@@ -181,6 +181,30 @@ def test_the_level_of_a_step_does_the_work_of_all_its_rows():
     for one in LEVELS:
         assert level_of([one, "greedy", one]) == one and level_of([one, "full"]) == "full"
     assert level_of([]) == "greedy" and level_of(["plain", "greedy_logprobs"]) == "full"
+
+
+def test_a_step_runs_the_sampler_that_its_rows_need(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """None while a prompt goes on; else the cheapest that does what all rows ask for."""
+    asked, sampler, rows = [], tiny_engine.functions.sampler, SERVE["decode"] + SERVE["chunks"]
+
+    def note(rows: int, level: Level) -> Any:
+        asked.append((rows, level))
+        return sampler(rows, level)
+
+    monkeypatch.setattr(tiny_engine.functions, "sampler", note)
+    cold, hot, logged = greedy(3), SamplingParams(max_tokens=3, ignore_eos=True), greedy(3, logprobs=2)
+    for params, level in (
+        ([cold], "greedy"),
+        ([cold, logged], "greedy_logprobs"),
+        ([cold, hot], "plain"),
+        ([logged, hot], "full"),
+        ([cold, greedy(3, presence_penalty=1.0)], "full"),
+    ):
+        tiny_engine.generate([[3, 4, 5]] * len(params), None, params)
+        assert asked == [(rows, level)] * 3
+        asked.clear()
+    tiny_engine.generate([[3] * (2 * SERVE["prefill"] + 1)], None, greedy(1))
+    assert asked == [(rows, "greedy")]
 
 
 REQUESTS = [
