@@ -248,14 +248,15 @@ class LoopThread(threading.Thread):
     def run(self) -> None:
         """Called by `start`."""
         with suppress(EngineError):  # those who wait are told
+            worked = False
             while not self._ending and _process_goes_on():
+                if not worked and not self._rest():
+                    return
                 step = self._step()
                 if step is None:
                     return
                 worked = step()
                 del step
-                if not worked and not self._rest():
-                    return
 
     def _rest(self) -> bool:
         """Waits for something to do, for a while; False when the driver is gone."""
