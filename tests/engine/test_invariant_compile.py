@@ -21,6 +21,8 @@ BUCKETS = (
 )
 SERVING = (Bucket(**SERVE), Bucket(**SERVE, score_packs=1, score_tokens=PACK))
 
+LEVELS = greedy(3, logprobs=0), greedy(3, logprobs=2), greedy(3, temperature=0.9), greedy(3, frequency_penalty=0.5)
+
 
 @pytest.fixture(scope="module")
 def engine(make_engine):
@@ -90,7 +92,7 @@ def test_serving_compiles_nothing_from_the_first_request_on(make_engine, tmp_pat
         engine.load_adapter("loaded", tmp_path)
         for i in range(14):
             add_random_adapter(engine, f"n{i}", i, 8)
-            engine.generate(prompts(i, 5, 60), (f"n{i}", "loaded"), greedy(3, logprobs=0))
+            engine.generate(prompts(i, 5, 60), (f"n{i}", "loaded"), LEVELS[i % 4])
         engine.log_probs(prompts(0, 9, 60), "n3")
     check_nothing(compiled)
 

@@ -46,13 +46,13 @@ def test_log_probs_of_one_text_is_one_sequence(tiny_engine):
     np.testing.assert_array_equal(one, other)
 
 
-def test_buckets_that_serve_only_beside_training_are_refused(tiny_engine):
-    """Without a job there is no step that prefills: a request waited for ever."""
-    for rows, missing in (({"prefill": 48, "chunks": 3}, "decode"), ({"decode": 16}, "prefill")):
-        rest = {key: value for key, value in SERVE.items() if key not in rows}
-        buckets = (Bucket(**rows), Bucket(**rest, packs=1, pack_tokens=PACK))
-        with pytest.raises(ConfigError, match=f"with {missing} rows that needs no training packs"):
-            replace(tiny_engine.cfg, buckets=buckets)
+def test_a_request_that_only_a_job_could_carry_is_refused(tiny_engine, monkeypatch):
+    """Without one there is no step that prefills, or none that decodes: it waited for ever."""
+    for rows in ({"prefill": 48, "chunks": 3}, {"decode": 16}):
+        buckets = (Bucket(**rows), Bucket(**SERVE, packs=1, pack_tokens=PACK))
+        monkeypatch.setattr(tiny_engine.requests, "cfg", replace(tiny_engine.cfg, buckets=buckets))
+        with pytest.raises(RequestError, match=r"buckets: got .* expected prefill and decode rows"):
+            tiny_engine.submit([3, 4])
 
 
 @pytest.fixture(scope="module")
