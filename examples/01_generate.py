@@ -10,11 +10,10 @@ from loquetier_jax import Engine, SamplingParams
 from loquetier_jax.config import Bucket
 from loquetier_jax.tiny import base_path
 
-# These are all the shapes that will ever run, so nothing compiles after startup. "full" supports every sampling
-# parameter; the score rows are for log_probs().
+# These are all the shapes that will ever run, so nothing compiles after startup. The score rows are for log_probs().
 BUCKETS = (
-    Bucket(prefill=48, chunks=3, decode=16, sampling="full"),
-    Bucket(score_packs=1, score_tokens=128, prefill=48, chunks=3, decode=16, sampling="full"),
+    Bucket(prefill=48, chunks=3, decode=16),
+    Bucket(score_packs=1, score_tokens=128, prefill=48, chunks=3, decode=16),
 )
 
 

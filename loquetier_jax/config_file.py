@@ -28,13 +28,16 @@ def from_dict(cls: type[C], data: dict[str, Any], where: str = "") -> C:
     """Builds dataclass `cls`, including nested dataclasses, from plain data.
 
     Raises:
-        ConfigError: an unknown key, a missing required one, or a value that the class refuses.
+        ConfigError: an unknown, removed (see `cls.removed`) or missing required key, or a value that the class
+            refuses.
     """
     require(isinstance(data, dict), where or cls.__name__, data, "a mapping")
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
     known = fields | getattr(cls, "borrowed", frozenset())  # arguments from other libraries, see borrowed.py
+    gone = getattr(cls, "removed", {})
     for key in data:
+        require(key not in gone, f"{where}{key}", data[key], f"no such key any more; {gone.get(key)}")
         require(key in known, f"{where}{key}", data[key], f"one of the keys {sorted(fields)}")
     try:
         return cls(**{k: _convert(hints.get(k), v, f"{where}{k}.") for k, v in data.items()})

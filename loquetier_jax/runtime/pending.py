@@ -23,7 +23,7 @@ class Pending:
         done: A micro-step whose last gradient is in this iteration.
         optimizers: Optimizer steps.
         tail: Other arrays that must be ready for the iteration to be complete.
-        forward, quanta: What ran, for the latency model.
+        forward, quanta: What ran, for the latency model; `forward` is the first forward and its sampler.
         fused: Whether the forward has train rows, in which case the start of their backward is timed as part of it.
     """
 
@@ -37,7 +37,7 @@ class Pending:
     done: RunningPass | None = None
     optimizers: list[OptimizerResult] = field(default_factory=list)
     tail: list[Any] = field(default_factory=list)
-    forward: Run | None = None
+    forward: list[Run] = field(default_factory=list)
     quanta: list[Run] = field(default_factory=list)
     fused: bool = False
 

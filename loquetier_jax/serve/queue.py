@@ -219,7 +219,7 @@ class RequestQueue:
 
         Args:
             rows: As returned by `pack_step`.
-            sampled: Numpy arrays: tokens, logprob and, at level "full", top_ids, top_logp, rank.
+            sampled: Numpy arrays: tokens, logprob and, if any request needs them, top_ids, top_logp, rank.
             now: Current time in seconds.
             epoch: The last step dispatched.
         """

@@ -24,7 +24,7 @@ class ScoreTask:
         packs: The packs.
         open: Called before the first pack is dispatched; returns the adapter's pages, which stay on the device until
             `on_done`. On a CapacityError the task waits while later ones overtake it.
-        on_done: Called once with the scores of all packs, in order (see `step.loss.score_rows`).
+        on_done: Called once with the scores of all packs, in order (see `step.head.score_rows`).
         on_error: Called instead if `open` finds that the adapter cannot be read.
         sent: Packs dispatched so far.
         scores: Scores read so far.
