@@ -79,7 +79,7 @@ class Bucket:
     chunks: int = 0
     decode: int = 0
 
-    removed: ClassVar[dict[str, str]] = {"sampling": "every bucket serves every way of sampling: leave the key out"}
+    removed: ClassVar[dict[str, str]] = {"sampling": "every bucket supports all sampling parameters"}
 
     def __post_init__(self) -> None:
         for name in ("packs", "pack_tokens", "score_packs", "score_tokens", "prefill", "chunks", "decode"):
@@ -256,7 +256,7 @@ class EngineConfig:
 
     @property
     def sample_sizes(self) -> tuple[int, ...]:
-        """Rows of the samplers: one for every number of rows that a bucket draws tokens from."""
+        """Row counts of the compiled samplers: the distinct `samples` of all buckets."""
         return tuple(sorted({b.samples for b in self.buckets} - {0}))
 
     @property

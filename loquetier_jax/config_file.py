@@ -37,7 +37,7 @@ def from_dict(cls: type[C], data: dict[str, Any], where: str = "") -> C:
     known = fields | getattr(cls, "borrowed", frozenset())  # arguments from other libraries, see borrowed.py
     gone = getattr(cls, "removed", {})
     for key in data:
-        require(key not in gone, f"{where}{key}", data[key], f"no such key any more; {gone.get(key)}")
+        require(key not in gone, f"{where}{key}", data[key], f"this key to be removed: {gone.get(key)}")
         require(key in known, f"{where}{key}", data[key], f"one of the keys {sorted(fields)}")
     try:
         return cls(**{k: _convert(hints.get(k), v, f"{where}{k}.") for k, v in data.items()})

@@ -1,4 +1,4 @@
-"""The policy against a clock that only a table moves: what would this lattice do with that load?
+"""The policy against a clock that only a table moves: what would these buckets do with that load?
 
 Simulator(buckets=cfg.buckets, latency=measured, slo=cfg.slo).run(requests, jobs)
 

@@ -89,7 +89,7 @@ class DecodeRows:
 class SampleRows:
     """Per-row sampling parameters: the decode rows, then the chunks. n = bucket.samples.
 
-    The sampler's own input, beside the hidden states: no part of a SegmentBatch.
+    Input of the sampler, along with hidden states; not part of a SegmentBatch.
 
     Attributes:
         slots: [n] slot that receives the token; the trash slot where nothing is sampled.
@@ -208,7 +208,7 @@ def _empty_decode(bucket: Bucket, cfg: EngineConfig) -> DecodeRows:
 
 
 def empty_sample(n: int, cfg: EngineConfig) -> SampleRows:
-    """`n` rows of which none samples, numpy; the packer fills them in."""
+    """`n` numpy rows that sample nothing, for `pack_step` to fill."""
     return SampleRows(
         slots=_i32(n, fill=cfg.max_num_seqs),
         index=_i32(n),

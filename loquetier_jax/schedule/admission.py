@@ -1,4 +1,4 @@
-"""Which waiting requests get a slot and KV pages."""
+"""Admission: which waiting requests get a slot and KV pages."""
 
 import functools
 
@@ -6,25 +6,25 @@ from loquetier_jax.config import Bucket
 from loquetier_jax.schedule.deadlines import Reservations
 from loquetier_jax.schedule.types import Snapshot, Waiting
 
-EXAMINED = 64  # of the waiting requests, so many are looked at for not fitting
+EXAMINED = 64  # number of waiting requests checked for lack of room per decision
 
 
 @functools.lru_cache(maxsize=256)
 def decode_limit(buckets: tuple[Bucket, ...]) -> int:
-    """Most requests that may run together; 0 where no bucket prefills."""
+    """Maximum number of running requests; 0 if no bucket has prefill rows."""
     return max(b.decode for b in buckets) if any(b.prefill for b in buckets) else 0
 
 
 class Admission:
-    """Room for waiting requests during one decision.
+    """Tracks the room for waiting requests during one decision.
 
-    A request that does not fit is overtaken by `max_overtakes` later ones at most: then they wait behind it. One that
-    lacks nothing but adapter pages holds up only those that want such pages, too: a job may have them for hours.
-    Where a TTFT is promised, who lacks a slot or KV pages has a reservation, and is overtaken only by those who take
-    nothing of it (conservative backfilling, as batch schedulers do).
+    A request that does not fit may be overtaken by at most `max_overtakes` later requests; after that they wait behind
+    it. If it lacks only adapter pages, which a job may hold for hours, only requests that need adapter pages wait.
+    With a TTFT target, a request that lacks a slot or KV pages gets a reservation, and is only overtaken by requests
+    that do not delay it (conservative backfilling, as in batch schedulers).
 
     Attributes:
-        admitted: Who was admitted, in order.
+        admitted: Ids of admitted requests, in order.
     """
 
     def __init__(self, snapshot: Snapshot, max_overtakes: int) -> None:
@@ -38,11 +38,11 @@ class Admission:
         self._rank = {w.id: i for i, w in enumerate(snapshot.waiting)}
         self._max_overtakes = max_overtakes
         self._before = snapshot.fairness.overtaken
-        # Who has no room, or has been overtaken so often that nobody may take it from him: how often.
+        # Blocked requests (no room, or overtaken max_overtakes times) -> number of times overtaken.
         self._blocked: dict[str, int] = {}
         self._lack_adapter_pages: set[str] = set()
         self._reservations = Reservations(snapshot) if snapshot.slo.ttft_ms is not None else None
-        self._spare: dict[str, list[int]] = {}  # slots and KV pages beside the reservation of who has one
+        self._spare: dict[str, list[int]] = {}  # request with a reservation -> [slots, KV pages] that it leaves free
         for request in snapshot.waiting[:EXAMINED]:
             if not self._room(request) or self._before.get(request.id, 0) >= max_overtakes:
                 self._block(request)
@@ -68,7 +68,7 @@ class Admission:
                 self._spare[request.id] = list(spare)
 
     def fits(self, request: Waiting) -> bool:
-        """Whether the request can be admitted now; remembers it when there is no room."""
+        """Whether the request can be admitted now; if there is no room, marks it as blocked."""
         if not self._room(request):
             self._block(request)
             return False
@@ -97,6 +97,6 @@ class Admission:
             self._pinned.add(request.adapter)
 
     def overtaken(self) -> dict[str, int]:
-        """Per waiting request that had no room, how many later ones have been admitted before it so far."""
+        """Waiting request without room -> number of later requests admitted before it so far."""
         before = {i: n for i, n in self._before.items() if i in self._rank and i not in self.admitted}
         return before | {i: n for i, n in self._blocked.items() if n}

@@ -1,4 +1,4 @@
-"""Choosing among compiled shapes: the cheapest that covers a need."""
+"""Chooses among compiled buckets: the cheapest that covers a needed shape."""
 
 import functools
 
@@ -8,11 +8,11 @@ from loquetier_jax.schedule.types import Snapshot
 
 
 def blocks(tokens: int) -> int:
-    """Rows that a prompt chunk takes: tokens rounded up to whole blocks."""
+    """Rows of a prompt chunk: its tokens rounded up to whole blocks."""
     return -(-tokens // BLOCK) * BLOCK
 
 
-@functools.lru_cache(maxsize=4096)  # names are composed anew at every access, and every decision asks for many
+@functools.lru_cache(maxsize=4096)  # bucket names are computed on access, and every decision needs many
 def _forward_key(bucket: Bucket) -> tuple[Key, int]:
     return (FORWARD, bucket.name), bucket.rows
 
@@ -23,24 +23,24 @@ def _covering(buckets: tuple[Bucket, ...], need: Bucket) -> tuple[Bucket, ...]:
 
 
 def forward_ms(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel) -> float:
-    """Predicted milliseconds of a forward and the sampler behind it."""
+    """Predicted milliseconds of a forward and its sampler."""
     return latency.predict(*_forward_key(bucket)) + sum(s.ms for s in snapshot.samplers if s.rows == bucket.samples)
 
 
 def forward_late(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel) -> float:
-    """Milliseconds by which one of them in a hundred takes longer than predicted."""
+    """Milliseconds by which one in a hundred exceeds `forward_ms`."""
     return latency.late(*_forward_key(bucket)) + sum(s.late for s in snapshot.samplers if s.rows == bucket.samples)
 
 
 def cheapest(snapshot: Snapshot, need: Bucket, latency: LatencyModel) -> Bucket | None:
-    """The quickest bucket that covers `need`, of equals the smallest; None when none covers it."""
+    """The fastest bucket that covers `need`, the smallest among equals; None if none covers it."""
     able = _covering(snapshot.buckets, need)
     return min(able, key=lambda b: (forward_ms(snapshot, b, latency), _forward_key(b)[1]), default=None)
 
 
 @functools.lru_cache(maxsize=4096)
 def serving_need(decode: int, prefill: int = 0, chunks: int = 0) -> Bucket | None:
-    """The shape of inference rows alone; None when there are none."""
+    """The shape of a step with only inference rows; None if there are none."""
     if not decode and not prefill:
         return None
     return Bucket(decode=decode, prefill=prefill, chunks=chunks)
@@ -48,16 +48,16 @@ def serving_need(decode: int, prefill: int = 0, chunks: int = 0) -> Bucket | Non
 
 @functools.lru_cache(maxsize=1024)
 def pass_shape(packs: int, pack_tokens: int) -> Bucket:
-    """The shape of a training pass alone."""
+    """The shape of a step with only a training pass."""
     return Bucket(packs=packs, pack_tokens=pack_tokens)
 
 
 def slices_times(
     backward: bool, packs: int, pack_tokens: int, count: int, slices: int, latency: LatencyModel
 ) -> tuple[float, float]:
-    """(predicted milliseconds, by how much one in a hundred exceeds them) of `count` of the `slices` slices of a pass.
+    """(predicted ms, ms by which one in a hundred exceeds that) of `count` of the `slices` slices of a pass.
 
-    All slices of a backward are one call.
+    All slices of a backward together run as one call.
     """
     key, rows = _slices_key(backward, pass_shape(packs, pack_tokens), count == slices, latency)
     times = count / slices if key[0] == BACKWARD else count
@@ -65,7 +65,7 @@ def slices_times(
 
 
 def _slices_key(backward: bool, shape: Bucket, all_of_them: bool, latency: LatencyModel) -> tuple[Key, int]:
-    """Which measurement the time of some slices is taken from."""
+    """The latency key to predict the time of slices from."""
     (_, name), rows = _forward_key(shape)
     one, whole = (BACKWARD_SLICE if backward else FORWARD_SLICE, name), (BACKWARD, name)
     if not backward:

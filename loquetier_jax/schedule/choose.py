@@ -1,4 +1,4 @@
-"""Picking quanta: what the time left beside inference is spent on."""
+"""Chooses the training and scoring work that fits into the time left by inference."""
 
 import dataclasses
 import math
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from loquetier_jax.schedule.fairness import FairShare
 from loquetier_jax.schedule.inference import Plan
 from loquetier_jax.schedule.latency import LatencyModel
-from loquetier_jax.schedule.training import Option, score_options, train_options
+from loquetier_jax.schedule.training import WorkOption, score_options, train_options
 from loquetier_jax.schedule.types import JobView, PassView, Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What quanta may cost, milliseconds.
+    """The time that quanta may take, in milliseconds.
 
     Attributes:
-        idle: No request is there: anything goes that does not keep the next one waiting longer than promised.
-        slack: What the promise leaves after the forward; inf when nothing is promised to those here.
-        step: What it leaves for the forward itself.
-        margin: Times what one run in a hundred takes longer than predicted: so much of `slack` and `step` is kept.
-        credit: Of device time, this step's share included.
-        longest: Longest quantum on credit or when idle, if there is any shorter one.
+        idle: Whether there are no requests: then only `longest` limits quanta, for the next request's sake.
+        headroom: Time that the latency targets leave after the forward; inf without targets for current requests.
+        step: Time that they leave for the forward itself.
+        margin: Safety factor: plans reserve this many times the p99 excess over the prediction.
+        credit: Device time earned, including this step's share.
+        longest: Longest quantum on credit or when idle, unless all are longer.
     """
 
     idle: bool
-    slack: float
+    headroom: float
     step: float
     margin: float
     credit: float
@@ -34,21 +34,21 @@ class Budget:
 
     @property
     def promised(self) -> bool:
-        """Whether a promise limits the quanta."""
-        return not self.idle and not math.isinf(self.slack)
+        """Whether latency targets limit the quanta."""
+        return not self.idle and not math.isinf(self.headroom)
 
-    def cost(self, option: Option) -> float:
-        """What a plan that must hold counts for an option."""
+    def cost(self, option: WorkOption) -> float:
+        """The time to plan for an option, including the margin."""
         return option.ms + self.margin * option.late
 
 
 def choose(
     snapshot: Snapshot, plan: Plan, budget: Budget, latency: LatencyModel, share: FairShare, max_lead: int
-) -> tuple[list[Option], bool]:
-    """Picks one option, or under a promise as many stages of one pass as fit.
+) -> tuple[list[WorkOption], bool]:
+    """Chooses one option, or with latency targets as many consecutive stages of one pass as fit.
 
     Returns:
-        (options in order, whether there was anything to choose from).
+        (options in order, whether there was any work to choose from).
     """
     train = list(train_options(snapshot, plan, latency, share, max_lead))
     score = score_options(snapshot, plan, latency)
@@ -59,7 +59,7 @@ def choose(
     chosen = [first]
     while budget.promised and not chosen[-1].scored:
         snapshot = _after(snapshot, chosen[-1])
-        budget = dataclasses.replace(budget, slack=budget.slack - budget.cost(chosen[-1]), credit=0.0)
+        budget = dataclasses.replace(budget, headroom=budget.headroom - budget.cost(chosen[-1]), credit=0.0)
         if snapshot.train_pass is None and all(job.status != "optimizer" for job in snapshot.jobs):
             break
         rest = [o for options in train_options(snapshot, plan, latency, share, max_lead) for o in options]
@@ -70,28 +70,28 @@ def choose(
     return chosen, True
 
 
-def _best(options: Iterable[Option], budget: Budget, forward: float) -> Option | None:
-    """The largest option that the budget allows, of equals the cheapest."""
+def _best(options: Iterable[WorkOption], budget: Budget, forward: float) -> WorkOption | None:
+    """The largest option that the budget allows, the cheapest among equals."""
     options = list(options)
     return max(_allowed(options, budget, forward), key=lambda o: (o.size, -o.ms), default=None)
 
 
-def _allowed(options: Sequence[Option], budget: Budget, forward: float) -> list[Option]:
+def _allowed(options: Sequence[WorkOption], budget: Budget, forward: float) -> list[WorkOption]:
     if budget.promised:
-        in_time = [o for o in options if budget.cost(o) <= budget.slack]
+        in_time = [o for o in options if budget.cost(o) <= budget.headroom]
         in_time = [o for o in in_time if not o.fused or forward + budget.cost(o) <= budget.step]
         if in_time:
             return in_time
     if budget.credit <= 0 and not budget.idle:
         return []
-    # A share of time: one quantum, then none until inference has had its share.
+    # Time sharing: one quantum, then none until inference has had its share.
     prices = [budget.cost(o) if budget.idle else o.ms for o in options]
     longest = max([budget.longest, *sorted(prices)[:1]])
     return [o for o, price in zip(options, prices, strict=True) if price <= longest]
 
 
-def _after(snapshot: Snapshot, option: Option) -> Snapshot:
-    """`snapshot` as it will be for training after `option`; nothing else in it changes."""
+def _after(snapshot: Snapshot, option: WorkOption) -> Snapshot:
+    """`snapshot` with the training state as it will be after `option`."""
     quantum = option.quantum
     if option.scored:
         return snapshot
@@ -118,7 +118,7 @@ def _after(snapshot: Snapshot, option: Option) -> Snapshot:
 
 
 def _view(packs: int, pack_tokens: int, backward: int, forward_left: int, forward: int) -> PassView:
-    """A pass with forward slices left, or else at the start of its backward."""
+    """A pass with `forward_left` forward slices left, or at the start of its backward if 0."""
     stage, slices, left = ("forward", forward, forward_left) if forward_left else ("backward", backward, backward)
     return PassView(packs=packs, pack_tokens=pack_tokens, stage=stage, slices=slices, slices_left=left)
 
@@ -128,7 +128,7 @@ def _started(job: JobView, packs: int) -> JobView:
 
 
 def _done(job: JobView) -> JobView:
-    """After the pass: the optimizer step is due, or it is for the engine to say what comes."""
+    """The job after its pass: the optimizer step is due, or it waits for the engine's next snapshot."""
     if job.status != "in_pass":
         return job
     return dataclasses.replace(job, status="waiting" if job.packs else "optimizer")

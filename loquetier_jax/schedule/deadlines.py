@@ -1,6 +1,6 @@
-"""How much time the promise to requests leaves: milliseconds, inf where nothing is promised.
+"""Time left by the latency targets, in milliseconds; inf without targets.
 
-These are averages: callers add a margin for what takes longer than predicted.
+Based on mean predictions: callers subtract a margin for runs that take longer.
 """
 
 import math
@@ -11,33 +11,33 @@ from loquetier_jax.schedule.types import Decoding, Prefilling, Snapshot, Waiting
 
 
 def first_gap_ms(slo: SLOConfig) -> float:
-    """Longest gap after a first token: it is the mean of all gaps so far."""
+    """Longest gap allowed after a first token, ms: that gap alone must also meet the TPOT, a mean over all gaps."""
     return min(slo.longest_gap_ms, math.inf if slo.tpot_ms is None else slo.tpot_ms)
 
 
 def next_deadline(request: Decoding, slo: SLOConfig) -> float:
-    """When the next token must come, seconds.
+    """When the next token is due, in seconds.
 
-    TPOT is a mean, so a request ahead of it has time in hand, but no single gap may be longer than `longest_gap_ms`.
-    Every token may be the last one, so the mean is kept at each of them: an end token leaves nothing to make up with.
+    TPOT is a mean, so a request that is ahead of it has time in hand, but no gap may exceed `longest_gap_ms`. Any token
+    may be the last one, so the mean must hold at every token: there may be no later tokens to make up for a late one.
     """
     mean = math.inf if slo.tpot_ms is None else request.first_token_time + request.num_output * slo.tpot_ms / 1e3
     return min(mean, request.last_token_time + slo.longest_gap_ms / 1e3)
 
 
-def step_slack(snapshot: Snapshot) -> float:
-    """From now to the earliest moment when a running request must have its next token; may be negative."""
+def step_headroom(snapshot: Snapshot) -> float:
+    """Milliseconds from now until the first running request's next token is due; may be negative."""
     return 1e3 * (min((next_deadline(r, snapshot.slo) for r in snapshot.running), default=math.inf) - snapshot.now)
 
 
 def token_budget(snapshot: Snapshot, decoded: bool, finishing: int, at: float, next_ms: float) -> float:
-    """What may be put between this forward and the next one without a token coming late.
+    """Milliseconds that may be spent between this forward and the next one without making a token late.
 
     Args:
-        snapshot: Before this forward.
+        snapshot: State before this forward.
         decoded: Whether the running requests get a token in it.
-        finishing: Requests that get their first token in it.
-        at: When it ends, seconds.
+        finishing: Number of requests that get their first token in it.
+        at: When it ends, in seconds.
         next_ms: Predicted time of the next forward.
     """
     slo = snapshot.slo
@@ -59,17 +59,17 @@ def first_token_budget(
     next_ms: float,
     rows: int,
 ) -> float:
-    """The same for first tokens of pending prompts.
+    """Like `token_budget`, for the first tokens of pending prompts.
 
-    Each needs the steps until there is room for it, then those of its prompt, all of `next_ms`.
+    Each needs the steps until there is room for it and then those of its prompt, of `next_ms` each.
 
     Args:
-        snapshot: Before this forward.
-        pending: Whose prompts do not end in it, in order of arrival.
-        admit: Requests admitted to it.
-        at: When it ends, seconds.
+        snapshot: State before this forward.
+        pending: Requests whose prompts do not end in it, in order of arrival.
+        admit: Ids of requests admitted to it.
+        at: When it ends, in seconds.
         next_ms: Predicted time of the next forward.
-        rows: Prompt tokens of one forward.
+        rows: Prompt tokens per forward.
     """
     ttft = snapshot.slo.ttft_ms
     if ttft is None:
@@ -86,16 +86,17 @@ def first_token_budget(
 
 
 def arrival_budget(ttft_ms: float | None, prompt_ms: float) -> float:
-    """Longest quantum beside which the first token of a request that has not come yet is in time.
+    """Longest quantum that keeps the first token of a request that has not arrived yet on time.
 
-    It may come just after a step has been decided, and the host is a step ahead of the device: it waits for two.
+    The request may arrive just after a step is decided, and the host is one step ahead of the device, so it waits for
+    two quanta.
 
     Args:
-        ttft_ms: Promised, if anything is.
-        prompt_ms: Predicted time of a step with a whole prompt in it.
+        ttft_ms: The TTFT target, or None.
+        prompt_ms: Predicted time of a step with a whole prompt.
 
     Returns:
-        Milliseconds; inf also where the prompt alone takes longer than promised: waiting less would not keep it.
+        Milliseconds; inf without a target, or if the prompt alone misses it, since shorter quanta would not help.
     """
     if ttft_ms is None or ttft_ms <= prompt_ms:
         return math.inf
@@ -103,26 +104,25 @@ def arrival_budget(ttft_ms: float | None, prompt_ms: float) -> float:
 
 
 class Reservations:
-    """Reservations in the order in which they are made, nobody having to end before his max_tokens.
+    """Estimates when waiting requests will have room, in order, assuming that every request runs to max_tokens.
 
-    Counted are free slots and KV pages, and those of the requests that decode. Not counted, so that a reservation is
-    no promise: adapter pages; what requests still in their prompt, those admitted now and those with a reservation
-    give back in their turn; who ends early, by a stop or a cancel.
+    Counts free slots and KV pages and those of decoding requests. Ignores adapter pages, early ends (stop, cancel), and
+    whatever requests that are prefilling, admitted now or reserved will return, so a reservation is only an estimate.
 
     Attributes:
-        slots, pages: What is left at the moment of the last reservation, once that is taken; negative when it can
-            never be had from the running requests.
+        slots, pages: Slots and pages left at the time of the last reservation, after taking it; negative if the
+            running requests will never free enough.
     """
 
     def __init__(self, snapshot: Snapshot, admit: Collection[str] = ()) -> None:
-        """Starts from what is free, less what the waiting requests of `admit` take."""
+        """Starts from the free slots and pages, minus those taken by the waiting requests in `admit`."""
         taken = [w.pages for w in snapshot.waiting if w.id in admit]
         self.slots, self.pages = snapshot.free_slots - len(taken), snapshot.free_pages - sum(taken)
         self._ending = sorted(((r.remaining, r.pages) for r in snapshot.running), reverse=True)
         self._steps = 0
 
     def reserve(self, request: Waiting) -> int:
-        """Steps until there is room for one more, which it then takes."""
+        """Reserves room for a request; returns the number of steps until it is available."""
         while self._ending and (self.slots < 1 or self.pages < request.pages):
             self._steps, pages = self._ending.pop()
             self.slots, self.pages = self.slots + 1, self.pages + pages

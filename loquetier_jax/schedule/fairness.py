@@ -1,4 +1,4 @@
-"""Fair queueing: who has been served least, among those who want something."""
+"""Fair queueing: serves the least served name first."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -6,15 +6,15 @@ from loquetier_jax.schedule.types import JobView
 
 
 class FairShare:
-    """Service received per name, relative to the least served name that wants service.
+    """Service received per name, relative to the least served active name.
 
-    Deficit round robin in the form of start-time fair queueing: the least served goes first and is charged
-    for what it gets. Who comes back after a pause starts level with the least served (no credit for the time
-    away) but keeps what it is still ahead.
+    Deficit round robin in the form of start-time fair queueing: the least served name goes first and is charged for
+    what it gets. A name that returns after a pause starts level with the least served one (no credit for the time
+    away), but keeps any lead it still has.
     """
 
     def __init__(self, served: Mapping[str, float], active: Iterable[str]) -> None:
-        """Starts from the `served` of an earlier FairShare; `active` are the names that want service now."""
+        """Continues from the `state()` of an earlier FairShare; `active` are the names that want service now."""
         self._order = {name: i for i, name in enumerate(dict.fromkeys(active))}
         known = [served[name] for name in self._order if name in served]
         floor = min(known, default=0.0)
@@ -27,30 +27,30 @@ class FairShare:
         return FairShare(self.served, self._order)
 
     def lead(self, name: str) -> float:
-        """What an active name has received more than the least served active one."""
+        """Service that an active name has received beyond the least served active one."""
         return self.served[name] - min(self.served[n] for n in self._order)
 
     def first(self, names: Iterable[str]) -> str:
-        """The least served of `names`; of equals the first in the order given to the constructor."""
+        """The least served of `names`; among equals, the first in the constructor's order."""
         return min(names, key=lambda n: (self.served[n], self._order[n]))
 
     def charge(self, name: str, amount: float) -> None:
-        """Adds to what `name` has received."""
+        """Adds to the service received by `name`."""
         self.served[name] += amount
 
     def state(self) -> dict[str, float]:
-        """What the next FairShare starts from."""
+        """The state from which the next FairShare continues."""
         return dict(self.served)
 
 
 def pack_order(jobs: Sequence[JobView], share: FairShare, limit: int, max_lead: int) -> list[str]:
-    """The next packs of one training pass, by job name, in fair order; charges nothing.
+    """The job names of the next packs of one training pass, in fair order; charges nothing.
 
     Args:
-        jobs: Ready jobs that may ride together.
-        share: Counted in packs, over all jobs that want service.
-        limit: Most packs.
-        max_lead: Most packs a job may be ahead of the least served one.
+        jobs: Ready jobs that can share a pass.
+        share: Packs served, over all jobs that want service.
+        limit: Maximum number of packs.
+        max_lead: Maximum packs that a job may be ahead of the least served one.
     """
     share = share.copy()
     left = {job.name: job.packs for job in jobs}

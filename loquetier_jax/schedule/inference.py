@@ -1,4 +1,4 @@
-"""The inference rows of a step: all decodes, and the prompt chunks that are worth their time."""
+"""Plans the inference rows of a step: all decodes, and the most efficient set of prompt chunks."""
 
 import math
 from collections import deque
@@ -10,7 +10,7 @@ from loquetier_jax.config import Bucket
 from loquetier_jax.errors import CapacityError
 from loquetier_jax.schedule.admission import Admission
 from loquetier_jax.schedule.buckets import blocks, cheapest, forward_late, forward_ms, serving_need
-from loquetier_jax.schedule.deadlines import first_gap_ms, step_slack
+from loquetier_jax.schedule.deadlines import first_gap_ms, step_headroom
 from loquetier_jax.schedule.fairness import FairShare
 from loquetier_jax.schedule.latency import LatencyModel
 from loquetier_jax.schedule.types import Prefilling, Snapshot, Waiting
@@ -18,17 +18,16 @@ from loquetier_jax.schedule.types import Prefilling, Snapshot, Waiting
 
 @dataclass(kw_only=True)
 class Plan:
-    """Inference rows of one step.
+    """The inference rows of one step.
 
     Attributes:
         decode, admit, prefill: As in Decision.
-        finishing: Requests whose prompt ends in this step: they get their first token.
-        bucket: The cheapest that covers them; None without rows.
+        finishing: Requests whose prompt ends in this step, and which get their first token.
+        bucket: The cheapest bucket that covers the rows; None without rows.
         ms: Its predicted time.
-        late: By how much one such forward in a hundred takes longer.
-        share: Prompt tokens served per adapter, afterwards.
-        overtaken: See Fairness, afterwards.
-        prefill_waits: See Fairness, afterwards.
+        late: Milliseconds by which one such forward in a hundred exceeds the prediction.
+        share: Prompt tokens served per adapter, after this step.
+        overtaken, prefill_waits: See Fairness; after this step.
     """
 
     decode: tuple[str, ...] = ()
@@ -58,13 +57,13 @@ def plan_inference(
 ) -> Plan:
     """Chooses the inference rows of the next step.
 
-    All running requests decode. Of the buckets with prefill rows, the one that moves most prompt tokens per
-    millisecond is taken, if it ends before the next token of anybody is due; if none does, prefill waits a
-    few steps for slack, then goes anyway. A promise that decodes alone cannot keep holds no prompt up. Where no
-    bucket holds decodes and a prompt together, they take turns.
+    All running requests decode. Among the buckets with prefill rows that end before any running request's next token
+    is due, the one with the most prompt tokens per millisecond is used; if there is none, prefill waits a few steps
+    for headroom and then runs anyway. Targets that decode alone cannot meet do not delay prompts. If no bucket can
+    hold the decodes and a prompt together, they alternate.
 
     Raises:
-        CapacityError: more requests run than any bucket can decode: admission was not the scheduler's.
+        CapacityError: more requests are running than any bucket can decode, i.e. not admitted by this scheduler.
     """
     decode_only = _decode_plan(snapshot, latency)
     if not snapshot.prefilling and not snapshot.waiting:
@@ -72,16 +71,16 @@ def plan_inference(
     able = prefill_buckets(snapshot.buckets)
     mixed = [b for b in able if b.decode >= len(snapshot.running)]
     waits = snapshot.fairness.prefill_waits
-    slack = math.inf if decode_only.ms > first_gap_ms(snapshot.slo) else step_slack(snapshot)
+    headroom = math.inf if decode_only.ms > first_gap_ms(snapshot.slo) else step_headroom(snapshot)
     if mixed:
         plans = [_fill(snapshot, b, latency, decode_only, max_overtakes) for b in mixed]
     else:
         alone = Plan(share=decode_only.share, overtaken=decode_only.overtaken)
         plans = [_fill(snapshot, b, latency, alone, max_overtakes) for b in able]
         plans = plans if waits or not snapshot.running else []
-        slack -= decode_only.ms  # the decodes come only after it
+        headroom -= decode_only.ms  # the decodes run after it
     plans = [p for p in plans if p.prefill]
-    in_time = [p for p in plans if p.ms <= slack]
+    in_time = [p for p in plans if p.ms <= headroom]
     if in_time:
         return max(in_time, key=_rate)
     if plans and (not snapshot.running or waits >= max_prefill_waits):
@@ -96,7 +95,7 @@ def _rate(plan: Plan) -> float:
 
 
 def prefill_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Buckets with prefill rows; those that also carry train or score rows only where no other is there."""
+    """Buckets with prefill rows and no train or score rows, or all with prefill rows if there are none."""
     able = [b for b in buckets if b.prefill]
     return [b for b in able if not b.packs and not b.score_packs] or able
 
@@ -113,23 +112,23 @@ def _decode_plan(snapshot: Snapshot, latency: LatencyModel) -> Plan:
         plan.bucket = cheapest(snapshot, plan.need, latency)
         if plan.bucket is None:
             raise CapacityError(
-                f"decode: got {len(plan.decode)} running requests, expected a bucket that holds them "
-                f"among {[b.name for b in snapshot.buckets]}"
+                f"decode: got {len(plan.decode)} running requests, which fit no bucket of "
+                f"{[b.name for b in snapshot.buckets]}"
             )
         plan.ms, plan.late = forward_ms(snapshot, plan.bucket, latency), forward_late(snapshot, plan.bucket, latency)
     return plan
 
 
 def _fill(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan, max_overtakes: int) -> Plan:
-    """`base` and as many prompt chunks as `bucket` holds, in the cheapest bucket that then covers them."""
-    filling = Filling(snapshot, bucket, max_overtakes)
+    """`base` plus as many prompt chunks as fit `bucket`, in the cheapest bucket that covers the result."""
+    builder = PrefillBuilder(snapshot, bucket, max_overtakes)
     plan = Plan(
         decode=base.decode,
-        admit=tuple(filling.admission.admitted),
-        prefill=tuple(filling.prefill),
-        finishing=tuple(filling.finishing),
-        share=filling.share.state(),
-        overtaken=filling.admission.overtaken(),
+        admit=tuple(builder.admission.admitted),
+        prefill=tuple(builder.prefill),
+        finishing=tuple(builder.finishing),
+        share=builder.share.state(),
+        overtaken=builder.admission.overtaken(),
     )
     if plan.prefill:
         plan.bucket = cheapest(snapshot, plan.need, latency)
@@ -138,17 +137,17 @@ def _fill(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan,
 
 
 Candidate = Prefilling | Waiting
-LOOKAHEAD = 8  # waiting requests of one adapter looked at when its first ones do not fit
+LOOKAHEAD = 8  # candidates examined per adapter if its first ones do not fit
 
 
-class Filling:
-    """Prompt chunks for one bucket.
+class PrefillBuilder:
+    """Fills one bucket with prompt chunks, in fair order of adapters.
 
     Attributes:
         prefill: (id, tokens) in order.
-        finishing: Requests whose prompt ends here.
-        share: Prompt tokens served per adapter, this step's included.
-        admission: Room left, and who was admitted.
+        finishing: Requests whose prompt ends in this step.
+        share: Prompt tokens served per adapter, including this step.
+        admission: Room left, and admitted requests.
     """
 
     def __init__(self, snapshot: Snapshot, bucket: Bucket, max_overtakes: int) -> None:
@@ -169,7 +168,7 @@ class Filling:
         self._note_heads()
 
     def _serve(self, queue: deque[Candidate]) -> bool:
-        """Gives the next of an adapter's queue a chunk; False when nobody of it can have one."""
+        """Gives a chunk to the next eligible candidate of an adapter; False if there is none."""
         candidate = next((c for c in islice(queue, LOOKAHEAD) if self._can_go_on(c)), None)
         if candidate is None:
             return False
@@ -189,7 +188,7 @@ class Filling:
         return isinstance(candidate, Prefilling) or self.admission.fits(candidate)
 
     def _note_heads(self) -> None:
-        """Lets admission see the first of every adapter, so that who has no room is known to be overtaken."""
+        """Shows admission the first waiting request of every adapter, so that those without room count as overtaken."""
         for queue in self._queues.values():
             if queue and isinstance(queue[0], Waiting):
                 self.admission.fits(queue[0])

@@ -1,4 +1,4 @@
-"""How long each compiled function takes, and by how much that prediction errs: both from measurements."""
+"""Predicts the time of each compiled function, and the error of the prediction, from measurements."""
 
 import math
 import statistics
@@ -8,40 +8,40 @@ from dataclasses import dataclass, field
 
 from loquetier_jax.config import require
 
-FORWARD = "forward"  # a bucket, whatever it carries
-SAMPLER = "sampler"  # behind it, where tokens are drawn
+FORWARD = "forward"  # a bucket's forward
+SAMPLER = "sampler"  # after it, if tokens are sampled
 FORWARD_SLICE = "forward_slice"  # some layers of train rows
 BACKWARD = "backward"  # all layers of train rows
 BACKWARD_SLICE = "backward_slice"  # some layers of train rows
 OPTIMIZER = "optimizer_step"  # one job; rows are 1
 
 Key = tuple[str, str]
-"""(function, bucket name); the optimizer's has the name of a job, a sampler's is "rows-level"."""
+"""(function, bucket name), or a job's name for the optimizer, or "rows-level" for a sampler."""
 Run = tuple[Key, int]
 """(key, rows of the function) of one call."""
 
 
 def sampler_run(rows: int, level: str) -> Run:
-    """A call of a sampler."""
+    """One call of a sampler."""
     return (SAMPLER, f"{rows}-{level}"), rows
 
 
-MS_PER_ROW = 0.03  # before anything is measured: about an 8-billion-parameter forward on one large GPU
-CLIP = 2.0  # one observation counts at most as twice, and at least as half, the mean
-WINDOW = 128  # errors remembered per key: the second largest of them is the 99th percentile
-FIRST_ERROR = 0.1  # what is assumed before errors have been seen, a share of the prediction
+MS_PER_ROW = 0.03  # guess before any measurement: about an 8-billion-parameter forward on one large GPU
+CLIP = 2.0  # observations are clipped to at most this factor above or below the mean
+WINDOW = 128  # errors remembered per key; the second largest is the 99th percentile
+FIRST_ERROR = 0.1  # assumed relative error before any was observed
 QUANTILE = 0.99
 
 
 @dataclass(slots=True)
 class Entry:
-    """What is known of one key.
+    """Measurements of one key.
 
     Attributes:
-        rows: Rows of the function: what unknown keys are scaled by.
+        rows: Rows of the function, for scaling to unknown keys.
         ms: Running mean, milliseconds.
-        count: Observations in it.
-        errors: By how much the last runs exceeded their predictions, shares of those.
+        count: Number of observations.
+        errors: Relative errors of the latest runs: actual / predicted - 1.
         late: Their 99th percentile, at least 0.
     """
 
@@ -52,13 +52,13 @@ class Entry:
     late: float = FIRST_ERROR
 
     def note_error(self, ms: float) -> None:
-        """Remembers how a run differed from its prediction."""
+        """Records the error of the prediction for a run that took `ms`."""
         self.errors.append(min(ms / self.ms, CLIP) - 1)
         self.late = max(0.0, sorted(self.errors)[math.ceil(QUANTILE * len(self.errors)) - 1])
 
 
 class LatencyModel:
-    """Table of mean milliseconds per key, with a cautious guess for keys that were never measured."""
+    """Table of mean milliseconds per key, with a conservative guess for keys never measured."""
 
     def __init__(self, smoothing: float = 0.1) -> None:
         """Starts empty; `smoothing` is the weight of a new observation once there are many, in (0, 1]."""
@@ -81,9 +81,9 @@ class LatencyModel:
         self._table[key] = Entry(rows, statistics.median(ms), len(ms))
 
     def observe(self, key: Key, ms: float, rows: int) -> None:
-        """Moves the mean towards one measurement: a stall moves it little, a lasting change fully.
+        """Moves the mean towards one measurement; a single stall has little effect, a lasting change its full effect.
 
-        The first run of a function also loads it, many times its own time: the second one replaces it.
+        The first run of a function includes loading it, many times its own duration, so a faster second one replaces it.
 
         Raises:
             ConfigError: ms is not > 0, or rows < 1.
@@ -107,10 +107,10 @@ class LatencyModel:
         """Observes one iteration.
 
         Args:
-            forward: What carried the requests, if anything did: the forward, and the sampler behind it.
+            forward: The forward with the requests' rows and its sampler, if any.
             quanta: What ran after it.
-            ms: Of the whole iteration.
-            forward_ms: Of `forward`; None when that cannot be told apart.
+            ms: Milliseconds of the whole iteration.
+            forward_ms: Milliseconds of `forward`; None if it was not timed separately.
         """
         if forward_ms is None:
             self._observe_together([*forward, *quanta], ms)
@@ -119,7 +119,7 @@ class LatencyModel:
             self._observe_together(quanta, ms - forward_ms)
 
     def _observe_together(self, runs: Sequence[Run], ms: float) -> None:
-        """Calls that were timed together each took their predicted share; a time <= 0 (a coarse clock) says nothing.
+        """Splits the time of calls timed together in proportion to their predictions; ignores ms <= 0 (coarse clock).
 
         A key that ran more than once counts as one observation.
         """
@@ -130,11 +130,10 @@ class LatencyModel:
             self.observe(key, ratio * self.predict(key, rows), rows)
 
     def predict(self, key: Key, rows: int) -> float:
-        """Milliseconds of a key; `rows` only matters when it is unknown.
+        """Predicted milliseconds of a key; `rows` only matters for unknown keys.
 
-        More rows of one function never take less time, and fixed costs make time grow slower than rows. So
-        the guess for an unknown key is the time of the next larger known one, else the largest scaled by
-        rows.
+        More rows of a function never take less time, and fixed costs make time grow more slowly than rows. The guess
+        for an unknown key is therefore the time of the next larger known one, or else the largest scaled by rows.
         """
         entry = self._table.get(key)
         if entry is not None:

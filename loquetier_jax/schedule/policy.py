@@ -1,9 +1,9 @@
-"""Who runs next: a pure function from a snapshot of the queues to a decision; no device, no clock.
+"""The scheduling policy: a pure function from a snapshot of the queues to a decision; no device, no clock.
 
-Every step, in this order: all running decodes; prompt chunks, as many as are worth their time and make no
-token late; then training or scoring. With a promise to keep (SLO), the largest quantum that fits what the
-promise leaves, and the stages after it while there is time; without one, a quantum now and then, so that
-training has its share of the device time; when no request is there, the largest quantum there is.
+Every step, in this order: all running decodes; the prompt chunks that are efficient and make no token late; then
+training or scoring. With latency targets (SLO), that is the largest quantum that fits into the headroom, followed by
+later stages while there is time; without targets, an occasional quantum, so that training gets its share of device
+time; without requests, the largest quantum available.
 """
 
 import math
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from loquetier_jax.config import BLOCK, Bucket, require
 from loquetier_jax.schedule.buckets import cheapest, forward_late, forward_ms, serving_need
 from loquetier_jax.schedule.choose import Budget, choose
-from loquetier_jax.schedule.deadlines import arrival_budget, first_token_budget, step_slack, token_budget
+from loquetier_jax.schedule.deadlines import arrival_budget, first_token_budget, step_headroom, token_budget
 from loquetier_jax.schedule.inference import Plan, plan_inference, prefill_buckets
 from loquetier_jax.schedule.latency import LatencyModel
-from loquetier_jax.schedule.training import Option, job_share
+from loquetier_jax.schedule.training import WorkOption, job_share
 from loquetier_jax.schedule.types import Decision, Fairness, Snapshot
 
 
@@ -25,15 +25,15 @@ class PolicyConfig:
     """Settings of the policy.
 
     Attributes:
-        train_share: Share of the device time that training and scoring get beside requests when nothing is
-            promised to those, in [0, 1].
-        train_floor: The same, guaranteed even where it breaks the promise.
-        max_quantum_ms: Longest quantum beside requests when nothing is promised, if there is any shorter one.
-        margin: With a promise, plans leave room for this many times what one run in a hundred takes longer than was
-            predicted, as measured; 0 plans with the mean alone.
-        max_lead: Most packs a job may be ahead of the least served job that wants to train.
-        max_overtakes: Most later requests admitted before one that does not fit.
-        max_prefill_waits: Most steps in a row that prefill waits for slack.
+        train_share: Fraction of device time for training and scoring while there are requests, without latency
+            targets; in [0, 1].
+        train_floor: The same with latency targets, guaranteed even if it violates them.
+        max_quantum_ms: Longest quantum while there are requests without latency targets, unless all are longer.
+        margin: With latency targets, plans reserve this many times the measured p99 excess over the predicted time; 0
+            plans with the mean.
+        max_lead: Maximum packs that a job may be ahead of the least served job that wants to train.
+        max_overtakes: Maximum later requests admitted before one that does not fit.
+        max_prefill_waits: Maximum consecutive steps that prefill waits for headroom.
     """
 
     train_share: float = 0.5
@@ -57,19 +57,19 @@ class PolicyConfig:
 
 
 def decide(snapshot: Snapshot, latency: LatencyModel, config: PolicyConfig) -> Decision:
-    """Chooses what the engine does next.
+    """Decides what the engine does next.
 
     Args:
-        snapshot: The queues; not changed.
-        latency: Predictions; not changed.
+        snapshot: State of the queues; not modified.
+        latency: Predictions; not modified.
         config: Settings.
 
     Returns:
-        A decision whose bucket and shapes are among those of the snapshot. Its `fairness` belongs in the
-        next snapshot. Equal arguments give equal decisions.
+        A decision that only uses buckets and shapes of the snapshot. Its `fairness` goes into the next snapshot. Equal
+        arguments give equal decisions.
 
     Raises:
-        CapacityError: more requests run than any bucket can decode.
+        CapacityError: more requests are running than any bucket can decode.
     """
     plan = plan_inference(
         snapshot,
@@ -93,15 +93,15 @@ def decide(snapshot: Snapshot, latency: LatencyModel, config: PolicyConfig) -> D
     return _decision(snapshot, plan, chosen, latency, fairness)
 
 
-def _credit_left(budget: Budget, chosen: Sequence[Option]) -> float:
+def _credit_left(budget: Budget, chosen: Sequence[WorkOption]) -> float:
     if budget.idle or math.isinf(budget.credit):
         return 0.0
     left = budget.credit - sum(option.ms for option in chosen)
-    return max(0.0, left) if budget.promised else left  # what fits a promise is no debt
+    return max(0.0, left) if budget.promised else left  # time within the headroom is not owed back
 
 
 def _decision(
-    snapshot: Snapshot, plan: Plan, chosen: Sequence[Option], latency: LatencyModel, fairness: Fairness
+    snapshot: Snapshot, plan: Plan, chosen: Sequence[WorkOption], latency: LatencyModel, fairness: Fairness
 ) -> Decision:
     riding = chosen[0] if chosen and chosen[0].fused else None
     return Decision(
@@ -132,16 +132,16 @@ def _budget(snapshot: Snapshot, plan: Plan, latency: LatencyModel, config: Polic
         token_budget(snapshot, decoded, len(plan.finishing), at, next_ms),
         first_token_budget(snapshot, pending, plan.admit, at, next_ms, rows),
     )
-    slack = due - late - config.margin * sum(forward_late(snapshot, b, latency) for b in following)
+    headroom = due - late - config.margin * sum(forward_late(snapshot, b, latency) for b in following)
     prompt_ms = max((forward_ms(snapshot, b, latency) for b in prefill_buckets(snapshot.buckets)), default=0.0)
     unseen = arrival_budget(snapshot.slo.ttft_ms, prompt_ms)
-    share = config.train_share if math.isinf(slack) else config.train_floor
-    # With no inference row in this step nobody is held up: requests are there, but cannot be admitted.
+    share = config.train_share if math.isinf(headroom) else config.train_floor
+    # A step without inference rows delays no request: those present cannot be admitted anyway.
     earned = math.inf if share == 1 or plan.bucket is None else plan.ms * share / (1 - share)
     return Budget(
         idle=idle,
-        slack=slack if math.isinf(slack) else min(slack, unseen),
-        step=step_slack(snapshot) - late if decoded else math.inf,
+        headroom=headroom if math.isinf(headroom) else min(headroom, unseen),
+        step=step_headroom(snapshot) - late if decoded else math.inf,
         margin=config.margin,
         credit=snapshot.fairness.credit_ms + earned,
         longest=unseen if idle else min(unseen, config.max_quantum_ms),
@@ -149,7 +149,7 @@ def _budget(snapshot: Snapshot, plan: Plan, latency: LatencyModel, config: Polic
 
 
 def _next_forward(snapshot: Snapshot, plan: Plan, pending: bool, latency: LatencyModel) -> list[Bucket]:
-    """The forward after this one; two where prompts and decodes take turns."""
+    """The bucket of the next forward, or of the next two if prompts and decodes alternate."""
     running = len(snapshot.running) + len(plan.finishing)
     chunk = (BLOCK, 1) if pending else (0, 0)
     need = serving_need(running, *chunk)
@@ -158,6 +158,6 @@ def _next_forward(snapshot: Snapshot, plan: Plan, pending: bool, latency: Latenc
     bucket = cheapest(snapshot, need, latency)
     if bucket is not None:
         return [bucket]
-    halves = [serving_need(running), serving_need(0, *chunk)]  # they take turns
+    halves = [serving_need(running), serving_need(0, *chunk)]  # they alternate
     found = [cheapest(snapshot, h, latency) for h in halves if h is not None]
     return [b for b in found if b is not None]

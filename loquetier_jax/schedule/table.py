@@ -1,4 +1,4 @@
-"""A latency table in a file: how long the compiled functions of one model take on one card (configs/latency/)."""
+"""Latency tables in files (configs/latency/): how long the compiled functions of a model take on a given GPU."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from loquetier_jax.config_file import load_yaml
 from loquetier_jax.schedule.latency import BACKWARD, BACKWARD_SLICE, FORWARD, FORWARD_SLICE, OPTIMIZER, LatencyModel
 from loquetier_jax.schedule.types import SlicedShape
 
-HEADER = "# Forwards of rows that sample include the greedy sampler behind them.\n"
+HEADER = "# Forwards with sampled rows include the greedy sampler.\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """`ms` milliseconds of a function at the shape `bucket`."""
+    """The time of a function, `ms` milliseconds, at the shape `bucket`."""
 
     bucket: Bucket
     ms: float
@@ -27,18 +27,18 @@ class Timed:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
-    """What one card takes for the functions of an engine.
+    """Times of an engine's functions on one GPU.
 
     Attributes:
-        device, model: The card, and whose shapes.
-        source: Where the figures come from.
+        device, model: The GPU, and the model whose shapes were measured.
+        source: Where the measurements come from.
         date, commit, versions: Of the measurement.
         slices: Slices of a whole forward or backward.
-        forward: Buckets, those of training included, with the sampler behind them where rows sample; where a pass
-            begins, with the head of its backward.
-        forward_slice, backward_slice: One slice of it, by the shape of the pass; on average over them.
-        backward: All slices in one call.
-        optimizer_step_ms: Of one job.
+        forward: Forwards by bucket, including the sampler if rows are sampled, and the start of the backward if there
+            are train rows.
+        forward_slice, backward_slice: One slice, by the shape of the pass; the mean over its slices.
+        backward: All backward slices in one call.
+        optimizer_step_ms: Optimizer step of one job.
     """
 
     device: str
@@ -56,17 +56,17 @@ class LatencyTable:
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """All forwards."""
+        """Buckets of all forwards."""
         return tuple(timed.bucket for timed in self.forward)
 
     @property
     def sliced(self) -> tuple[SlicedShape, ...]:
-        """The shapes of passes whose forward runs in slices, too."""
+        """The shapes of passes whose forward can also run in slices."""
         shapes = [timed.bucket for timed in self.forward_slice]
         return tuple(SlicedShape(packs=b.packs, pack_tokens=b.pack_tokens, slices=self.slices) for b in shapes)
 
     def latency(self) -> LatencyModel:
-        """A model that predicts the table, and assumes the errors of one that has not been used."""
+        """A LatencyModel that predicts the table, with default errors."""
         model = LatencyModel()
         for function in (FORWARD, FORWARD_SLICE, BACKWARD_SLICE, BACKWARD):
             for timed in getattr(self, function):
@@ -88,14 +88,14 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyTable":
-        """Reads such a file.
+        """Reads a table.
 
         Raises:
-            ConfigError: no such file, no YAML, unknown or missing keys, or values out of range.
+            ConfigError: a missing file, invalid YAML, unknown or missing keys, or values out of range.
         """
         return load_yaml(cls, path)
 
 
 def _set_fields(bucket: Bucket) -> dict[str, int | str]:
-    """The fields of a bucket that are not at their defaults, and always one that says what it decodes."""
+    """The fields of a bucket that differ from their defaults."""
     return {f.name: v for f in dataclasses.fields(bucket) if (v := getattr(bucket, f.name)) != f.default}

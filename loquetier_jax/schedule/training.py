@@ -1,4 +1,4 @@
-"""What training or scoring could do next: options with their size and their price."""
+"""Lists the training and scoring work that could run next, as options with a size and a cost."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from loquetier_jax.schedule.types import JobView, Quantum, Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
-class Option:
-    """One thing that could be done.
+class WorkOption:
+    """One piece of work that could run next.
 
     Attributes:
-        ms: What it adds to the iteration.
-        late: By how much it adds more once in a hundred times.
-        size: Rows, slices or jobs: how much it does; compared between options of one list only.
-        fused: The bucket that replaces the plan's, when the rows ride in the same forward.
-        packs, score: What rides in it.
-        quantum: What runs after the forward, when it is not fused.
+        ms: Milliseconds that it adds to the iteration.
+        late: Milliseconds by which one in a hundred exceeds that.
+        size: Amount of work in rows, slices or jobs; only comparable within one list of options.
+        fused: The bucket that replaces the plan's, if the rows share the plan's forward.
+        packs, score: Packs in that forward.
+        quantum: What runs after the forward, if not fused.
     """
 
     ms: float
@@ -51,11 +51,11 @@ def job_share(snapshot: Snapshot) -> FairShare:
 
 def train_options(
     snapshot: Snapshot, plan: Plan, latency: LatencyModel, share: FairShare, max_lead: int
-) -> Iterator[list[Option]]:
-    """Yields lists of options to try in order: due optimizer steps, else the pass in flight, else new ones.
+) -> Iterator[list[WorkOption]]:
+    """Yields lists of options, to be tried in order: due optimizer steps, else the pass in flight, else new passes.
 
-    An optimizer step comes first: it is short, and its job cannot go on without it. Of new passes, those with
-    the job that was served least come first.
+    Optimizer steps come first because they are short and their jobs cannot continue without them. Among new passes,
+    those with the least served job come first.
     """
     due = [job.name for job in snapshot.jobs if job.status == "optimizer"]
     if due:
@@ -66,26 +66,26 @@ def train_options(
         yield from _new_pass_options(snapshot, plan, latency, share, max_lead)
 
 
-def _optimizer_options(due: list[str], latency: LatencyModel) -> Iterator[Option]:
+def _optimizer_options(due: list[str], latency: LatencyModel) -> Iterator[WorkOption]:
     ms = late = 0.0
     for i, name in enumerate(due, 1):
         ms += latency.predict((OPTIMIZER, name), 1)
         late += latency.late((OPTIMIZER, name), 1)
-        yield Option(ms=ms, late=late, size=i, quantum=Quantum(kind="optimizer", jobs=tuple(due[:i]), ms=ms))
+        yield WorkOption(ms=ms, late=late, size=i, quantum=Quantum(kind="optimizer", jobs=tuple(due[:i]), ms=ms))
 
 
-def _pass_options(snapshot: Snapshot, latency: LatencyModel) -> Iterator[Option]:
+def _pass_options(snapshot: Snapshot, latency: LatencyModel) -> Iterator[WorkOption]:
     view = snapshot.train_pass
     backward = view.stage == "backward"
     kind = "backward_slice" if backward else "forward_slice"
     for count in range(1, view.slices_left + 1):
         ms, late = slices_times(backward, view.packs, view.pack_tokens, count, view.slices, latency)
-        yield Option(ms=ms, late=late, size=count, quantum=Quantum(kind=kind, count=count, ms=ms))
+        yield WorkOption(ms=ms, late=late, size=count, quantum=Quantum(kind=kind, count=count, ms=ms))
 
 
 def _new_pass_options(
     snapshot: Snapshot, plan: Plan, latency: LatencyModel, share: FairShare, max_lead: int
-) -> Iterator[list[Option]]:
+) -> Iterator[list[WorkOption]]:
     shapes = {b.pack_tokens for b in snapshot.buckets if b.packs} | {s.pack_tokens for s in snapshot.sliced}
     ready = [j for j in snapshot.jobs if j.status == "ready" and j.packs > 0 and j.pack_tokens in shapes]
     while ready:
@@ -105,7 +105,7 @@ def _pack_options(
     jobs: list[JobView],
     share: FairShare,
     max_lead: int,
-) -> Iterator[Option]:
+) -> Iterator[WorkOption]:
     tokens = jobs[0].pack_tokens
     sliced = [s for s in snapshot.sliced if s.pack_tokens == tokens]
     limits = {b.packs for b in snapshot.buckets if b.packs and b.pack_tokens == tokens} | {s.packs for s in sliced}
@@ -117,25 +117,23 @@ def _pack_options(
         need = pass_shape(len(packs), tokens)
         for fused, bucket, ms, late in _forwards(snapshot, plan, latency, need):
             if fused:
-                yield Option(ms=ms, late=late, size=need.train_rows, fused=bucket, packs=packs)
+                yield WorkOption(ms=ms, late=late, size=need.train_rows, fused=bucket, packs=packs)
             else:
                 quantum = Quantum(kind="forward", packs=packs, bucket=bucket, ms=ms)
-                yield Option(ms=ms, late=late, size=need.train_rows, quantum=quantum)
+                yield WorkOption(ms=ms, late=late, size=need.train_rows, quantum=quantum)
     for shape in sliced:
         packs = order[: shape.packs]
         for count in range(1, shape.slices + 1):
             ms, late = slices_times(False, shape.packs, tokens, count, shape.slices, latency)
             bucket = pass_shape(shape.packs, tokens)
             quantum = Quantum(kind="forward_slice", count=count, packs=packs, bucket=bucket, ms=ms)
-            yield Option(ms=ms, late=late, size=len(packs) * tokens * count / shape.slices, quantum=quantum)
+            yield WorkOption(ms=ms, late=late, size=len(packs) * tokens * count / shape.slices, quantum=quantum)
 
 
 def _forwards(
     snapshot: Snapshot, plan: Plan, latency: LatencyModel, need: Bucket
 ) -> Iterator[tuple[bool, Bucket, float, float]]:
-    """(fused, bucket, added ms, how many more once in a hundred times) of the cheapest forward with the plan's rows
-    and of the cheapest without.
-    """
+    """(fused, bucket, added ms, p99 excess over that) of the cheapest separate forward and the cheapest fused one."""
     alone = cheapest(snapshot, need, latency)
     if alone is not None:
         yield False, alone, forward_ms(snapshot, alone, latency), forward_late(snapshot, alone, latency)
@@ -150,9 +148,9 @@ def _forwards(
         yield True, fused, forward_ms(snapshot, fused, latency) - plan.ms, late
 
 
-def score_options(snapshot: Snapshot, plan: Plan, latency: LatencyModel) -> list[Option]:
-    """Options for the score work that came first, joined by what fits beside it."""
-    options: list[Option] = []
+def score_options(snapshot: Snapshot, plan: Plan, latency: LatencyModel) -> list[WorkOption]:
+    """Options for the oldest score work, together with whatever else fits into the bucket."""
+    options: list[WorkOption] = []
     if not snapshot.score:
         return options
     waiting = [(view.id, view.tokens) for view in snapshot.score for _ in range(view.packs)]
@@ -163,8 +161,8 @@ def score_options(snapshot: Snapshot, plan: Plan, latency: LatencyModel) -> list
         need = Bucket(score_packs=len(ids), score_tokens=tokens)
         for fused, bucket, ms, late in _forwards(snapshot, plan, latency, need):
             if fused:
-                options.append(Option(ms=ms, late=late, size=len(ids), fused=bucket, score=ids))
+                options.append(WorkOption(ms=ms, late=late, size=len(ids), fused=bucket, score=ids))
             else:
                 quantum = Quantum(kind="forward", score=ids, bucket=bucket, ms=ms)
-                options.append(Option(ms=ms, late=late, size=len(ids), quantum=quantum))
+                options.append(WorkOption(ms=ms, late=late, size=len(ids), quantum=quantum))
     return options

@@ -1,4 +1,4 @@
-"""What the scheduler sees and what it decides: plain frozen data, seconds unless a name ends in _ms."""
+"""The scheduler's input and output: frozen dataclasses; times are in seconds unless a name ends in _ms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,15 +13,15 @@ QuantumKind = Literal["forward", "forward_slice", "backward_slice", "optimizer"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoding:
-    """A request whose prompt is done and whose first token exists.
+    """A request past its prefill.
 
     Attributes:
-        id: Of the request.
-        first_token_time, last_token_time: When its first and its latest token came, or are expected to come out of
-            the work in flight.
+        id: Id of the request.
+        first_token_time, last_token_time: When its first and latest token were read, or are expected to be if in
+            flight.
         num_output: Tokens dispatched so far, >= 1.
-        remaining: Most tokens still to come.
-        pages: KV pages that it gives back at its end.
+        remaining: Maximum tokens still to come.
+        pages: KV pages that it will return at its end.
     """
 
     id: str
@@ -44,13 +44,13 @@ class Prefilling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
-    """A request not admitted yet.
+    """A request not yet admitted.
 
     Attributes:
-        id, adapter, arrival: As above.
+        id, adapter, arrival: As in Prefilling.
         prompt_tokens: Length of its prompt.
-        pages: KV pages of prompt + max_tokens.
-        adapter_pages: Adapter pages that admitting it pins: 0 when a running request has pinned its adapter.
+        pages: KV pages for prompt + max_tokens.
+        adapter_pages: Adapter pages that admitting it pins; 0 if a running request already pins its adapter.
     """
 
     id: str
@@ -66,13 +66,13 @@ class JobView:
     """A fine-tuning job.
 
     Attributes:
-        name: Unique.
+        name: Unique name.
         status: "ready": has packs to run; "in_pass": its packs are in the pass in flight; "optimizer": its
-            optimizer step is due; "waiting": has nothing to do (paused, finished) and claims nothing.
+            optimizer step is due; "waiting": has no work (paused, finished) and is not counted for fairness.
         pack_tokens: Rows of its packs.
-        packs: Packs that may still be started before its next optimizer step. 0 for a job in a pass says that
-            the step is due when the pass is done.
-        group: Jobs of equal pack_tokens and group may ride one step; e.g. the name of a job's own loss.
+        packs: Packs that may still be started before its next optimizer step. For a job in a pass, 0 means that the
+            optimizer step is due after the pass.
+        group: Jobs with equal pack_tokens and group can share a pass, e.g. the name of a custom loss.
     """
 
     name: str
@@ -90,7 +90,7 @@ class PassView:
         packs, pack_tokens: Shape of its compiled functions.
         stage: "forward" while forward slices are left (sliced passes only), then "backward".
         slices: Slices of a whole forward, or of a whole backward.
-        slices_left: Of this stage, >= 1; a pass without any left is no longer in flight.
+        slices_left: Slices left in this stage, >= 1; a pass with none left is no longer in flight.
     """
 
     packs: int
@@ -111,7 +111,7 @@ class SlicedShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerTime:
-    """How long the sampler of `rows` rows is predicted to take: ms, and by how many more once in a hundred times."""
+    """Predicted time of the sampler for `rows` rows: `ms`, exceeded by `late` ms once in a hundred times."""
 
     rows: int
     ms: float
@@ -120,7 +120,7 @@ class SamplerTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreView:
-    """`packs` packs of at most `tokens` rows to be scored: evaluation, log_probs, prompt_logprobs."""
+    """`packs` packs of at most `tokens` rows to score, for evaluations, log_probs or prompt_logprobs."""
 
     id: str
     tokens: int
@@ -129,15 +129,15 @@ class ScoreView:
 
 @dataclass(frozen=True, kw_only=True)
 class Fairness:
-    """What one decision leaves to the next; the engine hands it back unread.
+    """State carried from one decision to the next; opaque to the engine.
 
     Attributes:
-        adapters: Prompt tokens that adapters are ahead of the least served one.
-        jobs: Packs that jobs are ahead of the least served one.
-        overtaken: How many later requests were admitted before a waiting one that did not fit.
-        credit_ms: Device time that training may take before inference has had its share again.
-        prefill_waits: Decisions in a row that put prefill off.
-        score_turn: Whether scoring goes before training when both wait.
+        adapters: Prompt tokens by which adapters are ahead of the least served one.
+        jobs: Packs by which jobs are ahead of the least served one.
+        overtaken: Waiting request that did not fit -> number of later requests admitted before it.
+        credit_ms: Device time that training has earned; negative if inference is owed time.
+        prefill_waits: Number of consecutive decisions that postponed prefill.
+        score_turn: Whether scoring goes before training if both have work.
     """
 
     adapters: Mapping[str, float] = field(default_factory=dict)
@@ -150,27 +150,27 @@ class Fairness:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All that a decision depends on.
+    """Everything a decision depends on.
 
     Attributes:
-        now: When what is decided can start, seconds on the engine's clock: the host is a step ahead of the device, so
-            that is when the work in flight is predicted to end.
-        late_ms: By how much later that is once in a hundred times.
+        now: When the decided work can start, in seconds on the engine's clock: the predicted end of the work in
+            flight, since the host is one step ahead of the device.
+        late_ms: Milliseconds by which one in a hundred such predictions is exceeded.
         buckets: The forwards that are compiled now.
-        samplers: What runs behind a forward whose rows sample, at the level that the admitted requests ask for; where
-            a number of rows is not here, the forward's time is that of both.
+        samplers: Times of the samplers, at the level needed by the running requests; for row counts not listed, the
+            forward's time includes the sampler.
         running: Requests that decode.
-        prefilling: Admitted requests with prompt left, in order of arrival.
-        waiting: Requests not admitted, in order of arrival (a prefix of the queue will do).
+        prefilling: Admitted requests with prompt tokens left, in order of arrival.
+        waiting: Requests not admitted, in order of arrival; may be a prefix of the queue.
         free_slots, free_pages: Slots and KV pages that can be taken now.
-        free_adapter_pages: Adapter pages free or evictable: those that no running request and no job pins.
+        free_adapter_pages: Adapter pages that are free or evictable, i.e. not pinned by a running request or a job.
         jobs: Fine-tuning jobs in order of creation.
-        train_pass: The pass in flight, if any; only one is.
+        train_pass: The pass in flight, if any; there is at most one.
         sliced: Pass shapes with compiled forward slices.
         slices: Backward slices of a pass.
         score: Score work in order of arrival.
-        slo: The promise to requests.
-        fairness: From the decision before; Fairness() at first.
+        slo: The latency targets.
+        fairness: From the previous decision; initially Fairness().
     """
 
     now: float
@@ -194,18 +194,18 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantum:
-    """A piece of training or scoring that is dispatched after the step's forward.
+    """A piece of training or scoring work dispatched after the step's forward.
 
     Attributes:
-        kind: "forward": run `bucket` with `packs` or `score` and no inference row. "forward_slice",
-            "backward_slice": the next `count` slices of the pass in flight, or, if `packs` are named, of a
-            new sliced pass. "optimizer": the optimizer step of `jobs`.
-        count: Slices.
+        kind: "forward": run `bucket` with `packs` or `score` and no inference rows. "forward_slice",
+            "backward_slice": the next `count` slices of the pass in flight, or of a new sliced pass if `packs` are
+            given. "optimizer": the optimizer steps of `jobs`.
+        count: Number of slices.
         packs: One job name per pack of a new pass, in order.
         score: One id per score pack.
-        jobs: Whose optimizer steps.
+        jobs: Names of the jobs whose optimizer steps run.
         bucket: The train or score bucket of a "forward"; the pass shape of a new sliced pass.
-        ms: Predicted.
+        ms: Predicted time.
     """
 
     kind: QuantumKind
@@ -223,15 +223,15 @@ class Decision:
 
     Attributes:
         admit: Waiting requests to give a slot and KV pages.
-        bucket: The forward to run; None when there is none.
+        bucket: The forward to run, or None.
         decode: Requests that decode in it.
-        prefill: (id, prompt tokens) in it, admitted ones included.
-        packs: One job name per training pack fused into it: starts a pass.
+        prefill: (id, number of prompt tokens) in it, including newly admitted requests.
+        packs: One job name per training pack fused into it, which starts a pass.
         score: One id per score pack fused into it.
-        quanta: What is dispatched after it, in order: one quantum, or several stages of one pass where the
-            promise leaves time for them.
+        quanta: What is dispatched after it, in order: one quantum, or several stages of one pass if the latency targets
+            leave time for them.
         forward_ms: Predicted time of the forward.
-        fairness: To be put into the next snapshot.
+        fairness: To be passed in the next snapshot.
     """
 
     admit: tuple[str, ...] = ()
@@ -246,10 +246,10 @@ class Decision:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether there is no work."""
         return self.bucket is None and not self.quanta
 
     @property
     def predicted_ms(self) -> float:
-        """Forward and quanta together."""
+        """Predicted time of the forward and all quanta."""
         return self.forward_ms + sum(q.ms for q in self.quanta)

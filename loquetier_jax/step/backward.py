@@ -1,4 +1,4 @@
-"""The backward, by replay: train rows only, in slices of layers, gradients of adapters in training only."""
+"""The backward, by replay: for train rows only, in slices of layers, with gradients only for adapters in training."""
 
 import jax
 import jax.numpy as jnp
@@ -30,18 +30,18 @@ def backward_start(
     flat: Int[Array, " N"],
     extras: dict[str, Float[Array, "G _"]],
 ) -> tuple[Float[Array, "T D"], Float[Array, " G"] | None]:
-    """From the log-probs of the targets to d loss / d hidden.
+    """Computes the losses, and d loss / d hidden from the targets' log-probs.
 
     Args:
-        packs, loss, template: Static: G, the jobs' own loss or None, shapes of the TrainRows.
+        packs, loss, template: Static: G, the jobs' custom loss or None, shapes of the TrainRows.
         head: {"norm", "lm_head" or "embed_tokens"}.
         hidden: [T, D] final hidden states of the train rows. (Not donated: it is also the last layer's output.)
-        logp: [T] as the forward returned them; a loss may depend on them.
+        logp: [T] as returned by the forward; a loss may depend on them.
         flat: The TrainRows as one int32 buffer.
-        extras: [G, L] or [G, S] each, what the samples brought along for `loss`; {} without one.
+        extras: The samples' inputs to `loss`, [G, L] or [G, L / SAMPLE_ALIGN] each; {} without a custom loss.
 
     Returns:
-        [T, D] in the compute dtype; the loss of each pack, [G] f32, None for cross-entropy.
+        (d loss / d hidden, [T, D] in the compute dtype; the loss of each pack, [G] f32, or None for cross-entropy).
     """
     train = unravel(template, flat)
     rows = (logp, train.weights, train.rows.targets, train.rows.positions, train.rows.segments)
@@ -67,25 +67,25 @@ def backward_slice(
     first: Int[Array, ""],
     flat: Int[Array, " N"],
 ) -> tuple[Float[Array, "T D"], AdapterPages]:
-    """Replays some layers, last first, and adds their adapter gradients to the pool.
+    """Replays a slice of layers, last layer first, and adds their adapter gradients to the gradient pool.
 
     Args:
-        tokens, pack_pages, use_dropout: Static: rows of a pack, most pages of a pack's adapter, LoRA dropout.
+        tokens, pack_pages, use_dropout: Static: rows of a pack, maximum pages of a pack's adapter, LoRA dropout.
         window_layer: Static: first layer of the slice, for its attention windows.
-        layers, pages, kept, grads: Those of the slice, in order; `grads` is donated, `kept` cannot be (no output has
-            its shapes): it dies when the caller drops the last reference.
-        dx: [T, D] gradient of the slice's output; kept, because its readiness tells that the slice before is done.
-        first: Traced index of the slice's first layer (dropout), so that slices share a compile.
+        layers, pages, kept, grads: Those of the slice, in order. `grads` is donated. `kept` cannot be, because no
+            output has its shapes; it is freed when the caller drops the last reference.
+        dx: [T, D] gradient of the slice's output; not donated: its readiness signals the end of the previous slice.
+        first: Traced index of the slice's first layer, for dropout; traced so that slices share a compile.
 
     Returns:
-        Gradient of the slice's input, and the pool: only rows `train.grad_pages` changed (and row 0, a bin).
+        (gradient of the slice's input, updated pool: only pages `train.grad_pages`, and trash page 0, change).
     """
     train = unravel(template, flat)
     rope = rope_tables(spec, train.rows.positions)
     plan, pool_ids = pack_plan(train.pages[:, :pack_pages], tokens), train.grad_pages[:, :pack_pages]
     out = []
     for i in reversed(range(len(layers))):
-        # Dead code: only their cotangents are read.
+        # Never materialised: only the taps' cotangents are used.
         taps = jax.tree.map(lambda a: jnp.zeros((*pool_ids.shape, *a.shape[1:]), jnp.float32), pages.layers[i])
         ops = (window_layer + i, first + i, layers[i], pages.layers[i], plan)
 

@@ -1,4 +1,4 @@
-"""Every compiled function of an engine, made ahead of time from static shapes: after warm-up nothing compiles."""
+"""All compiled functions of an engine, compiled ahead of time from static shapes: nothing compiles after warm-up."""
 
 import functools
 import logging
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 
 def compiler_options(bucket: Bucket) -> dict[str, str]:
-    """XLA options of a bucket's forward: on a CPU those that keep a row's bits (see `cpu_bits`).
+    """XLA options of a bucket's forward; on CPU, those that make rows bit-identical (see `cpu_bits`).
 
-    On a GPU, with few decode rows, independent kernels run at one time: those of the LoRA delta hide behind
-    the base GEMMs, the writes of the cache behind each other. Temporaries then share no memory: nothing at decode, but
-    twice as much (0.5 GB more) in a mixed step or a backward.
+    On a GPU with few decode rows, independent kernels run concurrently: LoRA deltas are hidden behind the base GEMMs,
+    and cache writes overlap. Temporaries then do not share memory, which is negligible at decode but would double it
+    (0.5 GB more) in a mixed step or a backward.
     """
     if bucket.rows == bucket.decode <= FEW_ROWS and jax.default_backend() == "gpu":
         return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
@@ -45,14 +45,14 @@ def _compile(f: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = (
 
 @dataclass(frozen=True)
 class TrainKey:
-    """What the compiled training functions of a pass depend on; jobs with equal keys ride one step.
+    """What the compiled functions of a training pass depend on; jobs with equal keys can share a pass.
 
     Attributes:
-        packs, pack_tokens: Packs of the pass and rows of each.
-        pages: Most rank-16 pages of an adapter in the pass.
+        packs, pack_tokens: Number of packs and rows per pack.
+        pages: Maximum rank-16 pages of an adapter in the pass.
         dropout: Whether any of the jobs has LoRA dropout.
-        loss: None for cross-entropy, or the jobs' own loss.
-        extras: What their samples bring along for it.
+        loss: None for cross-entropy, or the jobs' custom loss.
+        extras: The samples' extra inputs to it.
     """
 
     packs: int
@@ -64,15 +64,15 @@ class TrainKey:
 
     @property
     def bucket(self) -> Bucket:
-        """The bucket of a step with these packs and nothing else."""
+        """The bucket of a step with only these packs."""
         return Bucket(packs=self.packs, pack_tokens=self.pack_tokens)
 
 
 class StepFunctions:
-    """Compiles step functions once and hands them out.
+    """Compiles every step function once and caches it.
 
-    Thread-safe: a background thread may compile training functions while serving ones run. Compiled functions
-    reject other shapes with a TypeError: a step outside the lattice is a bug and shows as one.
+    Thread-safe: a background thread may compile training functions while serving functions run. Compiled functions
+    reject other shapes with a TypeError, so that a step outside the bucket list fails visibly.
     """
 
     def __init__(self, spec: DecoderSpec, cfg: EngineConfig, state: DeviceState) -> None:
@@ -92,7 +92,7 @@ class StepFunctions:
             return self._compiled[key]
         with self._lock:
             own = self._building.setdefault(key, threading.Lock())
-        with own:  # two askers of one function: one compiles, the other waits
+        with own:  # of two threads that need the same function, one compiles and the other waits
             if key not in self._compiled:
                 log.debug("compiling %s", key)
                 self._compiled[key] = build()
@@ -139,7 +139,7 @@ class StepFunctions:
     def forward_slice(self, key: TrainKey, start: int, stop: int) -> Callable[..., Any]:
         """(layers, pages, x, flat) -> (x, kept) for layers [start, stop).
 
-        With dropout the layer index is part of the mask, so a compile belongs to its own slice.
+        With dropout the layer index determines the mask, so every slice has its own compile.
         """
         template = shapes_of(empty_batch(key.bucket, self.cfg))
         windows = self.spec.sliding_window[start:stop]
@@ -177,7 +177,7 @@ class StepFunctions:
         return self._get(("backward_start", key.bucket, key.loss, key.extras), build)
 
     def loss_value(self, key: TrainKey) -> Callable[..., Any]:
-        """(logp [L], weights [L], LossBatch) -> the loss of one scored pack; of jobs with a loss of their own."""
+        """(logp [L], weights [L], LossBatch) -> the loss of one scored pack, for jobs with a custom loss."""
         rows = jax.ShapeDtypeStruct((key.pack_tokens,), jnp.float32)
         ints = jax.ShapeDtypeStruct((key.pack_tokens,), jnp.int32)
         extras = empty_extras(key.extras, 1, key.pack_tokens)
@@ -219,13 +219,13 @@ class StepFunctions:
         return self._get(("backward_slice", key.bucket, key.pages, key.dropout, windows), build)
 
     def slices(self, length: int) -> list[tuple[int, int]]:
-        """[start, stop) of consecutive slices of `length` layers (0: all in one), first to last."""
+        """[start, stop) of consecutive slices of `length` layers, first to last; 0 gives one slice of all layers."""
         layers = self.spec.num_hidden_layers
         step = length or layers
         return [(a, min(a + step, layers)) for a in range(0, layers, step)]
 
     def prepare_training(self, key: TrainKey) -> None:
-        """Compiles what a pass of this key alone may run: whole and sliced, forward and backward."""
+        """Compiles everything that a pass of this key by itself may run: whole and sliced, forward and backward."""
         lengths = {0, self.cfg.slice_layers}
         self.forward(key.bucket, key.dropout)
         self.backward_start(key)
@@ -246,7 +246,7 @@ class StepFunctions:
         return jax.ShapeDtypeStruct((key.bucket.train_rows, self.spec.hidden_size), jnp.dtype(self.cfg.dtype))
 
     def _kept(self, key: TrainKey) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of what the forward keeps of one layer; of any: layers differ in nothing that is kept."""
+        """Shapes of the activations kept for one layer, which are the same for all layers."""
         template = shapes_of(empty_batch(key.bucket, self.cfg))
         f = functools.partial(forward_slices.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, 0)
         arrays = self._params["layers"][:1], self._pages.cut(0, 1), self._hidden(key), self._flat(template)

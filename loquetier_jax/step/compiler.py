@@ -1,4 +1,4 @@
-"""Compiling on threads of its own, so that serving goes on meanwhile."""
+"""Compiles in background threads, so that serving continues meanwhile."""
 
 import logging
 import threading
@@ -8,7 +8,7 @@ log = logging.getLogger(__name__)
 
 
 class BackgroundCompiler:
-    """Builds compiled functions, each on a thread of its own."""
+    """Compiles functions, each in its own thread."""
 
     def __init__(self) -> None:
         self._threads: dict[Hashable, threading.Thread] = {}
@@ -16,7 +16,7 @@ class BackgroundCompiler:
         self._ready: set[Hashable] = set()
 
     def request(self, key: Hashable, build: Callable[[], None]) -> None:
-        """Starts `build` unless it has been asked for under this key before."""
+        """Starts `build` in a new thread, unless this key has been requested before."""
         if key in self._threads:
             return
 
@@ -24,11 +24,11 @@ class BackgroundCompiler:
             try:
                 build()
                 self._ready.add(key)
-            except Exception as error:  # handed to whoever asks: a thread has no caller to raise to
+            except Exception as error:  # raised later by `ready`
                 log.exception("compiling %s failed", key)
                 self._errors[key] = error
 
-        # No daemon: an interpreter that ends while XLA compiles is aborted.
+        # Not a daemon: the interpreter aborts if it exits while XLA compiles.
         self._threads[key] = threading.Thread(target=run, name="compile")
         self._threads[key].start()
 
@@ -36,14 +36,14 @@ class BackgroundCompiler:
         """Whether `build` has finished.
 
         Raises:
-            Exception: what it failed with.
+            Exception: the one that `build` raised.
         """
         if key in self._errors:
             raise self._errors[key]
         return key in self._ready
 
     def forget(self, key: Hashable) -> None:
-        """Drops what is known of a key whose build has ended, its error included; it may be asked for again."""
+        """Forgets a key whose build has ended, including its error, so that it may be requested again."""
         if key in self._threads and not self._threads[key].is_alive():
             del self._threads[key]
             self._errors.pop(key, None)
@@ -55,6 +55,6 @@ class BackgroundCompiler:
         return any(thread.is_alive() for thread in self._threads.values())
 
     def wait(self) -> None:
-        """Returns when nothing is being compiled."""
+        """Waits until nothing is being compiled."""
         for thread in list(self._threads.values()):
             thread.join()

@@ -1,4 +1,4 @@
-"""LoRA dropout as a counter hash: regenerated in the replay, never kept, independent of where a row is batched."""
+"""LoRA dropout from a counter-based hash: regenerated in the replay, never stored, independent of batching."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
@@ -12,7 +12,7 @@ GROUP_SALT = {
 
 
 def _mix(h: UInt[Array, "*s"]) -> UInt[Array, "*s"]:
-    """murmur3's finalizer: every input bit reaches every output bit."""
+    """murmur3's finalizer: every input bit affects every output bit."""
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return h ^ (h >> 16)
@@ -25,14 +25,14 @@ def dropout(
     layer: Int[Array, ""],
     group: str,
 ) -> Float[Array, "T D"]:
-    """Inverted dropout of a projection group's adapter input (PEFT drops the adapter's input only).
+    """Inverted dropout of a projection group's adapter input (like PEFT, which drops only the adapter's input).
 
     Args:
         x: Adapter input, train rows only.
-        keys: Hash of (job seed, optimizer step, sample, position) of each row.
-        rates: Drop probability of each row; a row of rate 0 comes back with its bits unchanged.
-        layer: Index of the layer, traced, so that slices of layers share a compile.
-        group: Projection group: one mask per projection input.
+        keys: Hash of (job seed, optimizer step, sample, position) per row.
+        rates: Drop probability per row; rows with rate 0 are returned bit for bit.
+        layer: Index of the layer, traced so that slices of layers share a compile.
+        group: Projection group; each has its own mask.
 
     Returns:
         x where kept, divided by 1 - rate; 0 elsewhere.

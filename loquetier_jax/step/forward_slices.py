@@ -1,4 +1,4 @@
-"""The forward of train rows alone, some layers at a time, for packs whose whole one would overrun a promise."""
+"""The forward of train rows alone, in slices of layers, for packs whose whole forward would miss a latency target."""
 
 from jaxtyping import Array, Float, Int
 
@@ -14,10 +14,10 @@ from loquetier_jax.step.unified import Kept, run_layers
 def forward_start(
     spec: DecoderSpec, template: SegmentBatch, params: Params, flat: Int[Array, " N"]
 ) -> Float[Array, "T D"]:
-    """Embeddings of the train rows of a step that has no other rows.
+    """Embeddings of the train rows in a step without other rows.
 
     Args:
-        spec, template: Static: the base, and the shapes of the batch.
+        spec, template: Static: architecture, and shapes of the batch.
         params: The frozen base.
         flat: The batch as one int32 buffer.
     """
@@ -37,16 +37,16 @@ def forward_slice(
     x: Float[Array, "T D"],
     flat: Int[Array, " N"],
 ) -> tuple[Float[Array, "T D"], Kept]:
-    """Some layers.
+    """Runs a slice of layers.
 
     Args:
-        spec, cfg, bucket, template, use_dropout, first: Static: what is compiled; index of the first layer.
+        spec, cfg, bucket, template, use_dropout, first: Static; `first` is the index of the first layer.
         layers, pages: Those of the slice, in order.
-        x: The first one's input.
+        x: Input of the first layer.
         flat: The batch as one int32 buffer.
 
     Returns:
-        The last one's output, and what is kept of each.
+        (output of the last layer, activations kept for each layer).
     """
     batch = unravel(template, flat)
     rope = rope_tables(spec, batch.train.rows.positions)
@@ -65,9 +65,9 @@ def forward_end(
     """Log-probs of the targets from the final hidden states: {"logp", "correct"}, [T] each.
 
     Args:
-        spec, cfg, template: Static: what is compiled.
+        spec, cfg, template: Static.
         head: See `step.state.head_params`.
-        x: The last layer's output.
+        x: Output of the last layer.
         flat: The batch as one int32 buffer.
     """
     batch = unravel(template, flat)

@@ -1,4 +1,4 @@
-"""The head: final norm, LM head and log-softmax of hidden rows, the same for what is scored and what is sampled."""
+"""The head: final norm, LM head and log-softmax, shared by scoring and sampling."""
 
 import functools
 from typing import Any
@@ -15,14 +15,13 @@ from loquetier_jax.models.spec import DecoderSpec
 
 @flax.struct.dataclass
 class Distribution:
-    """What the model says of the next token of n rows, f32.
+    """The next-token distributions of n rows, f32.
 
-    A log-prob is (z - best) - total, as in jax.nn.log_softmax, but nothing of the vocabulary's size is written besides
-    the logits.
+    A log-prob is (z - best) - total, as in jax.nn.log_softmax, but the logits are the only vocabulary-sized array.
 
     Attributes:
         logits: [n, V] z.
-        best: [n] their maximum.
+        best: [n] max z.
         total: [n] log sum exp(z - best).
     """
 
@@ -31,18 +30,18 @@ class Distribution:
     total: Float[Array, " n"]
 
     def logits_of(self, tokens: Int[Array, " n"]) -> Float[Array, " n"]:
-        """The logit of one token of each row."""
+        """The logit of one token per row."""
         return jnp.take_along_axis(self.logits, tokens[:, None], axis=1)[:, 0]
 
     def logp_of(self, tokens: Int[Array, " n"]) -> Float[Array, " n"]:
-        """The log-prob of one token of each row."""
+        """The log-prob of one token per row."""
         return (self.logits_of(tokens) - self.best) - self.total
 
     def alternatives(self, tokens: Int[Array, " n"], top: int) -> dict[str, Array]:
-        """The most likely tokens beside one of each row.
+        """The most likely tokens of each row, and the rank of one given token.
 
         Returns:
-            {"top_ids": [n, top] i32, "top_logp": [n, top] f32, "rank": [n] i32, that token's, 1 = most likely}.
+            {"top_ids": [n, top] i32, "top_logp": [n, top] f32, "rank": [n] i32 of `tokens`, 1 = most likely}.
         """
         values, ids = jax.lax.top_k(self.logits, top)
         own = self.logits_of(tokens)
@@ -54,10 +53,10 @@ class Distribution:
 
 
 def distribution(spec: DecoderSpec, params: dict[str, Any], x: Float[Array, "n D"]) -> Distribution:
-    """What follows final hidden states (before the norm).
+    """Next-token distributions from final hidden states (before the norm).
 
-    Filled up to a multiple of PACK_ALIGN rows: fewer take another GEMM on the XLA CPU path, whose last bits differ. So
-    a row says the same whether it is trained on, scored or sampled from, and whoever is beside it.
+    Pads to a multiple of PACK_ALIGN rows, because fewer rows take a different GEMM on the XLA CPU path, with different
+    last bits. A row's result is therefore the same whether it is trained on, scored or sampled, and in any batch.
     """
     padded = jnp.pad(x, ((0, -x.shape[0] % PACK_ALIGN), (0, 0)))
     z = logits(spec, params, final_norm(spec, params, padded))[: x.shape[0]]
@@ -66,7 +65,7 @@ def distribution(spec: DecoderSpec, params: dict[str, Any], x: Float[Array, "n D
 
 
 def chunk_rows(rows: int, limit: int) -> int:
-    """The largest divisor of `rows` that is a multiple of PACK_ALIGN and at most `limit` (PACK_ALIGN at least)."""
+    """The largest divisor of `rows` that is a multiple of PACK_ALIGN and at most max(limit, PACK_ALIGN)."""
     fits = [
         c for c in range(PACK_ALIGN, rows + 1, PACK_ALIGN) if rows % c == 0 and c <= max(limit, PACK_ALIGN)
     ]
@@ -82,11 +81,11 @@ def score_rows(
     limit: int,
     top: int,
 ) -> dict[str, Array]:
-    """Scores rows chunk by chunk, so that vocabulary-sized logits exist only for `limit` rows at once.
+    """Scores rows in chunks, so that vocabulary-sized logits exist for at most `limit` rows at a time.
 
     Returns:
-        {"logp": [T] f32, "correct": [T] bool, whether the target is the arg max}; with top > 0 also what
-        `Distribution.alternatives` gives.
+        {"logp": [T] f32, "correct": [T] bool, whether the target is the argmax}; with top > 0 also the arrays of
+        `Distribution.alternatives`.
     """
     c = chunk_rows(x.shape[0], limit)
 
@@ -110,7 +109,7 @@ def backward_head(
     *,
     limit: int,
 ) -> Float[Array, "T D"]:
-    """d loss / d x (final hidden states, before the norm) from d loss / d log-prob; logits are recomputed by chunk."""
+    """d loss / d x (final hidden states, before the norm) from d loss / d log-prob; recomputes logits in chunks."""
     c = chunk_rows(x.shape[0], limit)
 
     def chunk(args: tuple[Array, Array, Array]) -> Array:

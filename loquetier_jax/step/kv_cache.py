@@ -1,4 +1,4 @@
-"""The paged cache of keys and values on the device."""
+"""The paged KV cache on the device."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ from loquetier_jax.models.spec import DecoderSpec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Pages of one layer; page 0 is trash.
+    """The KV pages of one layer; page 0 is the trash page.
 
     Attributes:
-        k, v: [pages, page_size, K, H], keys rotated, compute dtype.
+        k, v: [pages, page_size, K, H] in the compute dtype; keys are rotated.
     """
 
     k: Float[Array, "pages page_size K H"]
@@ -32,5 +32,5 @@ class KVCache:
     def write(
         self, page: Int[Array, " T"], offset: Int[Array, " T"], k: Float[Array, "T K H"], v: Float[Array, "T K H"]
     ) -> "KVCache":
-        """Each row's key and value at its place; in place where the buffers are donated."""
+        """Writes each row's key and value at (page, offset); in place if the buffers are donated."""
         return KVCache(self.k.at[page, offset].set(k), self.v.at[page, offset].set(v))

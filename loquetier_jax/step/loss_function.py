@@ -1,4 +1,4 @@
-"""How a loss of one's own wants to be called."""
+"""The signature of custom losses."""
 
 import inspect
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from loquetier_jax.errors import ConfigError
 
 
 def takes_batch(loss: Callable[..., Any]) -> bool:
-    """Whether a loss takes a LossBatch beside log-probs and weights.
+    """Whether a loss takes a LossBatch in addition to log-probs and weights.
 
-    It does if it cannot do with two arguments, or if its third one is named `batch`, whatever its default.
+    It does if it requires three arguments, or if its third parameter is named `batch`, even if it has a default.
 
     Raises:
-        ConfigError: it takes neither two nor three.
+        ConfigError: it can be called with neither two nor three arguments.
     """
     for count in (2, 3):
-        with suppress(TypeError, ValueError):  # ValueError: a builtin that tells no signature
+        with suppress(TypeError, ValueError):  # ValueError: a builtin without a signature
             signature = inspect.signature(loss)
             signature.bind(*range(count))
             return count == 3 or _names_batch(signature)

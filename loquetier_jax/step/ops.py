@@ -1,4 +1,4 @@
-"""A layer's expensive operations in the forward: computed for all rows, kept for the train rows.
+"""A layer's expensive operations in the forward: computed for all rows, with train rows' results kept.
 
 `models.decoder.layer` is the one definition of a layer; it reaches GEMMs, adapters and attention only through an
 `ops` object: `ForwardOps` here, or `replay.ReplayOps` in the backward.
@@ -49,12 +49,12 @@ def attend_packs(
 
 
 def shrunk(group: str) -> str:
-    """The name under which a group's S = x A^T is kept: [train rows, targets, max_lora_pages, 16]."""
+    """The key under which a group's S = x A^T is kept: [train rows, targets, max_lora_pages, 16]."""
     return f"{group}.S"
 
 
 def lora_plan(batch: SegmentBatch, bucket: Bucket) -> SmlmPlan:
-    """The plan of a step's LoRA, with the packs whose S is kept."""
+    """The SMLM plan of a step, including the packs whose S is kept."""
     if batch.train is None:
         return batch.lora
     return replace(batch.lora, pack_pages=batch.train.pages, pack_rows=bucket.pack_tokens)
@@ -66,9 +66,9 @@ class ForwardOps:
 
     Attributes:
         weights, pages: The layer's base weights and adapter pages.
-        kv: The layer's cache; replaced by the written one.
-        plan: `lora_plan` of the batch; replaced by the one for the next layer.
-        kept: Filled with the train rows of every named result in `cfg.keep`, and with every group's S.
+        kv: The layer's KV cache; replaced when written.
+        plan: `lora_plan` of the batch; replaced after every use, see `smlm_fwd`.
+        kept: Collects the train rows of every result named in `cfg.keep`, and every group's S.
         use_dropout: Whether train rows have LoRA dropout in this compile.
     """
 
@@ -94,7 +94,7 @@ class ForwardOps:
             self.kept[shrunk(group)] = S
 
     def lora_input(self, group: str, h: Float[Array, "T in"]) -> Float[Array, "T in"]:
-        """h, in its train rows with their adapters' dropout."""
+        """h, with LoRA dropout applied to its train rows."""
         train, rows = self.batch.train, self.bucket.train_rows
         if not self.use_dropout or train is None:
             return h
@@ -103,7 +103,7 @@ class ForwardOps:
         return jnp.concatenate([dropped, h[rows:]])
 
     def linear(self, group: str, h: Float[Array, "T in"]) -> Float[Array, "T out"]:
-        """Base projection of all rows plus every row's adapter."""
+        """Base projection of all rows plus every row's LoRA delta."""
         y, x, lora = self.weights[group].dot(h), self.lora_input(group, h), self.pages[group]
         outs = self.spec.group_shapes[group][1]
         y, S, self.plan = smlm_fwd(
@@ -113,7 +113,7 @@ class ForwardOps:
         return self.keep(group, y)
 
     def mlp(self, h: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """The gated MLP of all rows, each with its adapter."""
+        """The gated MLP of all rows, including LoRA deltas."""
         group = "gate_up_proj"
         y, x, lora = self.weights[group].dot(h), self.lora_input(group, h), self.pages[group]
         out, gate_up, S, self.plan = smlm_glu(
@@ -134,7 +134,7 @@ class ForwardOps:
     def attend(
         self, q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"]
     ) -> Float[Array, "T NH"]:
-        """Packs attend among themselves; prefill and decode rows write the cache, then read it."""
+        """Packs attend within themselves; prefill and decode rows write the KV cache, then read it."""
         b, bucket, parts, at = self.batch, self.bucket, [], 0
         for rows, count, tokens in (
             (b.train.rows if b.train else None, bucket.train_rows, bucket.pack_tokens),

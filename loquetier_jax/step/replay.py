@@ -1,7 +1,7 @@
 """A layer's expensive operations in the backward: kept values with their transposes, for train rows only.
 
-`ReplayOps` returns what `ops.ForwardOps` kept and supplies its transpose, so the backward recomputes nothing that was
-kept and sees no inference row.
+`ReplayOps` returns what `ops.ForwardOps` kept and supplies the transposes, so that the backward recomputes nothing that
+was kept and processes no inference rows.
 """
 
 import functools
@@ -23,14 +23,14 @@ from loquetier_jax.step.ops import attend_packs, shrunk
 from pallas_kernels import SmlmPlan, smlm_bwd
 from pallas_kernels.smlm import smlm_expand
 
-Gradients = tuple[jax.Array, jax.Array, jax.Array]  # of a projection's input, of A and of B
+Gradients = tuple[jax.Array, jax.Array, jax.Array]  # with respect to a projection's input, A and B
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def with_transpose(
     value: Callable[..., jax.Array], transpose: Callable[..., tuple[jax.Array, ...]], *args: jax.Array
 ) -> jax.Array:
-    """value(*args), of which autodiff sees nothing: the gradients of args are transpose(dy, *args)."""
+    """value(*args), opaque to autodiff: the gradients of args are transpose(dy, *args)."""
     return value(*args)
 
 
@@ -45,13 +45,13 @@ class ReplayOps:
     """The same operations for train rows only, under `jax.vjp`.
 
     Attributes:
-        pages: The layer's adapter pages by group, which the packs' are read from.
+        pages: The layer's adapter pages by group, from which the packs' pages are read.
         plan: `pack_plan` of the packs.
-        taps: By group A [G, MP, n*16, in] and B [G, MP, 16, out], float32: what is differentiated beside x, in the
-            place of the packs' own pages. No value depends on them; their cotangents are the gradients of every pack.
-        kept: What the forward kept; a name that is missing is recomputed, but for every group's S.
-        window_layer: Index whose attention window this layer has (static).
-        layer: Index of the layer, traced: only dropout needs it.
+        taps: By group A [G, MP, n*16, in] and B [G, MP, 16, out], float32: differentiated along with x, in place of the
+            packs' own pages. No value depends on them; their cotangents are the gradients of every pack.
+        kept: What the forward kept; missing names are recomputed, but every group's S is required.
+        window_layer: Static index of the layer whose attention window applies.
+        layer: Traced index of the layer, used only by dropout.
     """
 
     spec: DecoderSpec
@@ -73,7 +73,7 @@ class ReplayOps:
 
     def mlp(self, h: Float[Array, "T D"]) -> Float[Array, "T D"]:
         gate_up = self.linear("gate_up_proj", h)
-        if self.use_dropout:  # it lies between the activation and the adapter
+        if self.use_dropout:  # dropout comes between the activation and the adapter, so they cannot be fused
             return self.linear("down_proj", gated(self.spec, gate_up))
         taps = self.taps["down_proj"]
         return with_transpose(self._down, self._down_transpose, gate_up, taps.A, taps.B)
@@ -84,13 +84,13 @@ class ReplayOps:
         attend = functools.partial(attend_packs, self.spec, self.cfg, self.window_layer, self.train.rows, self.tokens)
         if "attention" not in self.kept:
             return attend(q, k, v)
-        # What of the forward its transpose does not need is dead code.
+        # XLA drops the parts of the recomputed forward that the VJP does not use.
         return with_transpose(
             lambda *_: self.kept["attention"], lambda dy, *args: jax.vjp(attend, *args)[1](dy), q, k, v
         )
 
     def _drop(self, group: str, h: jax.Array) -> jax.Array:
-        """The adapter's input."""
+        """The adapter's input: h after dropout, if any."""
         if not self.use_dropout:
             return h
         rates = jnp.repeat(self.train.drop_rates, self.tokens)
@@ -126,7 +126,7 @@ class ReplayOps:
             return self._adapter_transpose(group, dy, h, dx=base)
         x, undrop = jax.vjp(functools.partial(self._drop, group), h)
         dx, dA, dB = self._adapter_transpose(group, dy, x)
-        dx, dy = jax.lax.optimization_barrier((dx, dy))  # the adapter first, while dy is in the cache
+        dx, dy = jax.lax.optimization_barrier((dx, dy))  # adapter first, while dy is in the cache
         return base(dy) + undrop(dx)[0], dA, dB
 
     def _down(self, gate_up: jax.Array, *taps: jax.Array) -> jax.Array:

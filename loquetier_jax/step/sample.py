@@ -1,6 +1,6 @@
-"""Sampling on the device with per-row parameters: a compiled function of its own, behind the forward.
+"""Sampling on the device with per-row parameters, as a separate compiled function after the forward.
 
-Order of the transforms as vLLM's.
+Transforms are applied in the same order as in vLLM.
 """
 
 from typing import Any
@@ -20,12 +20,12 @@ NEGATIVE = -1e30
 
 @flax.struct.dataclass
 class SlotState:
-    """What a running request keeps on the device; the last row is the trash slot of padding rows.
+    """Per-request state on the device, S slots; the last row is the trash slot for padding rows.
 
     Attributes:
-        last_token: [S + 1] the token its next decode row starts from.
+        last_token: [S + 1] input token of the next decode row.
         counts: [S + 1, V] how often the request has produced each token.
-        prompt_seen: [S + 1, V] whether its prompt holds the token.
+        prompt_seen: [S + 1, V] whether its prompt contains the token.
     """
 
     last_token: Int[Array, " S"]
@@ -34,7 +34,7 @@ class SlotState:
 
 
 def empty_slots(num_slots: int, vocab_size: int) -> SlotState:
-    """Slots of no request."""
+    """Unused slots."""
     return SlotState(
         last_token=jnp.zeros(num_slots + 1, jnp.int32),
         counts=jnp.zeros((num_slots + 1, vocab_size), jnp.int32),
@@ -45,7 +45,7 @@ def empty_slots(num_slots: int, vocab_size: int) -> SlotState:
 def admit_slot(
     slots: SlotState, slot: Int[Array, ""], prompt: Int[Array, " S"], length: Int[Array, ""]
 ) -> SlotState:
-    """Resets the penalty statistics of `slot` to those of a fresh request; `prompt` is padded. `slots` is donated."""
+    """Resets the penalty statistics of `slot` for a new request; `prompt` is padded. `slots` is donated."""
     vocab = slots.counts.shape[1]
     ids = jnp.where(jnp.arange(prompt.shape[0]) < length, prompt, vocab)  # out of bounds: dropped
     seen = jnp.zeros(vocab, bool).at[ids].set(True, mode="drop")
@@ -68,7 +68,7 @@ def penalize(logits: Float[Array, "n V"], rows: SampleRows, slots: SlotState) ->
 
 
 def truncate(logits: Float[Array, "n V"], rows: SampleRows) -> Float[Array, "n V"]:
-    """min_p, top_k and top_p on temperature-scaled logits: what falls out becomes NEGATIVE."""
+    """Applies min_p, top_k and top_p to temperature-scaled logits; excluded tokens become NEGATIVE."""
     floor = logits.max(axis=-1, keepdims=True) + jnp.log(jnp.maximum(rows.min_p, 1e-30))[:, None]
     logits = jnp.where((rows.min_p[:, None] > 0) & (logits < floor), NEGATIVE, logits)
 
@@ -79,7 +79,7 @@ def truncate(logits: Float[Array, "n V"], rows: SampleRows) -> Float[Array, "n V
         least = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
         ranked = jnp.where(ranked < least, NEGATIVE, ranked)
         p = jax.nn.softmax(ranked, axis=-1)
-        # The first token is always inside; where no top_p is wanted all are: in f32 the sum reaches 1 before the tail.
+        # The first token is always kept. With top_p = 1 all are, although the f32 sum may reach 1 before the tail.
         inside = ((jnp.cumsum(p, axis=-1) - p) < rows.top_p[:, None]) | (rows.top_p[:, None] >= 1)
         last = jnp.take_along_axis(ranked, inside.sum(axis=-1, dtype=jnp.int32)[:, None] - 1, axis=-1)
         return jnp.where(logits < jnp.maximum(least, last), NEGATIVE, logits)
@@ -98,10 +98,10 @@ def sample_hidden(
     x: Float[Array, "n D"],
     flat: Int[Array, " N"],
 ) -> tuple[SlotState, dict[str, Array]]:
-    """Draws a token from each of a forward's `sample_hidden` rows; see `sample`.
+    """Draws a token from each of a forward's `sample_hidden` rows; see `sample`. `slots` is donated.
 
     Args:
-        spec, level, max_logprobs, template: Static: what is compiled; `template` has the shapes of the SampleRows.
+        spec, level, max_logprobs, template: Static; `template` has the shapes of the SampleRows.
         head: See `step.state.head_params`.
         slots: Per-request state.
         x: The rows.
@@ -114,21 +114,21 @@ def sample_hidden(
 def sample(
     said: Distribution, rows: SampleRows, slots: SlotState, *, level: Level, max_logprobs: int
 ) -> tuple[SlotState, dict[str, Array]]:
-    """Draws one token a row and records it in the row's slot.
+    """Draws one token per row and records it in the row's slot.
 
-    The key of a token is f(request seed, output index), so it does not depend on where the row is batched. Returned
-    log-probs are the model's own (before bias, penalties and temperature), as vLLM's default.
+    The random key of a token depends only on (request seed, output index), not on the batch. Returned log-probs are the
+    model's own (before bias, penalties and temperature), as is vLLM's default.
 
     Args:
-        said: What the model says of the rows.
-        rows: How they sample.
-        slots: What their requests keep.
-        level: See `sampling_params.Level`; a row that asks for more is served at this one.
-        max_logprobs: Most alternatives.
+        said: The rows' next-token distributions.
+        rows: Sampling parameters of the rows.
+        slots: Per-request state.
+        level: See `sampling_params.Level`; parameters beyond this level are ignored.
+        max_logprobs: Maximum alternatives.
 
     Returns:
-        The slots, and {"tokens": [n] i32, "logprob": [n] f32}; at levels "greedy_logprobs" and "full" also what
-        `Distribution.alternatives` gives.
+        (slots, {"tokens": [n] i32, "logprob": [n] f32}); at levels "greedy_logprobs" and "full" the dict also has the
+        arrays of `Distribution.alternatives`.
     """
     logits = penalize(said.logits, rows, slots) if level == "full" else said.logits
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -146,7 +146,7 @@ def sample(
 
 
 def draw(logits: Float[Array, "n V"], rows: SampleRows) -> Int[Array, " n"]:
-    """One categorical draw a row, keyed by (seed, output index)."""
+    """One categorical draw per row, keyed by (seed, output index)."""
 
     def one(logits: Float[Array, " V"], seed: Array, index: Array) -> Int[Array, ""]:
         key = jax.random.fold_in(jax.random.key(seed), index)

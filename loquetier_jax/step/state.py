@@ -1,4 +1,4 @@
-"""The arrays of an engine, each with exactly one owner, and everything that writes them."""
+"""The device arrays of an engine, each with exactly one owner, and all code that writes them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,17 +22,16 @@ from loquetier_jax.step.unified import ForwardOut, Kept
 @jax.tree_util.register_dataclass
 @dataclass
 class DeviceState:
-    """Everything on the device that outlives a step.
+    """All device arrays that outlive a step.
 
-    Its methods are the only writers: they hand arrays to a compiled function that donates them and take the ones that
-    come back. Nothing else keeps a reference to a donated array across a dispatch. A pytree, so that there is one of
-    shapes, too.
+    Its methods are the only writers: they pass arrays to compiled functions that donate them, and store the results.
+    Nothing else may hold a reference to a donated array across a dispatch. A pytree, so that `shapes_of` applies.
 
     Attributes:
-        params: The frozen base: never donated, never written.
+        params: The frozen base; never donated or written.
         pages: P adapter pages, compute dtype; page 0 is zeros.
         grads: The gradient pool, TP + 1 pages, f32; page 0 is trash.
-        kv: By layer; page 0 is trash.
+        kv: KV cache per layer; page 0 is trash.
         slots: Per-request state, see SlotState.
     """
 
@@ -43,24 +42,24 @@ class DeviceState:
     slots: SlotState
 
     def free(self) -> None:
-        """Lets go of every array; nothing may be called afterwards."""
+        """Drops all arrays; no other method may be called afterwards."""
         vars(self).clear()
 
     def run_forward(self, run: Callable[..., Any], flat: Int[Array, " N"]) -> ForwardOut:
-        """Dispatches one step: the cache moves on.
+        """Dispatches one forward, which updates the KV cache.
 
         Args:
-            run: `StepFunctions.forward` of the batch's bucket.
+            run: `StepFunctions.forward` for the batch's bucket.
             flat: The batch as one int32 buffer on the device.
         """
         self.kv, out = run(self.params, self.pages, self.kv, self.slots.last_token, flat)
         return out
 
     def sample(self, run: Callable[..., Any], x: Float[Array, "n D"], flat: Int[Array, " N"]) -> dict[str, Array]:
-        """Dispatches the sampler behind a forward: the slots move on, so that the next forward starts from its tokens.
+        """Dispatches the sampler after a forward; it updates the slots, from which the next forward takes its tokens.
 
         Args:
-            run: `StepFunctions.sampler` of as many rows.
+            run: `StepFunctions.sampler` for this number of rows.
             x: The forward's `sample_hidden`.
             flat: The SampleRows as one int32 buffer on the device.
 
@@ -71,11 +70,11 @@ class DeviceState:
         return sampled
 
     def admit(self, run: Callable[..., Any], slot: int, prompt: Sequence[int], max_model_len: int) -> None:
-        """Resets a slot to a request that begins.
+        """Resets a slot for a new request.
 
         Args:
             run: `StepFunctions.admit`.
-            slot: Its slot.
+            slot: The request's slot.
             prompt: Its token ids, at most `max_model_len`.
             max_model_len: Length that the prompt is padded to.
         """
@@ -84,15 +83,15 @@ class DeviceState:
         self.slots = run(self.slots, np.int32(slot), padded, np.int32(len(prompt)))
 
     def write_adapter(self, page_ids: Sequence[int], pages: AdapterPages) -> None:
-        """Writes an adapter's pages, in place; see `adapters.pages.write_pages` for arguments and errors."""
+        """Writes an adapter's pages in place; see `adapters.pages.write_pages` for arguments and errors."""
         self.pages = write_pages(self.pages, page_ids, pages)
 
     def write_gradients(self, page_ids: Sequence[int], grads: AdapterPages) -> None:
-        """Writes accumulators into pages of the gradient pool, in place; as `write_adapter`, f32."""
+        """Writes f32 accumulators into pages of the gradient pool in place; otherwise like `write_adapter`."""
         self.grads = write_pages(self.grads, page_ids, grads)
 
     def warm_page_writes(self) -> None:
-        """Writes zeros into page 1 of each stack, all zeros still: the first load of an adapter compiles nothing."""
+        """Compiles page writes ahead of time, by writing zeros to page 1 of each stack, which must still be zeros."""
         zeros = [jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), p) for p in (self.pages, self.grads)]
         self.write_adapter((1,), zeros[0])
         self.write_gradients((1,), zeros[1])
@@ -106,12 +105,12 @@ class DeviceState:
         dx: Float[Array, "T D"],
         flat: Int[Array, " N"],
     ) -> Float[Array, "T D"]:
-        """Dispatches the backward of layers [start, stop): their gradients are added to the pool.
+        """Dispatches the backward of layers [start, stop), which adds their gradients to the pool.
 
         Args:
-            run: `StepFunctions.backward_slice` of these layers.
+            run: `StepFunctions.backward_slice` for these layers.
             start, stop: The layers.
-            kept: What the forward kept of them.
+            kept: What the forward kept for them.
             dx: [T, D] gradient of the last layer's output.
             flat: The TrainRows as one int32 buffer on the device.
 
@@ -132,12 +131,12 @@ class DeviceState:
         page_ids: Sequence[int],
         *numbers: Any,
     ) -> tuple[LoraWeights, Any, dict[str, Array]]:
-        """Dispatches one job's optimizer step: its pages get the new cast, its accumulators are zeros again.
+        """Dispatches one job's optimizer step: writes the new cast to its pages and zeroes its accumulators.
 
         Args:
             run: `train.optimizer.build_optimizer_step`, compiled or not.
             master, opt_state: The job's own; donated.
-            grad_page_ids, page_ids: Its pages of the pool, and the adapter pages to write.
+            grad_page_ids, page_ids: Its pages in the gradient pool, and the adapter pages to write.
             *numbers: denom, max_grad_norm and hyperparameters.
 
         Returns:
@@ -150,7 +149,7 @@ class DeviceState:
 
 
 def new_state(spec: DecoderSpec, cfg: EngineConfig, params: Params) -> DeviceState:
-    """Allocates the state of an engine around `params` (kept by reference)."""
+    """Allocates the state of an engine; `params` is kept by reference."""
     dtype = jnp.dtype(cfg.dtype)
     return DeviceState(
         params=params,
@@ -162,5 +161,5 @@ def new_state(spec: DecoderSpec, cfg: EngineConfig, params: Params) -> DeviceSta
 
 
 def head_params(params: Params) -> Params:
-    """The leaves that turn hidden states into logits: a sliced step needs only these besides its layers."""
+    """The parameters that turn hidden states into logits."""
     return {name: params[name] for name in ("norm", "lm_head", "embed_tokens") if name in params}

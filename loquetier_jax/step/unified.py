@@ -1,4 +1,4 @@
-"""The unified step: train, score, prefill and decode rows through one stack of layers, base weights read once."""
+"""The unified step: train, score, prefill and decode rows in one pass over the layers, reading base weights once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,20 +18,20 @@ from loquetier_jax.step.kv_cache import KVCache
 from loquetier_jax.step.ops import ForwardOps, lora_plan
 
 Kept = list[dict[str, Array]]
-"""By layer {"x": [G * L, D] its input, every group's S, the names in `cfg.keep`}, of the train rows."""
+"""Per layer, for the train rows: {"x": [G * L, D], its input; every group's S; the names in `cfg.keep`}."""
 
 
 @flax.struct.dataclass
 class ForwardOut:
-    """What one forward leaves behind, beside the donated cache. Hidden states are final ones, before the norm.
+    """The result of a forward, besides the KV cache. Hidden states are final ones, before the norm.
 
     Attributes:
-        sample_hidden: [n, D] those a token is drawn from, for `step.sample`: decode rows, then the last row of each
-            chunk; None when the bucket has neither.
-        train: {"logp", "correct"} of the train rows, [G * L]; {} without.
-        score: See `step.head.score_rows`; {} without.
+        sample_hidden: [n, D] hidden states to sample from, for `step.sample`: decode rows, then the last row of each
+            chunk; None if the bucket has neither.
+        train: {"logp", "correct"} of the train rows, [G * L]; {} without train rows.
+        score: See `step.head.score_rows`; {} without score rows.
         kept: See Kept; [] without train rows.
-        hidden: [G * L, D] those of the train rows; None without.
+        hidden: [G * L, D] hidden states of the train rows; None without.
     """
 
     sample_hidden: Float[Array, "n D"] | None
@@ -52,18 +52,18 @@ def unified_step(
     last_token: Int[Array, " S"],
     batch: SegmentBatch,
 ) -> tuple[list[KVCache], ForwardOut]:
-    """One step over every kind of row; pure. Tokens are drawn from what it leaves behind, by `step.sample`.
+    """One forward over all kinds of rows; pure. Tokens are then drawn from its result by `step.sample`.
 
     Args:
-        spec, cfg, bucket, use_dropout: Static: what is compiled. Dropout is LoRA's, on train rows.
+        spec, cfg, bucket, use_dropout: Static; `use_dropout` enables LoRA dropout in train rows.
         params: The frozen base.
-        pages: Adapter pages, read only here.
-        kv: Cache of each layer.
-        last_token: Of every slot: where decode rows start.
+        pages: Adapter pages; read-only.
+        kv: KV cache per layer.
+        last_token: Per slot, the input token of its decode row.
         batch: The rows, in the shapes of `batch.rows.empty_batch(bucket, cfg)`.
 
     Returns:
-        The cache with the rows' keys and values, and the rest.
+        (KV cache updated with the rows' keys and values, ForwardOut).
     """
     x = embed(spec, params, tokens_of(batch, last_token))
     rope = rope_tables(spec, positions_of(batch))
@@ -82,11 +82,11 @@ def unified_step(
 def jit_unified_step(
     spec: DecoderSpec, cfg: EngineConfig, bucket: Bucket, use_dropout: bool = False
 ) -> Callable[..., Any]:
-    """`unified_step` under jax.jit as the engine calls it: with the batch as one int32 buffer, and a donated cache.
+    """`unified_step` under jax.jit, with the batch as one int32 buffer and a donated KV cache.
 
     Returns:
-        (params, pages, kv*, last_token, flat) -> (kv, ForwardOut); * donated, the returned one replaces it. `flat` is
-        `batch.rows.ravel(batch)`: one copy to the device instead of dozens.
+        (params, pages, kv*, last_token, flat) -> (kv, ForwardOut); * donated and replaced by the returned one. `flat`
+        is `batch.rows.ravel(batch)`, which takes one copy to the device instead of dozens.
     """
     template = shapes_of(empty_batch(bucket, cfg))
 
@@ -100,7 +100,7 @@ def jit_unified_step(
 
 
 def tokens_of(batch: SegmentBatch, last_token: Int[Array, " S"]) -> Int[Array, " T"]:
-    """Token ids of all rows in flat order; decode rows take the slot's last token."""
+    """Token ids of all rows in flat order; decode rows use their slot's last token."""
     parts = [
         batch.train.rows.tokens if batch.train else None,
         batch.score.tokens if batch.score else None,
@@ -123,7 +123,7 @@ def run_layers(
     rope: Rope,
     first: int = 0,
 ) -> tuple[Float[Array, "T D"], list[KVCache | None], Kept]:
-    """Layers first, first + 1, ... over the rows x; `layers`, `pages` and `kv` hold just those."""
+    """Runs layers first, first + 1, ... on the rows x; `layers`, `pages` and `kv` are those of the slice."""
     kept, written, plan = [], [], lora_plan(batch, bucket)
     for i, (w, lora) in enumerate(zip(layers, pages.layers, strict=True)):
         ops = ForwardOps(spec, cfg, bucket, first + i, w, lora, kv[i] if kv else None, batch, plan, use_dropout)
@@ -136,7 +136,7 @@ def run_layers(
 
 
 def sample_rows(bucket: Bucket, batch: SegmentBatch, x: Float[Array, "rows D"]) -> Float[Array, "n D"]:
-    """The rows a token is drawn from: decode rows, then each chunk's last row; of prefill and decode rows x."""
+    """The rows to sample from, among the prefill and decode rows x: decode rows, then each chunk's last row."""
     decode = x[bucket.prefill :]
     if batch.prefill is None:
         return decode

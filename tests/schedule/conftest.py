@@ -1,4 +1,4 @@
-"""A lattice and a latency table shaped like a small GPU preset: 5 ms of weights, then about 20 us a row."""
+"""A bucket list and a latency table shaped like a small GPU preset: 5 ms of weights, then about 20 us a row."""
 
 import pytest
 
@@ -57,7 +57,7 @@ def sliced() -> tuple[SlicedShape, ...]:
 
 
 def exact(buckets: tuple[Bucket, ...]) -> LatencyModel:
-    """Every function of the lattice, measured."""
+    """Every function of the bucket list, measured."""
     model = LatencyModel()
     for b in buckets:
         model.seed((FORWARD, b.name), [5 + 0.02 * b.rows], b.rows)

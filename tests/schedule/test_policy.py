@@ -44,7 +44,7 @@ def trains(decision: Decision) -> bool:
 
 
 class Case:
-    """decide() with the lattice of the fixtures and room for everybody."""
+    """decide() with the bucket list of the fixtures and room for everybody."""
 
     def __init__(self, buckets: tuple[Bucket, ...], latency: LatencyModel, **config) -> None:
         self.base = Snapshot(now=10.0, buckets=buckets, free_slots=16, free_pages=1000, slices=4)
@@ -86,8 +86,8 @@ def test_a_long_prompt_is_cut_at_the_bucket(case: Case) -> None:
 
 
 def test_prompt_chunks_start_on_blocks(case: Case) -> None:
-    lattice = (Bucket(prefill=64, chunks=4, decode=4),)
-    d = case(waiting=tuple(waiting(i, prompt=33) for i in range(2)), buckets=lattice)
+    bucket_list = (Bucket(prefill=64, chunks=4, decode=4),)
+    d = case(waiting=tuple(waiting(i, prompt=33) for i in range(2)), buckets=bucket_list)
     assert d.prefill == (("w0", 33), ("w1", 16))  # 33 tokens take 48 rows
 
 
@@ -152,8 +152,8 @@ def test_a_step_takes_as_long_as_its_forward_and_the_sampler_behind_it(case: Cas
 
 
 def test_prompts_and_decodes_take_turns_where_no_bucket_holds_both(case: Case) -> None:
-    lattice = (Bucket(decode=4), Bucket(prefill=64, chunks=4, decode=0))
-    fields = {"buckets": lattice, "running": running(2), "waiting": (waiting(0),)}
+    bucket_list = (Bucket(decode=4), Bucket(prefill=64, chunks=4, decode=0))
+    fields = {"buckets": bucket_list, "running": running(2), "waiting": (waiting(0),)}
     first = case(**fields)
     assert (first.decode, first.prefill) == (("r0", "r1"), ())
     second = case(**fields, fairness=first.fairness)
@@ -161,7 +161,7 @@ def test_prompts_and_decodes_take_turns_where_no_bucket_holds_both(case: Case) -
     assert case(**fields, fairness=second.fairness).decode == ("r0", "r1")
 
 
-def test_prefill_waits_for_slack_but_not_for_ever(buckets: tuple[Bucket, ...], latency: LatencyModel) -> None:
+def test_prefill_waits_for_headroom_but_not_for_ever(buckets: tuple[Bucket, ...], latency: LatencyModel) -> None:
     case = Case(buckets, latency, max_prefill_waits=2)
     slo = SLOConfig(tpot_ms=6.0)  # a decode step takes 5.08, one with 64 prompt rows 6.6
     fields = {"running": running(2, tokens=3, last=10.0), "waiting": (waiting(0),), "slo": slo, "now": 10.002}

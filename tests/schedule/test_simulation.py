@@ -53,7 +53,7 @@ def check(snapshot: Snapshot, decision: Decision) -> None:
     assert len(chunks) == len(decision.prefill) and set(decision.admit) <= set(chunks)
     assert all(0 < tokens <= left[i] for i, tokens in chunks.items())
     assert all(tokens == left[i] or tokens % BLOCK == 0 for i, tokens in chunks.items())
-    assert decision.decode == tuple(r.id for r in snapshot.running)  # the lattice has mixed buckets for all
+    assert decision.decode == tuple(r.id for r in snapshot.running)  # the bucket list has mixed buckets for all
     assert (decision.bucket is None) == (not decision.decode and not chunks)
     if decision.bucket is not None:
         packs = {j.pack_tokens for j in snapshot.jobs if j.name in decision.packs}

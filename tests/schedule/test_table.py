@@ -35,7 +35,7 @@ def test_the_h100_table_covers_the_gpu_preset() -> None:
         ("forward: [{ms: 1.0, bucket: {decodes: 8}}]", "decodes"),
         (
             "forward: [{ms: 1.0, bucket: {decode: 8, sampling: greedy}}]",
-            r"bucket.sampling: got 'greedy', expected no such key any more; every bucket serves every way of sampling",
+            r"bucket.sampling: got 'greedy', expected this key to be removed: every bucket supports all sampling",
         ),
         ("peer: vllm", "peer: got 'vllm', expected one of the keys"),
     ],

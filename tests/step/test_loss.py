@@ -118,7 +118,7 @@ def test_ordinary_jax_is_enough():
 @pytest.mark.parametrize("loss", [lambda logp, weights: logp, lambda logp, weights: 1], ids=["rows", "integer"])
 def test_what_is_no_loss_is_named(loss):
     _, pack = make_pack(np.random.default_rng(4))
-    with pytest.raises(ConfigError, match=r"loss: got a function that returns .*, expected a float scalar"):
+    with pytest.raises(ConfigError, match=r"loss: the function returned .*, expected a float scalar"):
         loss_value(loss, jnp.zeros(ROWS), jnp.asarray(pack.weights), loss_batch(pack))
 
 
@@ -132,7 +132,7 @@ def test_what_a_loss_raises_is_told_with_its_type():
     def fails(logp, weights):
         raise ValueError("first line\nsecond line")
 
-    missing = "loss: KeyError: 'adv'; the samples bring along: margin, ref_logp"
+    missing = "loss: KeyError: 'adv'; the samples have extras: margin, ref_logp"
     said = {reads: missing, fails: "loss: ValueError: first line"}
     for loss, message in said.items():
         with pytest.raises(ConfigError) as raised:
