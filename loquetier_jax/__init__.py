@@ -22,6 +22,34 @@ Dimension letters used throughout:
 | G | packs of training rows in a step | |
 | n | projections fused into one group, e.g. 3 in `qkv_proj` | |
 
+Glossary:
+
+| word | meaning |
+|---|---|
+| step, iteration | one round of the loop: a forward (with its sampler) for one scheduling decision, then its quanta |
+| bucket | the static shape of a compiled forward: numbers of train, score, prefill and decode rows |
+| pack | samples of one job, or sequences to score, concatenated in a fixed number of rows |
+| score rows | rows whose targets' log-probs are computed without training: evaluation, `log_probs`, `prompt_logprobs` |
+| pass, micro-step | forward and backward of a few packs, possibly of several jobs; one or more per optimizer step |
+| kept activations | results of train rows that the forward keeps, so that the backward need not recompute them |
+| quantum | a piece of training or scoring work that the scheduler places after a step's forward |
+| headroom | milliseconds that the latency targets (SLO) leave for quanta before a token would be late |
+| slot | index of a running request's state on the device: last token and penalty counts |
+| page (KV) | `kv_page_size` token positions of the KV cache, in every layer; page 0 takes the writes of padding rows |
+| page (adapter) | 16 ranks of an adapter, in all layers and targets; page 0 is all zeros and means "no adapter" |
+| gradient pool | f32 pages in which the gradients of jobs accumulate until their optimizer steps; page 0 is trash |
+| master | a job's exact-rank f32 weights; every optimizer step casts them to the job's adapter pages |
+| group | projections with the same input, fused into one GEMM: qkv, o, gate_up, down |
+| S | the LoRA intermediate x A^T, the same name in kernels and kept activations |
+| version | immutable weights of an adapter; a name points to one version, a request keeps the one it arrived with |
+| hold, acquire | a waiting request holds a version (kept alive, may be evicted); a running one acquires it (pages stay) |
+| residency | where a version's weights are: device pages, host memory, or a PEFT folder |
+| publish | points a name to a job's current weights: the new version takes over the job's pages, nothing is copied |
+| placeholder | the version behind a new job's name until the first publish (untrained), or behind a failed name |
+| epoch | number of a dispatched step; freed slots and pages are reused once the last epoch that used them is complete |
+| driver | runs the loop one step at a time, in the thread of a waiting caller or in a thread of its own |
+| inbox, command | functions that other threads queue for the loop; run under its lock, in order, between steps |
+
 Names resolve on first use, so that `loquetier_jax.config`, the scheduler and other host-only modules import
 without jax.
 """

@@ -83,7 +83,7 @@ class LatencyModel:
     def observe(self, key: Key, ms: float, rows: int) -> None:
         """Moves the mean towards one measurement; a single stall has little effect, a lasting change its full effect.
 
-        The first run of a function includes loading it, many times its own duration, so a faster second one replaces it.
+        The first run of a function includes loading it, many times its own duration; a faster second run replaces it.
 
         Raises:
             ConfigError: ms is not > 0, or rows < 1.
