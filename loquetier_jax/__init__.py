@@ -42,7 +42,7 @@ Glossary:
 | group | projections with the same input, fused into one GEMM: qkv, o, gate_up, down |
 | S | the LoRA intermediate x A^T, the same name in kernels and kept activations |
 | version | immutable weights of an adapter; a name points to one version, a request keeps the one it arrived with |
-| hold, acquire | a waiting request holds a version (kept alive, may be evicted); a running one acquires it (pages stay) |
+| hold, acquire | a waiting request holds a version (alive, but evictable); a running one acquires it (pages stay) |
 | residency | where a version's weights are: device pages, host memory, or a PEFT folder |
 | publish | points a name to a job's current weights: the new version takes over the job's pages, nothing is copied |
 | placeholder | the version behind a new job's name until the first publish (untrained), or behind a failed name |

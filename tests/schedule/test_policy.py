@@ -67,7 +67,7 @@ def test_nothing_to_do(case: Case) -> None:
 def test_decodes_take_the_cheapest_bucket_that_holds_them(case: Case) -> None:
     assert case(running=running(3)).bucket.name == "decode4"
     assert case(running=running(5)).bucket.name == "decode16"
-    with pytest.raises(CapacityError, match="got 17 running requests, expected a bucket"):
+    with pytest.raises(CapacityError, match="got 17 running requests, which fit no bucket"):
         case(running=running(17))
 
 
