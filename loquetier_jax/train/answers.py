@@ -1,4 +1,4 @@
-"""Where the answers stand in the text of a conversation: the characters that training learns."""
+"""Locates the answers in the text of a conversation, i.e. the characters that have loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from loquetier_jax.serve.messages import ChatError
 
 @dataclass(frozen=True)
 class Answer:
-    """One assistant's turn in a text, in characters: its own words and calls to `body`, what closes it to `stop`.
+    """An assistant turn in a text, as character positions: content and calls up to `body`, its closing up to `stop`.
 
-    A turn starts where the generation prompt that serving gives ends.
+    A turn starts where the generation prompt used in serving ends.
     """
 
     start: int
@@ -23,7 +23,7 @@ class Answer:
     stop: int
 
     def learns(self, start: Int[np.ndarray, " n"], stop: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-        """Which tokens of these characters are learnt: all that touch the body, and those whole in the closing."""
+        """Which tokens, given by their character ranges, have loss: those that touch the body or are in the closing."""
         body = (start < self.body) & (stop > self.start)
         return body | ((self.start <= start) & (start < self.stop) & (stop <= self.stop))
 
@@ -31,20 +31,20 @@ class Answer:
 def find_answers(
     template: ChatTemplate, messages: Sequence[Message], learnt: Sequence[bool]
 ) -> tuple[str, list[Answer]]:
-    """The text of a conversation and where the learnt answers stand in it.
+    """The text of a conversation and the positions of the answers to learn.
 
-    Where the template marks what the assistant generates (`{% generation %}`), its marks are the answers. Else an
-    answer begins where the text of the messages before it, with the generation prompt, ends, and ends where that of
-    the messages up to it does. A template that renders a turn differently once others follow it (Qwen3 drops the
-    thinking) makes no such beginnings: there the place is where the text changes when the message does.
+    If the template marks what the assistant generates (`{% generation %}`), the marks are the answers. Otherwise an
+    answer starts where the rendering of the previous messages plus the generation prompt ends, and ends where the
+    rendering up to and including it ends. For templates that render a turn differently once others follow it (Qwen3
+    drops the thinking), these are not prefixes of the text; the answer is then where the text changes with the message.
 
     Args:
         template: With the tools and variables of this conversation.
-        messages: Normalized.
-        learnt: Whether message i is; true for messages of the assistant alone.
+        messages: Normalised messages.
+        learnt: Whether to learn message i; may only be true for assistant messages.
 
     Raises:
-        ChatError: the template refuses the messages, or does not show one that is to be learnt.
+        ChatError: the template refuses the messages, or drops one to be learnt.
     """
     finder = _Finder(template, list(messages))
     assistants = sum(message["role"] == "assistant" for message in messages)
@@ -54,14 +54,14 @@ def find_answers(
 
 
 class _Finder:
-    """The answers of one conversation, found by rendering parts and variants of it."""
+    """Finds the answers of one conversation by rendering parts and variants of it."""
 
     def __init__(self, template: ChatTemplate, messages: list[Message]) -> None:
         self._template, self._messages = template, messages
         self.text, self.marks = template.render_marked(messages)
 
     def answers(self, i: int) -> list[Answer]:
-        """What message i adds: its marked parts, or its turn where nothing of it is marked."""
+        """The answers of message i: its marked parts, or the whole turn if it has no marks."""
         if self.marks:
             start, stop = self._learnable(i)
             found = [Answer(a, b, b) for a, b in self.marks if a < max(stop, start + 1) and b > start]
@@ -78,19 +78,19 @@ class _Finder:
         words = self._learnable(i)[0]
         before = self._part(i)
         if opened and before and all(text.startswith(before) for text in (opened, self.text)):
-            return min(_shared(opened, self.text), words)  # the prompt opens what this turn lacks: a thinking block
-        # Not a continuation of what serving would give: then behind the header, or where the words begin.
+            return min(_shared(opened, self.text), words)  # the prompt opens a block (thinking) that this turn lacks
+        # Not a continuation of the generation prompt: start after the turn's header, or at its content.
         previous = self._changed(i - 1) if i else (0, 0)
         found = self.text.rfind(self._header, previous[1], words) if previous and self._header else -1
         return words - len(self._lead(i, opened, words)) if found < 0 else found + len(self._header)
 
     def _part(self, count: int, generation_prompt: bool = False) -> str | None:
-        """The text of the first messages; None where the template renders none: with no question among them, say."""
+        """The rendering of the first messages; None if the template refuses, e.g. without a user message."""
         if not count:
             return None
         try:
             return self._template.render(self._messages[:count], generation_prompt=generation_prompt, whole=False)
-        except ChatError:  # the whole conversation has been rendered all the same
+        except ChatError:  # not an error: the whole conversation was rendered
             return None
 
     @cached_property
@@ -100,7 +100,7 @@ class _Finder:
         return opened[len(self.text) :] if opened.startswith(self.text) else ""
 
     def _lead(self, i: int, opened: str | None, words: int) -> str:
-        """What an answer begins with before its own words (a space), if it does so in this text as well."""
+        """The text between the generation prompt and the answer's content (e.g. a space), if also in this text."""
         part = self._part(i + 1)
         if opened is None or part is None or not part.startswith(opened):
             return ""
@@ -108,7 +108,7 @@ class _Finder:
         return lead if self.text[:words].endswith(lead) else ""
 
     def _end(self, i: int) -> tuple[int, int]:
-        """Where the words of message i end, and where what closes them does."""
+        """(end of message i's content, end of its closing)."""
         if i + 1 == len(self._messages):
             return len(self.text), len(self.text)
         part = self._part(i + 1)
@@ -118,7 +118,7 @@ class _Finder:
         return words, words + _shared(self.text[words:], self._closing(i, part))
 
     def _closing(self, i: int, part: str | None) -> str:
-        """What follows the words of message i where nothing else does; of the last answer where that is refused."""
+        """The text that closes message i when it is the last one; if that is refused, what closes the last answer."""
         if part is not None:
             return part[_difference(part, self._variant(i, self._messages[: i + 1]))[1] :]
         last = len(self._messages) - 1
@@ -136,7 +136,7 @@ class _Finder:
         return found
 
     def _changed(self, i: int) -> tuple[int, int] | None:
-        """Where in the text message i shows: what changes when all that it says does; None where nothing does."""
+        """The range of the text that changes when message i does; None if it does not appear in the text."""
         variant = self._variant(i, self._messages)
         return _difference(self.text, variant) if self._unseen in variant else None
 
@@ -146,12 +146,12 @@ class _Finder:
 
     @cached_property
     def _unseen(self) -> str:
-        """A character that the text does not have, so that nothing is taken for equal by chance."""
+        """A character that does not occur in the text, so that changes are never hidden by coincidence."""
         return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in self.text)
 
 
 def _replaced(message: Message, word: str) -> Message:
-    """A message of the same kind that says nothing but `word`."""
+    """A message of the same kind with all content replaced by `word`."""
     changed = {k: word if k in ("content", "reasoning_content", "thinking") else v for k, v in message.items()}
     if calls := message.get("tool_calls"):
         changed["tool_calls"] = [_replaced_call(call, word) for call in calls]
@@ -165,15 +165,15 @@ def _replaced_call(call: Message, word: str) -> Message:
 
 
 def _difference(text: str, other: str) -> tuple[int, int]:
-    """(start, stop) of the part of `text` outside the beginning and the end that it shares with `other`."""
+    """(start, stop) of `text` without its common prefix and suffix with `other`."""
     start = _shared(text, other)
     return start, len(text) - _shared(text[start:][::-1], other[start:][::-1])
 
 
 def _shared(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """Length of the common prefix of two texts."""
     same, most = 0, min(len(a), len(b))
-    while same < most:  # halves, compared by C: a conversation is long
+    while same < most:  # bisection with fast string comparisons, because conversations are long
         middle = (same + most + 1) // 2
         if a[same:middle] == b[same:middle]:
             same = middle

@@ -1,4 +1,4 @@
-"""What of a job's config may change when it is resumed."""
+"""The settings of a job that may change on resume."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,18 +21,18 @@ CHANGEABLE = (
     "save_steps",
     "save_total_limit",
 )
-"""What a job may be given anew when it is resumed: whatever its past steps and their data do not depend on."""
+"""Fields of TrainConfig that may change on resume: those on which past steps and their data do not depend."""
 
 
 def changed_config(saved: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config with other values from here on.
+    """A saved config with some fields changed.
 
     Args:
         saved: From `TrainConfig.to_dict`.
         changes: Fields of CHANGEABLE.
 
     Raises:
-        ConfigError: a field that the past of the job depends on, or none.
+        ConfigError: an unknown field, or one that may not change.
     """
     require(isinstance(changes, Mapping), "train", changes, "a mapping of TrainConfig fields to change")
     for key, value in changes.items():

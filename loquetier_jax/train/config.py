@@ -1,4 +1,4 @@
-"""How a job trains: one frozen dataclass under TRL's names, and each step's learning rate. Imports no jax."""
+"""The training configuration, a frozen dataclass with TRL's names, and learning rate schedules. Imports no jax."""
 
 import dataclasses
 import math
@@ -21,9 +21,9 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 LOSS_PER = ("target", "sample", "group")
 _CHOICES = {"optim": OPTIMIZERS, "lr_scheduler_type": SCHEDULES, "truncation": TRUNCATIONS, "loss_per": LOSS_PER}
 DEFAULT_PACK_TOKENS = 512
-CALLABLE_LOSS = "callable"  # stands for a loss function in a saved config; restoring is given it again
+CALLABLE_LOSS = "callable"  # replaces a loss function in a saved config; it must be passed again on restore
 
-_MOST = float(np.finfo(np.float32).max)  # beyond it a number is infinite on the device
+_MOST = float(np.finfo(np.float32).max)  # larger numbers are infinite on the device
 _INTEGERS = {  # field: smallest value; all are below 2**32
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -34,7 +34,7 @@ _INTEGERS = {  # field: smallest value; all are below 2**32
     "eval_steps": 0,
     "early_stopping_patience": 0,
 }
-_NUMBERS = {  # field: what it is below; all are >= 0
+_NUMBERS = {  # field: exclusive upper bound; all are >= 0
     "learning_rate": _MOST,
     "warmup_steps": _MOST,
     "num_train_epochs": 2.0**32,
@@ -51,53 +51,51 @@ _NUMBERS = {  # field: what it is below; all are >= 0
 @borrowing(TRL_ARGUMENTS)
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How one job trains. Names and meanings: TRL's SFTConfig, transformers' TrainingArguments.
+    """Settings of one job, with the names and semantics of TRL's SFTConfig and transformers' TrainingArguments.
 
-    Their other arguments are taken where they ask for what is done anyway (`warmup_ratio`, `optim="adamw_torch"`,
-    `report_to="none"`, `gradient_checkpointing`), and refused in a sentence otherwise; see `train.trl_arguments`.
+    Their other arguments are accepted where they match what is done here (`warmup_ratio`, `optim="adamw_torch"`,
+    `report_to="none"`, `gradient_checkpointing`) and refused with an explanation otherwise; see `train.trl_arguments`.
 
     Attributes:
         learning_rate: Peak learning rate.
         lr_scheduler_type: "constant", "constant_with_warmup", "linear" or "cosine", as in transformers.
-        warmup_steps: Optimizer steps of linear warm-up; below 1, a share of all steps. "constant" has none.
-        max_steps: Optimizer steps in all; -1 derives them from num_train_epochs.
-        num_train_epochs: Passes over the data, used when max_steps is -1; may be fractional.
-        per_device_train_batch_size: Samples of one micro-batch; groups of samples where the data has such.
-        gradient_accumulation_steps: Micro-batches of one optimizer step.
+        warmup_steps: Optimizer steps of linear warm-up; below 1, a fraction of all steps. Ignored by "constant".
+        max_steps: Total optimizer steps; -1 derives them from num_train_epochs.
+        num_train_epochs: Passes over the data, used if max_steps is -1; may be fractional.
+        per_device_train_batch_size: Samples per micro-batch, or groups of samples if the data has groups.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
         max_grad_norm: Clip the global gradient norm to this (torch's clip_grad_norm_); 0 or inf never clips.
         weight_decay: Decoupled, times learning rate, for adamw, lion, adafactor; in the gradient for sgd.
         optim: "adamw", "sgd", "lion" or "adafactor".
         adam_beta1, adam_beta2: Moment decays of adamw and lion.
-        adam_epsilon: Added to the root of adamw's second moment.
-        momentum: Of sgd.
-        seed: Of shuffling, dropout and adapter initialization.
-        max_length: Maximum tokens per sample. None: as many as one pack holds.
-        truncation: What becomes of a longer sample. "right" keeps its first max_length tokens. Its end is gone then,
-            and its end token with it: none is put in its place, so that the model does not learn to stop
-            mid-answer. "left" keeps its last tokens, the end token among them, behind its begin token where it has one.
-            "drop" leaves the sample out, "error" refuses the data, naming the line. What is cut or left out is counted,
-            logged, and in the first line of the metrics.
-        pack_tokens: Rows of one pack, a multiple of PACK_ALIGN. Packs of a length that a train bucket of the
-            engine has can ride beside requests in one forward; others run in forwards of their own. None: the
-            engine's longest.
-        completion_only_loss: Learn completions and assistant messages only; False learns every token.
-        bf16, fp16: True refuses an engine that computes in another dtype (EngineConfig.dtype); weights and optimizer
-            state of the adapter are float32 in any case. False leaves it to the engine.
-        shuffle: A new order each epoch, from (seed, epoch); False keeps the order of the data.
-        loss: "cross_entropy", or a function in jax of one pack's (logp [L], weights [L]), or of those and its LossBatch
-            (samples, and what they brought along), that returns the sum of its losses.
-        loss_per: What the summed losses of an optimizer step are divided by, their number of: "target" (tokens that
-            are learnt), "sample", or "group" (see `Dataset.group_size`).
+        adam_epsilon: Added to the square root of adamw's second moment.
+        momentum: Momentum of sgd.
+        seed: Seed of shuffling, dropout and adapter initialization.
+        max_length: Maximum tokens per sample; None means as many as fit one pack.
+        truncation: How to handle longer samples. "right" keeps the first max_length tokens; the end token is lost and
+            not replaced, so that the model does not learn to stop mid-answer. "left" keeps the last tokens, including
+            the end token, after the begin token if there is one. "drop" omits the sample; "error" refuses the data,
+            naming the line. Truncated and omitted samples are counted in the log and the first line of the metrics.
+        pack_tokens: Rows of one pack, a multiple of PACK_ALIGN. Packs whose length matches a train bucket of the engine
+            can share a forward with requests; others run in separate forwards. None means the engine's longest.
+        completion_only_loss: Compute the loss on completions and assistant messages only; False uses every token.
+        bf16, fp16: If True, refuse an engine that computes in another dtype (EngineConfig.dtype); False accepts any.
+            The adapter's weights and optimizer state are always float32.
+        shuffle: Use a new order each epoch, determined by (seed, epoch); False keeps the order of the data.
+        loss: "cross_entropy", or a jax function of one pack's (logp [L], weights [L]) or (logp, weights, LossBatch)
+            that returns the sum of its losses.
+        loss_per: What the summed loss of an optimizer step is divided by: the number of "target" (tokens with loss),
+            "sample" or "group" (see `Dataset.group_size`).
         eval_steps: Evaluate every so many steps; 0 only at the end. Needs eval data.
         early_stopping_patience: Stop after so many evaluations without improvement; 0 never stops early. Needs
             eval_steps.
-        load_best_model_at_end: Serve and save the weights of the lowest evaluation loss, not the last ones. Needs eval
-            data. None: with early stopping, as transformers asks for.
-        early_stopping_threshold: By how much the evaluation loss must fall to count as an improvement.
+        load_best_model_at_end: Serve and save the weights with the lowest evaluation loss instead of the last ones.
+            Needs eval data. None means True with early stopping, which transformers requires there.
+        early_stopping_threshold: Minimum decrease of the evaluation loss that counts as an improvement.
         logging_steps: Write a line to metrics.jsonl every so many steps (mean loss over them).
         save_steps: Checkpoint every so many steps; 0 never. Needs output_dir.
-        save_total_limit: Committed checkpoints kept.
-        output_dir: Folder of metrics.jsonl and checkpoints; None writes no file.
+        save_total_limit: Number of checkpoints to keep.
+        output_dir: Folder for metrics.jsonl and checkpoints; None writes no files.
     """
 
     learning_rate: float = 2e-4
@@ -197,23 +195,23 @@ class TrainConfig:
 
     @property
     def keeps_best(self) -> bool:
-        """load_best_model_at_end, where None follows early stopping."""
+        """load_best_model_at_end, resolved: None means whether early stopping is on."""
         best = self.load_best_model_at_end
         return self.early_stopping_patience > 0 if best is None else best
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of one optimizer step."""
+        """Samples per optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def pack_rows(self) -> int:
-        """pack_tokens, DEFAULT_PACK_TOKENS where no engine has filled it in."""
+        """pack_tokens, or DEFAULT_PACK_TOKENS if None."""
         return self.pack_tokens or DEFAULT_PACK_TOKENS
 
     @property
     def sample_tokens(self) -> int:
-        """Most tokens of one sample. n tokens take n - 1 rows: the last token is only ever a target."""
+        """Maximum tokens of one sample. n tokens take n - 1 rows, because the last token is only a target."""
         return self.max_length or self.pack_rows + 1
 
     def steps_per_epoch(self, num_samples: int) -> int:
@@ -221,25 +219,25 @@ class TrainConfig:
         return -(-num_samples // self.samples_per_step)
 
     def total_steps(self, num_samples: int) -> int:
-        """Optimizer steps of the whole job, at least 1."""
+        """Total optimizer steps of the job, at least 1."""
         if self.max_steps > 0:
             return self.max_steps
         return max(1, math.ceil(self.num_train_epochs * self.steps_per_epoch(num_samples)))
 
     def check_dtype(self, dtype: str) -> None:
-        """Raises ConfigError where bf16 or fp16 ask for another dtype than `dtype`, the engine's."""
+        """Raises ConfigError if bf16 or fp16 require a dtype other than `dtype`, the engine's."""
         for name, wanted in (("bf16", "bfloat16"), ("fp16", "float16")):
             fits = not getattr(self, name) or dtype == wanted
             require(fits, name, True, f"false: this engine computes in {dtype}, as set by EngineConfig.dtype")
 
     def check_evaluation(self, *, evaluates: bool) -> None:
-        """Raises ConfigError where evaluations are asked for and there is no eval_data: not `evaluates`."""
+        """Raises ConfigError if evaluations are configured but there is no eval_data (`evaluates` is False)."""
         best = self.load_best_model_at_end
         require(evaluates or not self.eval_steps, "eval_steps", self.eval_steps, "0 without eval_data")
         require(evaluates or not best, "load_best_model_at_end", best, "False without eval_data")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data; a loss function becomes the word "callable" and is passed again to `from_dict`."""
+        """JSON data; a loss function becomes "callable" and must be passed to `from_dict` again."""
         data = dataclasses.asdict(self)
         data["loss"] = CALLABLE_LOSS if callable(self.loss) else self.loss
         data["output_dir"] = None if self.output_dir is None else str(self.output_dir)
@@ -253,10 +251,10 @@ class TrainConfig:
 
         Args:
             data: Fields by name.
-            loss: The loss function of a config that was saved with one.
+            loss: The loss function, if the config was saved with one.
 
         Raises:
-            ConfigError: an unknown key, a value the class refuses, or a loss function not given again.
+            ConfigError: an unknown key, a value that the class refuses, or a missing loss function.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         for key, value in data.items():
@@ -273,8 +271,8 @@ def learning_rate(cfg: TrainConfig, step: int, total_steps: int) -> float:
 
     Args:
         cfg: The job's config.
-        step: Optimizer step, counted from 0.
-        total_steps: Optimizer steps of the whole job.
+        step: Optimizer step, from 0.
+        total_steps: Total optimizer steps of the job.
 
     Returns:
         cfg.learning_rate times the multiplier of transformers' get_scheduler (transformers/optimization.py).

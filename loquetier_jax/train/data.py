@@ -1,4 +1,4 @@
-"""Training data: records of every form to samples, all checked before anything trains; and their packs."""
+"""Training data: converts records of any format to samples, and checks them all before training starts."""
 
 import hashlib
 import json
@@ -31,9 +31,9 @@ class Sample:
 
     Attributes:
         tokens: [n] input token ids.
-        targets: [n] the token that follows each; 0 where it is not learnt.
-        weights: [n] loss weights: 1 where the target is learnt, else 0.
-        extras: By name, what a loss of one's own is to see: float32, [n] for a number per row, [] for one number.
+        targets: [n] the next token of each row; 0 where it has no loss.
+        weights: [n] loss weights: 1 where the target has loss, else 0.
+        extras: Inputs of a custom loss, by name: float32, [n] for a number per row, [] for one per sample.
     """
 
     tokens: Int32[np.ndarray, " n"]
@@ -47,18 +47,18 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """All samples of a job, tokenized.
+    """All tokenized samples of a job.
 
     Attributes:
-        name: Where they came from, for messages.
+        name: Where they came from, for error messages.
         samples: In the order of the data.
         num_truncated: Samples cut to max_length.
-        num_tokens_cut: Tokens that they lost.
-        num_dropped: Records left out because they are longer (truncation="drop").
-        num_empty: Records left out because their answer is the empty text.
-        group_size: So many consecutive samples belong together, as a chosen and a rejected answer do: they are
-            shuffled as one and share a pack, and batch sizes count groups.
-        records: Hash of the records that the samples were made of; None where there were none.
+        num_tokens_cut: Tokens removed from them.
+        num_dropped: Records omitted because they are too long (truncation="drop").
+        num_empty: Records omitted because their answer is empty.
+        group_size: Number of consecutive samples that belong together, like a chosen and a rejected answer: a group is
+            shuffled as a unit and stays in one pack, and batch sizes count groups.
+        records: Hash of the records from which the samples were made; None if there were none.
     """
 
     name: str
@@ -80,12 +80,12 @@ class Dataset:
 
     @property
     def num_groups(self) -> int:
-        """What batch sizes count."""
+        """Number of groups of samples, the unit of batch sizes."""
         return len(self.samples) // self.group_size
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of every token, weight and extra: tells whether a checkpoint belongs to this data."""
+        """Hash of all tokens, weights and extras, which identifies the data of a checkpoint."""
         digest = hashlib.sha256(self.group_size.to_bytes(8, "little"))
         for sample in self.samples:
             digest.update(len(sample).to_bytes(8, "little"))
@@ -97,13 +97,13 @@ class Dataset:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """The counts of what was cut and left out that are not 0, by name: a line of metrics."""
+        """The non-zero counts of truncated and omitted records, for a line of metrics."""
         names = ("num_truncated", "num_tokens_cut", "num_dropped", "num_empty")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property
     def num_targets(self) -> int:
-        """Tokens learnt in one pass."""
+        """Tokens with loss in one epoch."""
         return sum(int(np.count_nonzero(s.weights)) for s in self.samples)
 
 
@@ -119,22 +119,22 @@ def load_dataset(
     vocab_size: int | None = None,
     now: datetime | None = None,
 ) -> Dataset:
-    """Reads, checks and tokenizes all of a job's data, so that a bad line is found before training starts.
+    """Reads, checks and tokenizes all of a job's data, so that bad lines are found before training starts.
 
-    What is cut or left out is counted in the Dataset, and logged as a warning.
+    Truncated and omitted records are counted in the Dataset and logged as warnings.
 
     Args:
         data: A file of JSON lines or of one JSON array, or any iterable of records: a list, a generator, a
-            `datasets.Dataset`. For what a record is see `formats.parse_record` and, where it holds token ids,
-            `records.tokenized`. A Dataset is taken as it is.
-        tokenizer: A transformers tokenizer; None where all records hold token ids.
-        cfg: max_length, pack_tokens, truncation and completion_only_loss are used.
-        name: What to call data that is no file in messages.
-        vocab_size: Rows of the model's embedding; no token id may lie beyond.
-        now: The time for chat templates that print the date; None is the present.
+            `datasets.Dataset`. For the record formats see `formats.parse_record` and, for token ids,
+            `records.tokenized`. A Dataset is only checked.
+        tokenizer: A transformers tokenizer; may be None if all records are token ids.
+        cfg: Provides max_length, pack_tokens, truncation and completion_only_loss.
+        name: Name of data other than files in error messages.
+        vocab_size: V; token ids must be below it.
+        now: Date and time for chat templates that print them; None means now.
 
     Raises:
-        DataError: names the file and line (or the list and index) and what is wrong with it.
+        DataError: names the file and line (or the list and index) and the problem.
     """
     if isinstance(data, Dataset):
         check_samples_fit(data.samples, data.name, cfg, vocab_size)
@@ -147,10 +147,10 @@ def load_dataset(
 
 
 def make_sample(ids: Sequence[int], learn: Sequence[bool], where: str = "sample") -> Sample:
-    """A sample from token ids and which of them are learnt: inputs are ids[:-1], targets ids[1:].
+    """A sample from token ids and their loss mask: inputs are ids[:-1], targets ids[1:].
 
     Raises:
-        DataError: begins with `where`: ids that are no integers in [0, 2**31), or not as many truth values.
+        DataError: starting with `where`: ids that are not integers in [0, 2**31), or a mask of another length.
     """
     given = np.asarray(ids)
     whole = given.dtype.kind in "iu" or not given.size
@@ -166,7 +166,7 @@ def make_sample(ids: Sequence[int], learn: Sequence[bool], where: str = "sample"
 
 @dataclass
 class _Intake:
-    """Records on their way into a Dataset."""
+    """Collects records into a Dataset."""
 
     tokenizer: Any
     cfg: TrainConfig
@@ -180,7 +180,7 @@ class _Intake:
     digest: Any = field(default_factory=hashlib.sha256)
 
     def add(self, record: Any, where: str) -> None:
-        """Tokenizes and checks a record, and keeps its sample unless it is to be left out."""
+        """Tokenizes and checks a record, and keeps its sample unless it is to be omitted."""
         if isinstance(record, dict) and is_empty(record, where):
             self.empty.append(where)
             return
@@ -219,7 +219,7 @@ class _Intake:
         return tokenize(parsed, self.tokenizer, completion_only=completion_only, where=where, now=self.now)
 
     def dataset(self, name: str) -> Dataset:
-        """All that was kept; says what was not."""
+        """The samples kept; logs what was not."""
         kept, dropped, empty, most = len(self.samples), self.dropped, len(self.empty), self.cfg.sample_tokens
         total = kept + dropped + empty
         if not total:
@@ -242,7 +242,7 @@ class _Intake:
 
 
 def truncate(sample: Sample, rows: int, side: str, *, keep_begin: bool = False) -> Sample:
-    """The first ("right" is cut) or last ("left") rows of a sample; the last ones behind its first token on demand."""
+    """The first (side "right") or last ("left") rows of a sample; `keep_begin` puts its first token before the last."""
     at = slice(rows) if side == "right" else slice(len(sample) - rows, None)
     cut = Sample(sample.tokens[at].copy(), sample.targets[at].copy(), sample.weights[at].copy())
     if side == "left" and keep_begin:

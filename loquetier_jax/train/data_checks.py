@@ -1,4 +1,4 @@
-"""Whether samples fit a job and a model: their arrays, their lengths, their token ids."""
+"""Checks that samples fit a job and a model: arrays, lengths, token ids and extras."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from loquetier_jax.train.config import TrainConfig
 
 
 def check_token_ids(sample: Any, vocab_size: int | None, where: str, tokenizer: Any = None) -> None:
-    """Raises DataError, naming the first one, unless all ids of a sample are rows of the model's embedding."""
+    """Raises DataError, naming the first bad id, unless all ids of a sample are in the model's vocabulary."""
     for ids in (sample.tokens, sample.targets):
         if not len(ids) or (ids.min() >= 0 and (vocab_size is None or ids.max() < vocab_size)):
             continue
@@ -22,7 +22,7 @@ def check_token_ids(sample: Any, vocab_size: int | None, where: str, tokenizer: 
 
 
 def check_samples_fit(samples: Sequence[Any], name: str, cfg: TrainConfig, vocab_size: int | None) -> None:
-    """Raises DataError unless samples built elsewhere fit the packs of a job and the vocabulary of a model."""
+    """Raises DataError unless user-built samples fit a job's packs and the model's vocabulary."""
     if not samples:
         raise DataError(f"{name}: no records")
     rows = cfg.sample_tokens - 1
@@ -51,21 +51,21 @@ def _check_arrays(sample: Any, where: str) -> None:
 
 
 def extra_names(sample: Any) -> ExtraNames:
-    """Names of a sample's extras, and whether each is a number per row (True) or one for the sample."""
+    """(name, True for a number per row or False for one per sample) of a sample's extras, sorted."""
     return tuple(sorted((name, np.ndim(value) == 1) for name, value in sample.extras.items()))
 
 
 def check_samples(data: Any, pack_rows: int, *, own_loss: bool, like: Any | None = None) -> None:
-    """Checks a data set for what its loss and its packs need.
+    """Checks that a dataset meets the requirements of its loss and its packs.
 
     Args:
-        data: All of it.
-        pack_rows: Rows of a pack; a group has to fit one.
-        own_loss: Whether there is a loss that can read extras.
-        like: The data that `data` is held out from: the same loss reads the same extras of both.
+        data: The Dataset.
+        pack_rows: Rows of a pack, which every group must fit.
+        own_loss: Whether there is a custom loss, which can use extras.
+        like: The training data, if `data` is its evaluation data; both must have the same extras and group size.
 
     Raises:
-        DataError: names the sample and what is wrong with it.
+        DataError: names the sample and the problem.
     """
     for i, sample in enumerate(data.samples):
         _check_values(sample, f"{data.name}[{i}]")
@@ -76,7 +76,7 @@ def check_samples(data: Any, pack_rows: int, *, own_loss: bool, like: Any | None
         if (got := extra_names(sample)) != want:
             raise DataError(f"{data.name}[{i}]: got extras {_spell(got)}, expected {_spell(want)}")
     if want and not own_loss:
-        expected = "none: cross-entropy reads none; pass the loss that does, TrainConfig(loss=...)"
+        expected = "none: cross-entropy does not use extras; pass a loss that does, TrainConfig(loss=...)"
         raise DataError(f"{data.name}: got extras {_spell(want)}, expected {expected}")
     for first in range(0, len(data), size):
         rows = rows_of(data.samples[first : first + size])

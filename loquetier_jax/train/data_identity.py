@@ -1,24 +1,24 @@
-"""Which data a job was started on: a hash of its records, and one of what the tokenizer made of them. No jax."""
+"""Identifies a job's data by a hash of its records and a hash of their tokens. No jax."""
 
 from loquetier_jax.errors import CheckpointError
 from loquetier_jax.train.data import Dataset
 
 
 def data_identity(data: Dataset | None) -> dict[str, str | None] | None:
-    """What a checkpoint remembers of a data set, as JSON data; None of none."""
+    """The hashes that a checkpoint stores for a dataset, as JSON data; None without a dataset."""
     return None if data is None else {"records": data.records, "tokens": data.fingerprint}
 
 
 def check_same_data(name: str, given: Dataset | None, saved: dict[str, str | None] | None) -> None:
-    """Checks that a job goes on with the data that it was started on.
+    """Checks that a job continues with the data that it was started with.
 
     Args:
-        name: "data" or "eval_data", for messages.
-        given: What it is to go on with; only eval_data may be None.
+        name: "data" or "eval_data", for error messages.
+        given: The data to continue with; only eval_data may be None.
         saved: From `data_identity`.
 
     Raises:
-        CheckpointError: other data; or the same records, of which this tokenizer makes other tokens.
+        CheckpointError: different data, or the same records but different tokens from this tokenizer.
     """
     got, want = data_identity(given), saved
     if got is None and want is None:

@@ -1,4 +1,4 @@
-"""Sums over packs, exact on the host; evaluation of a job on held-out data; early stopping."""
+"""Exact loss sums over packs on the host, evaluation on held-out data, and early stopping."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ def pack_loss(pack: Pack, logp: Float[np.ndarray, " L"]) -> float:
     """Cross-entropy summed over a pack: -sum(weights * logp), correctly rounded.
 
     Args:
-        pack: Its weights say which rows count; log-probs of other rows may be anything.
-        logp: f32, log-probs of the pack's targets.
+        pack: The pack; log-probs of rows with weight 0 may be anything.
+        logp: f32 log-probs of the pack's targets.
     """
     rows = pack.weights != 0
     terms = np.asarray(logp, np.float64)[rows] * pack.weights[rows].astype(np.float64)
@@ -27,7 +27,7 @@ def pack_loss(pack: Pack, logp: Float[np.ndarray, " L"]) -> float:
 
 
 def denominator(pack: Pack, data: Dataset, cfg: TrainConfig) -> int:
-    """What a pack adds to the number that the summed losses of a step are divided by."""
+    """A pack's contribution to the divisor of a step's summed losses."""
     counts = {
         "target": pack.num_targets,
         "sample": len(pack.sample_ids),
@@ -38,14 +38,14 @@ def denominator(pack: Pack, data: Dataset, cfg: TrainConfig) -> int:
 
 @dataclass
 class Tally:
-    """What the packs of a step or of an evaluation add up to.
+    """Sums over the packs of a step or an evaluation.
 
     Attributes:
         losses: Loss sum of each pack, in the job's order.
-        finite: Whether all log-probs of targets were finite numbers.
-        denominator: What their sum is divided by.
-        targets, tokens: Rows with a target, rows with a token.
-        correct: Targets that were the model's first choice; None when not all packs said so.
+        finite: Whether all log-probs of targets were finite.
+        denominator: Divisor of the sum of losses.
+        targets, tokens: Number of rows with a target, and with a token.
+        correct: Number of targets that were the model's argmax; None unless known for all packs.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Tally:
         correct: Bool[np.ndarray, " L"] | None,
         loss: float | None,
     ) -> None:
-        """Adds one pack; without a loss of its own, its cross-entropy."""
+        """Adds one pack; `loss` None means its cross-entropy."""
         self.losses.append(pack_loss(pack, logp) if loss is None else loss)
         self.finite &= bool(np.isfinite(np.asarray(logp)[pack.weights != 0]).all())
         self.denominator += denominator
@@ -76,25 +76,25 @@ class Tally:
 
     @property
     def loss(self) -> float:
-        """Mean loss over all packs, exact up to the last division."""
+        """Mean loss over all packs, exact except for the final division."""
         return math.fsum(self.losses) / self.denominator
 
     @property
     def accuracy(self) -> float | None:
-        """Share of targets that were the model's first choice, or None."""
+        """Fraction of targets that were the model's argmax, or None."""
         return None if self.correct is None else self.correct / self.targets
 
 
 class Evaluation:
-    """The evaluations of one job: which packs, their sums, the best so far and whether to stop.
+    """The evaluations of one job: their packs and sums, the best result so far, and early stopping.
 
     Args:
         data: Held-out samples.
-        cfg: pack_tokens, loss_per and early stopping are used.
+        cfg: Provides pack_tokens, loss_per and early stopping.
 
     Attributes:
-        best, best_step: The lowest loss so far, and after how many optimizer steps it was.
-        misses: Evaluations since the last one that counts as an improvement.
+        best, best_step: The lowest loss so far, and the number of optimizer steps at that time.
+        misses: Evaluations since the last improvement.
     """
 
     def __init__(self, data: Dataset, cfg: TrainConfig) -> None:
@@ -115,7 +115,7 @@ class Evaluation:
 
     @property
     def in_flight(self) -> int:
-        """Packs dispatched whose results have not come back."""
+        """Number of packs dispatched whose results have not been read."""
         return len(self._in_flight)
 
     def next_pack(self) -> Pack | None:
@@ -127,7 +127,7 @@ class Evaluation:
         return build_pack(self.data.samples, ids, rows, index=self._next, is_last=last)
 
     def pack_dispatched(self, pack: Pack) -> None:
-        """Moves on to the next pack."""
+        """Advances to the next pack."""
         if not self.active or pack.index != self._next:
             raise JobError(f"evaluation pack: got {pack.index}, expected {self._next}")
         self._in_flight.append(pack)
@@ -140,7 +140,7 @@ class Evaluation:
         correct: Bool[np.ndarray, " L"] | None = None,
         loss: float | None = None,
     ) -> bool:
-        """Adds a pack's log-probs, and its loss unless it is their cross-entropy; returns whether that was the last."""
+        """Adds a pack's log-probs and, for a custom loss, its loss; returns whether it was the last pack."""
         if not self._in_flight or self._in_flight[0] is not pack:
             raise JobError(f"evaluation pack {pack.index} is not the oldest one in flight")
         self._in_flight.pop(0)
@@ -148,7 +148,7 @@ class Evaluation:
         return self._next == len(self.bins) and not self._in_flight
 
     def abandon(self) -> None:
-        """Forgets packs in flight: their results will not be taken."""
+        """Ends an evaluation early; results of packs in flight are dropped."""
         self.active = False
         self._in_flight.clear()
 
@@ -163,7 +163,7 @@ class Evaluation:
         """
         self.active = False
         loss = self._tally.loss
-        # transformers' EarlyStoppingCallback: any fall moves the best, one beyond threshold restores patience
+        # Like transformers' EarlyStoppingCallback: any decrease updates the best, one beyond threshold resets patience.
         improved = self.best is None or (
             loss < self.best and self.best - loss > self.cfg.early_stopping_threshold
         )
@@ -174,7 +174,7 @@ class Evaluation:
         return {"eval_loss": loss} | ({} if accuracy is None else {"eval_mean_token_accuracy": accuracy})
 
     def forget_best(self) -> None:
-        """The best is that of the evaluations from here on."""
+        """Resets the best result."""
         self.best, self.best_step = None, None
 
     @property
@@ -183,7 +183,7 @@ class Evaluation:
         return 0 < self.cfg.early_stopping_patience <= self.misses
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON data. An evaluation under way starts over on resume: it ends the same."""
+        """JSON data. An evaluation in progress starts over on resume, with the same result."""
         return {"active": self.active, "best": self.best, "best_step": self.best_step, "misses": self.misses}
 
     def load_state(self, state: dict[str, Any]) -> None:

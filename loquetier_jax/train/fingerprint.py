@@ -1,4 +1,4 @@
-"""Which base a checkpoint belongs to: a hash of its architecture and of every weight's bits."""
+"""Identifies the base that a checkpoint belongs to, by a hash of its architecture and weights."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ from loquetier_jax.models.spec import DecoderSpec
 
 
 def base_fingerprint(spec: DecoderSpec, params: Any) -> str:
-    """Hash of a base model, the same on every device: integer sums are exact.
+    """Hash of a base model, which is the same on every device because it uses integer sums.
 
-    Reads each weight once, on the device. It tells bases apart; it is no defence against somebody who tries.
+    Reads each weight once, on the device. Distinguishes bases, but is not cryptographically secure.
 
     Args:
         spec: The architecture.
-        params: Its weights, float32, bfloat16 or float16; not changed.
+        params: Its weights, float32, bfloat16 or float16; not modified.
 
     Returns:
         A sha256 in hex.
@@ -35,7 +35,7 @@ def base_fingerprint(spec: DecoderSpec, params: Any) -> str:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """A weight's place; that of a Dense is the matrix's, and its bias lies beside it: fingerprints outlive classes."""
+    """A weight's path; those of a Dense are named as plain arrays, so that hashes do not depend on the classes."""
     *above, last = path
     if isinstance(last, jax.tree_util.GetAttrKey):
         key = above.pop().key
@@ -45,7 +45,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 @jax.jit
 def _checksum(x: Float[Array, "*shape"]) -> UInt[Array, ""]:
-    """Sum modulo 2**32 of each element's bits times an odd number that depends on its place."""
+    """Sum modulo 2**32 of each element's bits times an odd number that depends on its position."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16).astype(
         jnp.uint32
     )

@@ -1,4 +1,4 @@
-"""The record formats people have: chat messages, prompt + completion, Alpaca, GSM8K, ShareGPT, plain text."""
+"""Common record formats: chat messages, prompt + completion, Alpaca, GSM8K, ShareGPT, plain text."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from loquetier_jax.errors import DataError, short
 from loquetier_jax.serve.messages import MEDIA, REASONING, ChatError, normalize_message, plain_json, refuse_media
 from loquetier_jax.token_ids import listed
 
-# The two templates of github.com/tatsu-lab/stanford_alpaca, which every Alpaca-trained model has seen.
+# The two templates of github.com/tatsu-lab/stanford_alpaca, used by all Alpaca-trained models.
 ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
@@ -30,21 +30,21 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "tool": "tool",
 }
-# Columns that belong to a conversation; beside a format that has no place for them they are refused, not dropped.
+# Columns of conversations; in other formats they are refused rather than dropped.
 CHAT_COLUMNS = ("system", "history", "tools", "chat_template_kwargs")
 FORMATS = "messages | prompt + completion | instruction + output | question + answer | conversations | text"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text; every token is learnt."""
+    """Plain text; every token has loss."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what follows it, both plain text."""
+    """A prompt and its completion, both plain text."""
 
     prompt: str
     completion: str
@@ -55,12 +55,11 @@ class Chat:
     """A conversation for the tokenizer's chat template.
 
     Attributes:
-        messages: As `serve.messages.normalize_message` returns them.
-        train: Whether message i is learnt: assistant messages that say something and that neither "weight": 0 nor
-            "train": false takes out.
-        tools: Tool definitions handed to the template, or None.
-        chat_template_kwargs: Further variables of the template, or None.
-        num_empty: Assistant messages that would be learnt if they said anything.
+        messages: As returned by `serve.messages.normalize_message`.
+        train: Whether message i has loss: non-empty assistant messages not excluded by "weight": 0 or "train": false.
+        tools: Tool definitions for the template, or None.
+        chat_template_kwargs: Extra template variables, or None.
+        num_empty: Assistant messages that have no loss only because they are empty.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -74,19 +73,18 @@ Record = Text | Completion | Chat
 
 
 def parse_record(data: Any, where: str) -> Record:
-    """Recognises the format of one record by its keys.
+    """Parses one record, whose format is recognised by its keys.
 
-    Columns that belong to a conversation (CHAT_COLUMNS) are honoured or refused; others are ignored, as columns of a
-    table are.
+    Columns of conversations (CHAT_COLUMNS) are used or refused; other unknown columns are ignored.
 
     Args:
-        data: A decoded JSON object. When it fits several formats the first of FORMATS wins (Alpaca files
-            often carry a redundant `text`).
-        where: File and line, for messages.
+        data: A decoded JSON object. If it fits several formats, the first of FORMATS wins (Alpaca files often have a
+            redundant `text`).
+        where: File and line, for error messages.
 
     Raises:
-        DataError: no known format, a missing half of a pair, a value of the wrong type, or a column that the format
-            has no place for.
+        DataError: an unknown format, a missing half of a pair, a value of the wrong type, or a column that the format
+            does not support.
     """
     if not isinstance(data, dict):
         raise DataError(f"{where}: got {type(data).__name__}, expected a JSON object")
@@ -114,7 +112,7 @@ def parse_record(data: Any, where: str) -> Record:
 
 
 def refuse_columns(data: Mapping[str, Any], where: str) -> None:
-    """Raises DataError, naming the column, if one asks for what no format has a place for."""
+    """Raises DataError, naming the column, if there is one that no format supports."""
     try:
         refuse_media(data, f"{where}: ")
     except ChatError as error:
@@ -131,7 +129,7 @@ def _pair(data: dict[str, Any], where: str) -> Record:
             raise DataError(f"{where}: {key} is missing")
     prompt, completion = data["prompt"], data["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        # what stands in the prompt is given, not learnt, whoever said it
+        # Messages in the prompt have no loss, whatever their role.
         context, learnt = _chat(prompt, where, "prompt"), _chat(completion, where, "completion")
         train = (False,) * len(context.messages) + learnt.train
         return _conversation(Chat(context.messages + learnt.messages, train, num_empty=learnt.num_empty), data, where)
@@ -144,7 +142,7 @@ def _pair(data: dict[str, Any], where: str) -> Record:
 
 
 def refuse_chat_columns(data: Mapping[str, Any], where: str, beside: str = "plain text") -> None:
-    """Raises DataError, naming the column, if one of CHAT_COLUMNS stands beside what has no place for it."""
+    """Raises DataError, naming the column, if one of CHAT_COLUMNS is used with a format that does not support it."""
     for key in CHAT_COLUMNS:
         if data.get(key):
             raise DataError(
@@ -159,7 +157,7 @@ def _completion(prompt: str, completion: str, data: dict[str, Any], where: str) 
 
 
 def _conversation(chat: Chat, data: dict[str, Any], where: str) -> Chat:
-    """A conversation with what other columns say about it."""
+    """Applies the other columns of a record to its conversation."""
     if data.get("history"):
         raise DataError(f"{where}: history: got {short(data['history'])}, expected it among the messages")
     if system := data.get("system"):
@@ -180,7 +178,7 @@ def _conversation(chat: Chat, data: dict[str, Any], where: str) -> Chat:
 
 
 def _tools(tools: Any, where: str) -> tuple[Any, ...] | None:
-    """A list, or one as JSON text: the columns of a table are of one type, tools are not."""
+    """Tools as a list, or as JSON text, since table columns must have one type."""
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
@@ -205,13 +203,13 @@ def _chat(messages: Any, where: str, name: str = "messages") -> Chat:
         raise DataError(f"{where}: {error}") from error
     says = [any(m.get(key) for key in ("content", "tool_calls", REASONING[0])) for m, _ in parsed]
     train = tuple(t and one for (_, t), one in zip(parsed, says, strict=True))
-    if not any(train) and parsed[-1][1]:  # that there is nothing to say: its end is learnt
+    if not any(train) and parsed[-1][1]:  # learn the end token of an empty answer
         train = (*train[:-1], True)
     return Chat(tuple(m for m, _ in parsed), train, num_empty=sum(t for _, t in parsed) - sum(train))
 
 
 def _message(message: Any, name: str) -> tuple[dict[str, Any], bool]:
-    """A message without what says whether to learn it, and whether to."""
+    """(message without its training flags, whether it has loss)."""
     plain = normalize_message(message, name)
     role = plain["role"]
     if role not in ROLES:

@@ -1,4 +1,4 @@
-"""The statuses of a job, in OpenAI's words, and the moves between them."""
+"""The status of a job, with OpenAI's names, and its transitions."""
 
 import logging
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ UNFINISHED: tuple[Status, ...] = ("queued", "running", "paused")
 
 
 class Lifecycle:
-    """A job's status; every move that makes no sense is a JobError naming the job and its status.
+    """A job's status; invalid transitions raise JobError with the job's name and status.
 
     Args:
-        name: Of the job.
+        name: The job's name.
 
     Attributes:
         status: One of Status.
         error: Why it failed, or None.
-        paused_from: What `resume` goes back to.
+        paused_from: The status that `resume` restores.
     """
 
     def __init__(self, name: str) -> None:
@@ -34,7 +34,7 @@ class Lifecycle:
 
     @property
     def finished(self) -> bool:
-        """Whether it will never run again."""
+        """Whether the job has ended for good."""
         return self.status in FINISHED
 
     def start(self) -> None:
@@ -42,13 +42,13 @@ class Lifecycle:
         self._move("start", ("queued",), "running")
 
     def pause(self) -> None:
-        """No further pack is handed out; those in flight, and a step already dispatched, still finish."""
+        """Stops issuing packs; those in flight, and an optimizer step already dispatched, still finish."""
         before = self.status
         self._move("pause", ("queued", "running"), "paused")
         self.paused_from = before
 
     def resume(self) -> None:
-        """paused -> what it was before."""
+        """paused -> its previous status."""
         self._move("resume", ("paused",), self.paused_from)
 
     def cancel(self) -> None:
@@ -64,7 +64,7 @@ class Lifecycle:
 
     @contextmanager
     def fail_on_error(self) -> Iterator[None]:
-        """Fails the job for what is raised inside: its loss function and its files are nobody else's trouble."""
+        """Errors raised inside, e.g. by the job's loss function or files, fail only this job."""
         try:
             yield
         except Exception as error:
@@ -75,7 +75,7 @@ class Lifecycle:
                 self.fail(f"{type(error).__name__}: {error}")
 
     def _drop(self) -> None:
-        """Forgets what is in flight."""
+        """Drops results in flight."""
 
     def _move(self, what: str, allowed: tuple[Status, ...], to: Status) -> None:
         if self.status not in allowed:

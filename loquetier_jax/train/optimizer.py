@@ -1,4 +1,4 @@
-"""The optimizer step of one job: gradient pages in, f32 master weights and the job's own pages out."""
+"""The optimizer step of one job: reads its gradient pages, updates its f32 masters and its adapter pages."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ OptimizerStep = Callable[..., tuple[LoraWeights, OptState, AdapterPages, Adapter
 
 
 def hyperparams(cfg: TrainConfig, step: int, total_steps: int) -> dict[str, float]:
-    """The numbers of one optimizer step, by the names that `make_optimizer(cfg.optim)` takes.
+    """The hyperparameters of one optimizer step, by the names that `make_optimizer(cfg.optim)` uses.
 
     Args:
         cfg: The job's config.
@@ -31,7 +31,7 @@ def hyperparams(cfg: TrainConfig, step: int, total_steps: int) -> dict[str, floa
         total_steps: Optimizer steps of the whole job (`PackStream.total_steps`).
 
     Returns:
-        {"learning_rate", "weight_decay"} and the kind's own; each is exact in float32 but for its last bit.
+        {"learning_rate", "weight_decay"} and the optimizer's own, in float32 precision except for the last bit.
     """
     numbers = {"learning_rate": learning_rate(cfg, step, total_steps), "weight_decay": cfg.weight_decay}
     if cfg.optim in ("adamw", "lion"):
@@ -44,16 +44,16 @@ def hyperparams(cfg: TrainConfig, step: int, total_steps: int) -> dict[str, floa
 
 
 def make_optimizer(kind: str) -> optax.GradientTransformationExtraArgs:
-    """An optax transformation whose numbers are all state, so that one compile serves every job of a kind.
+    """An optax transformation with all hyperparameters in its state, so that one compile serves all jobs of a kind.
 
-    adamw and sgd are torch's, lion is its paper's with decoupled decay, adafactor has neither relative step
-    nor parameter scale. The elementwise ones see one flat vector: a job has hundreds of small arrays.
+    adamw and sgd are torch's, lion is its paper's with decoupled decay, adafactor has neither relative step nor
+    parameter scale. The elementwise ones operate on one flat vector, because a job has hundreds of small arrays.
 
     Args:
         kind: One of OPTIMIZERS.
 
     Raises:
-        ConfigError: another kind.
+        ConfigError: an unknown kind.
     """
     require(kind in OPTIMIZERS, "optim", kind, f"one of {OPTIMIZERS}")
     factory, names = _FACTORIES[kind]
@@ -63,10 +63,10 @@ def make_optimizer(kind: str) -> optax.GradientTransformationExtraArgs:
 
 
 def init_state(weights: LoraWeights, kind: str) -> tuple[LoraWeights, OptState]:
-    """Master weights (copies on the device, f32) and the optimizer's first state.
+    """Master weights (f32 copies on the device) and the optimizer's initial state.
 
     Args:
-        weights: Exact-rank adapter, numpy or jax; not kept.
+        weights: Exact-rank adapter, numpy or jax; copied.
         kind: One of OPTIMIZERS.
     """
     master = jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), weights)
@@ -76,29 +76,29 @@ def init_state(weights: LoraWeights, kind: str) -> tuple[LoraWeights, OptState]:
 
 @cache
 def _init(kind: str) -> Callable[[LoraWeights], OptState]:
-    """The jitted first state: jobs of one shape and kind share its compile."""
+    """The jitted initial state; jobs of the same shape and kind share its compile."""
     return jax.jit(make_optimizer(kind).init)
 
 
 @cache
 def build_optimizer_step(spec: DecoderSpec, shape: LoraShape, kind: str) -> OptimizerStep:
-    """The jitted optimizer step of all jobs with this base, adapter shape and kind.
+    """The jitted optimizer step for all jobs with this base, adapter shape and kind.
 
     The returned function takes, in order:
         master: f32 LoraWeights; donated.
-        opt_state: From `init_state` or the last call; donated.
+        opt_state: From `init_state` or the previous call; donated.
         grads: Gradient pool, f32 pages [TP, ...]; donated.
         pages: Adapter pages [P, ...], compute dtype; donated.
-        train_page_ids: [k] the job's pages in the pool, k = shape.num_pages.
-        page_ids: [k] the job's pages among the adapter pages.
-        denom: f32, the number of targets that the gradients are summed over.
+        train_page_ids: [k] the job's pages in the gradient pool, k = shape.num_pages.
+        page_ids: [k] the job's adapter pages.
+        denom: f32, what the summed gradients are divided by (see TrainConfig.loss_per).
         max_grad_norm: f32; 0 or inf never clips.
         hyper: `hyperparams(cfg, step, total_steps)`.
 
-    It returns (master, opt_state, grads, pages, metrics): the job's pool pages are zeros, its pages hold the
-    cast of the new master. metrics is {"grad_norm": f32 before clipping, "weight_norm": f32 of what the new
-    weights would serve with, "finite": bool of both}; where one is not finite, weights and optimizer state come
-    back unchanged. Page ids are traced: other pages, same compile.
+    It returns (master, opt_state, grads, pages, metrics): the job's gradient pages are zeroed, and its adapter pages
+    contain the cast of the new master. metrics is {"grad_norm": f32 before clipping, "weight_norm": f32 of the new
+    weights as they would be served, "finite": whether both are}; if not finite, weights and optimizer state are
+    returned unchanged. Page ids are traced, so that all pages share one compile.
     """
     return jax.jit(partial(_optimizer_step, spec, shape, make_optimizer(kind)), donate_argnums=(0, 1, 2, 3))
 
@@ -140,14 +140,14 @@ def _optimizer_step(
 
 
 def served_norm(pages: AdapterPages, dtype: Any) -> Float[Array, ""]:
-    """f32 norm of f32 pages rounded to `dtype`: infinite where the cast or a square overflows, as in a forward."""
+    """f32 norm of f32 pages rounded to `dtype`; infinite if the cast or a square overflows, as in a forward."""
     kind = jnp.finfo(dtype)
-    # Not a cast there and back: XLA leaves such pairs out.
+    # A cast there and back would be removed by XLA.
     return optax.tree.norm(jax.tree.map(lambda a: jax.lax.reduce_precision(a, kind.nexp, kind.nmant), pages))
 
 
 def clip(gradient: LoraWeights, norm: Float[Array, ""], max_norm: Float[Array, ""]) -> LoraWeights:
-    """torch's clip_grad_norm_: times min(1, max_norm / (norm + 1e-6)); a max_norm of 0 or inf never clips."""
+    """torch's clip_grad_norm_: multiplies by min(1, max_norm / (norm + 1e-6)); a max_norm of 0 or inf never clips."""
     factor = jnp.minimum(jnp.float32(1), max_norm / (norm + jnp.float32(1e-6)))
     factor = jnp.where((max_norm > 0) & jnp.isfinite(max_norm), factor, jnp.float32(1))
     return jax.tree.map(lambda g: g * factor, gradient)
@@ -155,7 +155,7 @@ def clip(gradient: LoraWeights, norm: Float[Array, ""], max_norm: Float[Array, "
 
 @contextmanager
 def _loose_promotion() -> Iterator[None]:
-    """optax mixes weak and strong types; the rest of the package passes the strict rules its tests set."""
+    """optax mixes weak and strong types; the rest of the package obeys the strict promotion rules set by its tests."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -167,7 +167,7 @@ def _adamw(
 
 
 def _sgd(learning_rate: Any, weight_decay: Any, momentum: Any) -> optax.GradientTransformationExtraArgs:
-    # torch adds the decay to the gradient, before the momentum
+    # As in torch, the decay is added to the gradient before the momentum.
     chain = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=momentum))
     return optax.flatten(chain)
 
@@ -177,7 +177,7 @@ def _lion(learning_rate: Any, weight_decay: Any, b1: Any, b2: Any) -> optax.Grad
 
 
 def _adafactor(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformationExtraArgs:
-    # optax applies this decay after the learning rate: times it, it is the decoupled one of the others
+    # optax applies this decay after the learning rate; multiplied by it, it equals the others' decoupled decay.
     return optax.adafactor(
         learning_rate,
         min_dim_size_to_factor=1,  # optax's 128 would never factor a LoRA matrix

@@ -1,4 +1,4 @@
-"""Samples to packs: a pure function of (data, config, cursor), so that a job resumes anywhere."""
+"""Packs samples, as a pure function of (data, config, cursor), so that a job can resume at any pack."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +17,11 @@ EVAL_WINDOW = 256  # evaluation samples packed together
 
 @dataclass(frozen=True)
 class Cursor:
-    """The next pack of a job: plain numbers, so that a checkpoint can hold it.
+    """The next pack of a job, as plain numbers for checkpoints.
 
     Attributes:
         step: Optimizer step, from 0.
-        pack: Pack of that step, from 0.
+        pack: Pack within that step, from 0.
     """
 
     step: int = 0
@@ -33,11 +33,11 @@ class Cursor:
 
 
 class PackStream:
-    """The packs of a job. Holds no position: every method is a pure function of its arguments.
+    """The packs of a job. Has no position: every method is a pure function of its arguments.
 
     Args:
         data: The job's samples.
-        cfg: seed, shuffle, batch sizes and pack_tokens are used.
+        cfg: Provides seed, shuffle, batch sizes and pack_tokens.
     """
 
     def __init__(self, data: Dataset, cfg: TrainConfig) -> None:
@@ -49,16 +49,16 @@ class PackStream:
         self._cached_bins: tuple[int, list[list[int]]] = (-1, [])
 
     def epoch(self, step: int) -> int:
-        """The pass over the data that an optimizer step belongs to, from 0."""
+        """The epoch that an optimizer step belongs to, from 0."""
         return step // self.steps_per_epoch
 
     def epochs_done(self, steps: int) -> float:
-        """Passes over the data after that many optimizer steps; a fraction inside a pass."""
+        """Passes over the data completed after `steps` optimizer steps; fractional within a pass."""
         whole, part = divmod(steps, self.steps_per_epoch)
         return whole + part * self.cfg.samples_per_step / self.data.num_groups
 
     def order(self, epoch: int) -> Int[np.ndarray, " n"]:
-        """The order of the groups of samples in a pass, from (seed, epoch) alone."""
+        """The order of the sample groups in an epoch; depends only on (seed, epoch)."""
         if self._cached_order[0] != epoch:
             count = self.data.num_groups
             random = np.random.Generator(np.random.Philox(key=[self.cfg.seed, epoch]))
@@ -66,14 +66,14 @@ class PackStream:
         return self._cached_order[1]
 
     def samples_of(self, step: int) -> list[int]:
-        """Indices in the data of the samples of one optimizer step."""
+        """Indices of the samples of one optimizer step in the data."""
         size, of_group = self.cfg.samples_per_step, self.data.group_size
         start = (step % self.steps_per_epoch) * size
         groups = self.order(self.epoch(step))[start : start + size]
         return [int(g) * of_group + i for g in groups for i in range(of_group)]
 
     def packs_in_step(self, step: int) -> int:
-        """How many packs an optimizer step takes."""
+        """Number of packs of an optimizer step."""
         return len(self._bins(step))
 
     def pack(self, cursor: Cursor) -> Pack:
@@ -112,7 +112,7 @@ class PackStream:
 
 
 def eval_packs(data: Dataset, cfg: TrainConfig) -> list[tuple[int, ...]]:
-    """The samples of each evaluation pack, in the order of the data; `build_pack` makes the pack."""
+    """Sample indices of each evaluation pack, in the order of the data, for `build_pack`."""
     size = data.group_size
     window = max(EVAL_WINDOW // size, 1) * size
     windows = (range(i, min(i + window, len(data))) for i in range(0, len(data), window))
@@ -126,9 +126,9 @@ def first_fit(
 
     Args:
         samples: All samples.
-        ids: Which of them, in order.
+        ids: Indices of those to pack, in order.
         pack_tokens: Rows of a pack; no group takes more.
-        group_size: So many consecutive ids are a group.
+        group_size: Number of consecutive ids that form a group.
 
     Returns:
         Sample indices of each pack.
@@ -158,17 +158,17 @@ def build_pack(
     index: int = 0,
     is_last: bool = True,
 ) -> Pack:
-    """Lays samples side by side, each on a SAMPLE_ALIGN boundary.
+    """Concatenates samples into a pack, each starting on a SAMPLE_ALIGN boundary.
 
     Args:
         samples: All samples.
-        ids: Which of them; together they fit (see `first_fit`).
-        pack_tokens: Rows of the pack: L.
-        seed, step: Of the dropout keys.
+        ids: Indices of those in the pack; they must fit together (see `first_fit`).
+        pack_tokens: L, rows of the pack.
+        seed, step: For the dropout keys.
         index, is_last: Copied into the pack.
 
     Returns:
-        A pack of new arrays.
+        A pack with new arrays.
     """
     rows: dict[str, Any] = {k: np.zeros(pack_tokens, np.int32) for k in ("tokens", "targets", "positions")}
     rows["segments"] = np.full(pack_tokens, -1, np.int32)
@@ -196,7 +196,7 @@ def build_pack(
 
 
 def _extras(samples: Sequence[Sample], pack_tokens: int) -> dict[str, Float32[np.ndarray, " n"]]:
-    """The samples' extras: rows where their rows are, single numbers in the order of the samples."""
+    """The samples' extras: per-row values at the samples' rows, per-sample values in sample order."""
     out: dict[str, np.ndarray] = {}
     for name, value in samples[0].extras.items():
         out[name] = np.zeros(pack_tokens if np.ndim(value) else pack_tokens // SAMPLE_ALIGN, np.float32)
@@ -211,9 +211,9 @@ def _extras(samples: Sequence[Sample], pack_tokens: int) -> dict[str, Float32[np
 def drop_keys(
     seed: int, step: int, sample: int, positions: Int[np.ndarray, " n"]
 ) -> UInt32[np.ndarray, " n"]:
-    """Hash of (job seed, optimizer step, sample, position), each stirred in by murmur3's 32-bit finalizer.
+    """Hash of (job seed, optimizer step, sample, position), mixed with murmur3's 32-bit finalizer.
 
-    It depends on nothing else, so a row drops the same inputs wherever and with whomever it is batched.
+    Depends on nothing else, so that a row drops the same inputs in any batch.
     """
     key = np.zeros(1, np.uint32)
     for number in (seed, step, sample):

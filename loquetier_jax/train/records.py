@@ -1,4 +1,4 @@
-"""The records of a job's data, in every form it can come in: files, lists, generators, datasets, token ids."""
+"""Reads a job's records from files, lists, generators or datasets, as text or token ids."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,21 +9,21 @@ from loquetier_jax.json_records import read_records
 from loquetier_jax.token_ids import are_token_ids, listed
 from loquetier_jax.train.formats import Chat, parse_record, refuse_chat_columns, refuse_columns
 
-ANSWERS = ("completion", "output", "answer", "text")  # what is learnt, in the order in which formats are recognised
-MASKS = ("completion_mask", "assistant_masks")  # TRL's
-NOT_LEARNT = -100  # in labels
+ANSWERS = ("completion", "output", "answer", "text")  # columns to train on, in the order of format recognition
+MASKS = ("completion_mask", "assistant_masks")  # from TRL
+NOT_LEARNT = -100  # label of tokens without loss
 
 
 def records_of(data: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """(place, record) of everything in `data`; columns that are null are left out.
+    """Yields (location, record) for everything in `data`, without null columns.
 
     Args:
         data: A file of JSON lines or of one JSON array, or any iterable of mappings: a list, a generator, a
             `datasets.Dataset`.
-        name: What to call an iterable in messages.
+        name: Name of an iterable in error messages.
 
     Raises:
-        DataError: none of these, or a line that is no JSON.
+        DataError: none of these, or invalid JSON.
     """
     if isinstance(data, str) and not data:
         raise DataError(f"{name or 'data'}: got '', expected a file of JSON lines, or an iterable of records")
@@ -31,7 +31,7 @@ def records_of(data: Any, name: str) -> Iterator[tuple[str, Any]]:
         records = read_records(os.fspath(data), DataError)
     else:
         records = ((f"{name}[{i}]", record) for i, record in enumerate(_iterable(data, name)))
-    # Arrow gives every record every key that one of them has: what nobody wrote is taken out again.
+    # Arrow gives every record all keys that occur in any record, with nulls; remove those again.
     deep = hasattr(data, "column_names")
     for where, record in records:
         if isinstance(record, Mapping):
@@ -40,7 +40,7 @@ def records_of(data: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def check_records(data: Any, name: str = "data") -> None:
-    """Reads data for what is wrong with it already without a tokenizer: before a model is loaded for it.
+    """Checks everything about data that does not need a tokenizer, so that it can be refused before a model is loaded.
 
     Raises:
         DataError: see `records_of`, `formats.parse_record` and `tokenized`.
@@ -53,10 +53,10 @@ def check_records(data: Any, name: str = "data") -> None:
 
 
 def is_empty(record: Mapping[str, Any], where: str) -> bool:
-    """Whether a record is whole but for its answers, which are empty text: nothing to learn, as data sets have some.
+    """Whether a record is valid except that its answers are empty, as happens in some datasets: nothing to train on.
 
     Raises:
-        DataError: it would be refused whatever the answer was.
+        DataError: it would be refused with any answer.
     """
     if "input_ids" in record:
         return False
@@ -72,17 +72,18 @@ def is_empty(record: Mapping[str, Any], where: str) -> bool:
 
 
 def tokenized(record: Mapping[str, Any], where: str, *, completion_only: bool) -> tuple[list[int], list[bool]]:
-    """Token ids and which of them are learnt, of a record that has them already.
+    """(token ids, which of them have loss) of a record that is already tokenized.
 
     Args:
-        record: `input_ids`, and beside it any of `labels` (the same ids, -100 where nothing is learnt), TRL's
-            `completion_mask` and `assistant_masks` (1 where something is), `attention_mask` (0 on padding, left out).
-            Arrays and tensors are as good as lists.
-        where: File and line, for messages.
-        completion_only: False: the masks do not count, the labels do.
+        record: `input_ids`, and optionally `labels` (the same ids, or -100 for no loss), TRL's `completion_mask` and
+            `assistant_masks` (1 for loss), and `attention_mask` (0 on padding, which is removed). Lists, arrays or
+            tensors.
+        where: File and line, for error messages.
+        completion_only: If False, the masks are ignored, but not the labels.
 
     Raises:
-        DataError: not token ids, columns of other lengths, labels that are other ids, several samples in one.
+        DataError: not token ids, columns of different lengths, labels that differ from the ids, or several samples in
+            one record.
     """
     refuse_columns(record, where)
     refuse_chat_columns(record, where, "input_ids")
@@ -142,7 +143,7 @@ def _iterable(data: Any, name: str) -> Iterable[Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A nested value without the keys of mappings that are null."""
+    """A nested value without null-valued keys."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(v) for key, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""A job as `Job.state_dict` left it, ready to go on."""
+"""Restores a job from `Job.state_dict`."""
 
 import time
 from collections.abc import Callable
@@ -24,18 +24,18 @@ def restore_job(
     clock: Callable[[], float] = time.time,
     go_on: bool = False,
 ) -> Job:
-    """A job that goes on with the same packs and the same numbers.
+    """A job that continues with the same packs and the same results.
 
     Args:
-        state: From `Job.state_dict`; its config may have been given other values (`changes.changed_config`).
-        data, eval_data: The same data; hashes are compared.
-        metrics: Cut back to where the state was taken; lines of later steps will be written again.
-        loss: The loss function, when the job has one of its own.
-        clock: Wall-clock seconds.
-        go_on: Whether to require remaining steps, even if the job had succeeded.
+        state: From `Job.state_dict`; its config may have changed (`changes.changed_config`).
+        data, eval_data: The original data, verified by hash.
+        metrics: Truncated to its length at the time of the state; lines of later steps will be written again.
+        loss: The loss function, if the job has a custom one.
+        clock: Wall-clock time, seconds.
+        go_on: Whether the job must have steps left; if it had succeeded, it is queued again.
 
     Raises:
-        CheckpointError: other data, or a metrics file shorter than it was.
+        CheckpointError: different data, or a metrics file shorter than it was.
         ConfigError: the loss function is missing, or no steps are left.
     """
     cfg = TrainConfig.from_dict(state["config"], loss=loss)
@@ -61,5 +61,5 @@ def restore_job(
     if go_on and job.status == "succeeded":
         job.status = "queued"
     if go_on and job.evaluation is not None:
-        job.evaluation.misses = 0  # what had stopped it early, or was about to, counts from here
+        job.evaluation.misses = 0  # early stopping counts anew
     return job

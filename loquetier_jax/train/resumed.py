@@ -1,4 +1,4 @@
-"""What a job is resumed from, and where it writes from then on."""
+"""The checkpoint that a job is resumed from, and the folder it then writes to."""
 
 import itertools
 import logging
@@ -12,24 +12,24 @@ log = logging.getLogger(__name__)
 
 
 class Resumed(NamedTuple):
-    """What a job is resumed from.
+    """The source of a resumed job.
 
     Attributes:
-        checkpoint: A committed one.
-        home: The run folder that was given, or None where a checkpoint, or a folder of them, was.
+        checkpoint: A committed checkpoint.
+        home: The given run folder, or None if a checkpoint or a folder of checkpoints was given.
     """
 
     checkpoint: Path
     home: Path | None
 
     def settle_folder(self, saved: dict[str, Any]) -> None:
-        """Sets where the job writes: to the folder of its run that was given, to its own, or to a new one.
+        """Sets where the job writes: to the given run folder, to its original folder, or to a new one.
 
-        It goes on in its own where the checkpoint is the newest one there. An older one, or a copy elsewhere, begins a
-        branch in a new folder: what the run wrote afterwards is not the branch's to remove.
+        It continues in its original folder if the checkpoint is the newest one there. An older one, or a copy
+        elsewhere, starts a branch in a new folder, because the branch must not remove what the run wrote later.
 
         Args:
-            saved: From `Job.state_dict`; changed in place.
+            saved: From `Job.state_dict`; modified in place.
         """
         config = saved["config"]
         if self.home is not None:
@@ -37,7 +37,7 @@ class Resumed(NamedTuple):
         elif config["output_dir"] is not None and not self._is_newest_of(config["output_dir"]):
             branch = branch_folder(config["output_dir"])
             log.warning(
-                "job %s: branches off, and writes to %s: %s is not the newest checkpoint of %s",
+                "job %s: starting a branch in %s, because %s is not the newest checkpoint of %s",
                 *(saved["name"], branch, self.checkpoint, config["output_dir"]),
             )
             config["output_dir"], saved["record"]["position"] = str(branch), None
@@ -48,7 +48,7 @@ class Resumed(NamedTuple):
 
 
 def find_resumed(path: Path) -> Resumed:
-    """The checkpoint to resume from: `path` itself, the newest in it, or the newest of the run folder it is.
+    """The checkpoint to resume from: `path` itself, or the newest one in that folder or run folder.
 
     Raises:
         CheckpointError: there is none.
@@ -58,6 +58,6 @@ def find_resumed(path: Path) -> Resumed:
 
 
 def branch_folder(output_dir: str) -> Path:
-    """A folder for a branch of the run of `output_dir`: beside it, and new."""
+    """A new folder next to `output_dir`, for a branch of its run."""
     numbered = (Path(f"{Path(output_dir)}-branch-{n}") for n in itertools.count(1))
     return next(path for path in numbered if not path.exists())

@@ -1,6 +1,6 @@
-"""The folder of a run, {metrics.jsonl, checkpoints/}, in which one process writes at a time.
+"""The folder of a run, {metrics.jsonl, checkpoints/}, to which only one process may write at a time.
 
-The kernel holds the lock for the process, so it ends with the process, whatever ends that.
+The lock is the kernel's, so it is released when the process ends for any reason.
 """
 
 import errno
@@ -22,13 +22,13 @@ TAKEN = (errno.EAGAIN, errno.EACCES)
 
 
 class RunLock:
-    """Holds a folder, which is made when missing, until `release`, the end of a `with` block, or its own end.
+    """Locks a folder, creating it if missing, until `release`, the end of a `with` block, or garbage collection.
 
-    Other processes are refused; in this one several may hold it, e.g. a command and the job that it runs.
+    Excludes other processes; within this process several may hold it, e.g. a command and the job that it runs.
 
     Raises:
-        JobError: another process holds it; names the folder.
-        OSError: the folder cannot be written to.
+        JobError: another process holds the lock; names the folder.
+        OSError: the folder is not writable.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -39,7 +39,7 @@ class RunLock:
             _held[where] = self._file
 
     def release(self) -> None:
-        """Lets go of it; again does nothing."""
+        """Releases the lock; calling it twice is harmless."""
         self._file = None
 
     def __enter__(self) -> "RunLock":
@@ -50,11 +50,11 @@ class RunLock:
 
 
 class LockedFile:
-    """A file with a lock on it, for as long as this object lives.
+    """A locked file; the lock lasts as long as this object.
 
     Args:
-        file: Made when missing; it says which process has it.
-        name: The folder, as it was given.
+        file: Created if missing; contains the id of the process that holds it.
+        name: The folder, as given by the user.
     """
 
     def __init__(self, file: Path, name: str) -> None:
@@ -67,10 +67,10 @@ class LockedFile:
             if error.errno in TAKEN:
                 holder = os.pread(self._handle, 20, 0).decode(errors="replace").strip() or "unknown"
                 raise JobError(
-                    f"output_dir: got {name!r}, where another process ({holder}) writes its run; "
-                    "expected another folder, or that process to end first"
+                    f"output_dir: {name!r} is in use by another process ({holder}); "
+                    "use another folder, or wait until that process has ended"
                 ) from error
-            log.warning("%s: cannot be locked (%s): see to it that no other process writes there", name, error)
+            log.warning("%s: cannot be locked (%s); make sure that no other process writes there", name, error)
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):

@@ -1,4 +1,4 @@
-"""Records to token ids and a loss mask, through a Hugging Face tokenizer."""
+"""Converts records to token ids and a loss mask with a Hugging Face tokenizer."""
 
 from datetime import datetime
 from typing import Any
@@ -16,27 +16,26 @@ from loquetier_jax.train.formats import Chat, Completion, Record, Text
 def tokenize(
     record: Record, tokenizer: Any, *, completion_only: bool, where: str, now: datetime | None = None
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a record, and which of them are to be predicted.
+    """Token ids of a record, and which of them have loss.
 
-    Text and completions begin as they do when they are served (`serve.tokenizer.encode_text`) and end with the
-    tokenizer's end-of-sequence token, which is learnt. A chat is what its template writes, by the code that serves;
-    every answer is learnt (`answers.find_answers`), and so are the tokens that close it. A token that holds both the
-    end of the generation prompt and the beginning of an answer is learnt.
+    Text and completions start as in serving (`serve.tokenizer.encode_text`) and end with the tokenizer's
+    end-of-sequence token, which has loss. Chats are rendered by the same code as in serving; every answer has loss
+    (`answers.find_answers`), and so do the tokens that close it. A token that spans the end of the generation prompt
+    and the start of an answer has loss.
 
     Args:
-        record: What `formats.parse_record` returned.
-        tokenizer: A transformers tokenizer; a chat needs its chat template.
-        completion_only: False: every token is learnt.
-        where: File and line, for messages.
-        now: The date and time of a template that prints them: given it, the tokens depend on the record alone.
-            None is the time of this call.
+        record: As returned by `formats.parse_record`.
+        tokenizer: A transformers tokenizer; chats need its chat template.
+        completion_only: If False, every token has loss.
+        where: File and line, for error messages.
+        now: Date and time for templates that print them, so that tokens depend only on the record; None means now.
 
     Returns:
-        (ids, learn), of equal length. learn[0] has no effect: nothing precedes the first token.
+        (ids, learn), of equal length. learn[0] has no effect, because nothing precedes the first token.
 
     Raises:
-        DataError: the chat template is missing, refuses the messages or has no place for something in them; text with
-            half a surrogate pair.
+        DataError: the chat template is missing, refuses the messages or drops part of them, or text has a lone
+            surrogate.
     """
     try:
         if isinstance(record, Text):
@@ -47,13 +46,13 @@ def tokenize(
         )
     except ChatError as error:
         raise DataError(f"{where}: {error}") from error
-    except (TypeError, UnicodeError) as error:  # half a surrogate pair: JSON's "\ud800" alone
+    except (TypeError, UnicodeError) as error:  # a lone surrogate, which JSON's "\ud800" may produce
         raise DataError(f"{where}: the tokenizer refuses the text: {error}") from error
     return ids, learn if completion_only else [True] * len(ids)
 
 
 def _completion(record: Completion, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokens of both parts together, unless a token straddles the boundary: then each part on its own."""
+    """Tokenizes both parts together, or separately if a token would straddle the boundary."""
     prompt = encode_text(tokenizer, record.prompt)
     ids = encode_text(tokenizer, record.prompt + record.completion)
     if ids[: len(prompt)] != prompt:
@@ -66,7 +65,7 @@ def _chat(record: Chat, tokenizer: Any, now: datetime | None) -> tuple[list[int]
     kwargs = {"tools": record.tools, "chat_template_kwargs": record.chat_template_kwargs, "now": now}
     text, answers = find_answers(ChatTemplate(tokenizer, **kwargs), record.messages, record.train)
     if not tokenizer.is_fast:
-        raise ChatError("messages: the tokenizer does not tell where its tokens stand in the text (it is not fast)")
+        raise ChatError("messages: a fast tokenizer is needed, which gives the offsets of its tokens in the text")
     encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     start, stop = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
     learn = np.zeros(len(start), bool)

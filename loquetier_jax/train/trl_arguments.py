@@ -1,4 +1,4 @@
-"""What transformers' `TrainingArguments` and TRL's `SFTConfig` take and our `TrainConfig` has no field for."""
+"""Arguments of transformers' `TrainingArguments` and TRL's `SFTConfig` that are not fields of our `TrainConfig`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,13 @@ from loquetier_jax.config import is_number
 
 _HUB = "JobHandle.save writes the adapter as a folder"
 _ONE_DEVICE = "a job trains on the one device of its engine"
-_OPTIMIZERS = {  # the same algorithm; elsewhere these are other implementations of it
+_OPTIMIZERS = {  # other libraries' implementations of the same algorithm
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "paged_adamw",
                      "paged_adamw_32bit", "adamw_bnb_32bit", "adamw_torch_xla", "adamw_torch_npu_fused"), "adamw"),
     **dict.fromkeys(("lion_32bit", "paged_lion", "paged_lion_32bit"), "lion"),
 }  # fmt: skip
 
-# They decide speed, memory, logs or workers; every one of them may be left out.
+# Ignored: they only affect speed, memory, logging or workers.
 _WITHOUT_EFFECT = (
     "accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading",
     "average_tokens_across_devices", "batch_eval_metrics", "chars_per_token", "dataloader_in_order",
@@ -40,12 +40,12 @@ def _warmup_ratio(value: Any, given: Mapping[str, Any]) -> dict[str, Any] | str:
         return "a share of all steps in [0, 1); warmup_steps takes a number of steps"
     if not value:
         return {}
-    steps = given.get("warmup_steps")  # 0 is transformers' default: the ratio counts then
+    steps = given.get("warmup_steps")  # 0 is transformers' default, which the ratio overrides
     return (Instead if is_number(steps) and steps == 0 else dict)(warmup_steps=value)
 
 
 def _strategy(field: str) -> Rule:
-    """The rule of eval_strategy and its like: here a number of steps says all."""
+    """Rule for eval_strategy and similar: here, only a number of steps decides."""
 
     def rule(value: Any, given: Mapping[str, Any]) -> dict[str, Any] | str:
         steps = given.get(field, 0)
@@ -69,7 +69,7 @@ def _assistant_only(value: Any, given: Mapping[str, Any]) -> dict[str, Any] | st
 
 
 TRL_ARGUMENTS: dict[str, Rule] = {
-    # Other names, and other words for values.
+    # Other names of fields, and other spellings of values.
     "optim": spelled("optim", _OPTIMIZERS),
     "eval_steps": spelled("eval_steps", {None: 0}),
     "completion_only_loss": spelled("completion_only_loss", {None: True}),

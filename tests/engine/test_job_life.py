@@ -193,7 +193,7 @@ def test_a_loss_in_ordinary_jax_over_pairs(tiny_engine):
     assert losses(job)[0] == pytest.approx(np.log(2), rel=1e-5), "an adapter that changes nothing"
     assert losses(job, "eval_loss")[0] < losses(job)[0]
     assert len(seen) >= 2 * 7 and all(seen)
-    with pytest.raises(DataError, match="cross-entropy reads none"):
+    with pytest.raises(DataError, match="cross-entropy does not use extras"):
         tiny_engine.finetune("other", data, lora=LORA, train=quick())
 
 

@@ -67,7 +67,7 @@ def test_what_no_loss_can_use_is_refused(make_data):
     ]
     refused = [
         *odd,
-        (data, {"own_loss": False}, "extras x .per row., expected none: cross-entropy reads none"),
+        (data, {"own_loss": False}, "extras x .per row., expected none: cross-entropy does not use extras"),
         (mixed, {"own_loss": True}, r"mixed\[1\]: got extras none, expected x \(per row\)"),
         (short, {"own_loss": True}, r"made\[0\]: extras\['x'\]: got .* one for each of its 9 rows"),
         (nan, {"own_loss": True}, r"made\[0\]: extras\['x'\]: got .*nan.*, expected one finite number"),

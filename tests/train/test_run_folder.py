@@ -28,7 +28,7 @@ def test_a_folder_is_refused_while_another_process_has_it(tmp_path: Path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         for take in (RunLock, lambda folder: MetricsWriter(folder / "metrics.jsonl")):
-            with pytest.raises(JobError, match=rf"output_dir: got '{folder}', where another process \({holder.pid}\)"):
+            with pytest.raises(JobError, match=rf"'{folder}' is in use by another process \({holder.pid}\)"):
                 take(folder)
         os.kill(holder.pid, signal.SIGKILL)
     with RunLock(folder) as mine, RunLock(tmp_path / "other" / ".." / "run"):
