@@ -90,7 +90,8 @@ def test_sigterm_saves_and_a_run_that_has_saved_nothing_starts_again(
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     shutil.rmtree(folder / "checkpoints")  # as if killed before the first one
     assert main([*command, "--resume"]) == 0
-    assert f"{folder}: no checkpoint yet; starting from step 0" in capsys.readouterr().err.replace("\n", "")
+    said = "".join(capsys.readouterr().err.split())  # without the breaks of the lines
+    assert f"{folder}:nocheckpointyet;startingfromstep0" in said
     assert [{**line, "time": 0} for line in read_metrics(folder / "metrics.jsonl")] == lines
 
 

@@ -174,5 +174,5 @@ def test_the_lock_comes_in_turn() -> None:
         thread.join(LIMIT)
     waits = "".join("o" if turn == "other" else "." for turn in turns).split("o")[1:-1]
     assert sorted(map(len, waits))[len(waits) // 2] <= 2
-    with pytest.raises(RuntimeError, match="does not have it"):
+    with pytest.raises(RuntimeError, match="does not hold it"):
         lock.release()
