@@ -235,7 +235,7 @@ def test_what_a_submit_costs_does_not_grow_with_the_queue(tiny_engine: Engine, m
         patch.setattr(serving, "running", NeverScanned())
         pair = tiny_engine.submit([5, 6], None, greedy(2, n=2, temperature=1.0), request_id="pair")
         for taken in ("pair", "pair-1"):
-            with pytest.raises(RequestError, match="no live request has"):
+            with pytest.raises(RequestError, match="not used by a live request"):
                 tiny_engine.submit([5, 6], None, greedy(2), request_id=taken)
         other = tiny_engine.submit([5, 6], None, greedy(2))
         assert tiny_engine.cancel("pair") and not tiny_engine.cancel("pair")
