@@ -44,12 +44,12 @@ class Driver:
 
     Args:
         lock: Of the loop.
-        compiling: Whether something is being compiled in the background, which the loop may be waiting for.
+        background: Whether something goes on in other threads that the loop may be waiting for: a compile, a save.
     """
 
-    def __init__(self, lock: FairLock, compiling: Callable[[], bool]) -> None:
+    def __init__(self, lock: FairLock, background: Callable[[], bool]) -> None:
         self.lock = lock
-        self._compiling = compiling
+        self._background = background
         self._loop: Drivable | None = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._driving = threading.Lock()
@@ -199,9 +199,9 @@ class Driver:
                 if self._failure is not None or self.closed:  # a failure ends what was waited for, too: told first
                     self.check_alive()
                 continue
-            compiling = self._compiling()  # asked first: what it finishes during the step is seen by the next one
+            background = self._background()  # asked first: what it finishes during the step is seen by the next one
             if not self.step():
-                if not compiling and not done():
+                if not (background or self._background() or done()):
                     raise RuntimeError("engine: nothing is left to do, and what was waited for has not happened")
                 time.sleep(POLL_S)
 
@@ -227,7 +227,14 @@ class Driver:
             return IDLE_S if self._loop.is_idle() and not self._inbox else POLL_S
 
 
-class LoopThread(threading.Thread):
+class EngineThread(threading.Thread):
+    """A thread that works for an engine, and wants nothing of it: it keeps no loop going.
+
+    No daemon: an interpreter that ends while the device is read is aborted.
+    """
+
+
+class LoopThread(EngineThread):
     """Drives an engine's loop until it is ended, the driver is dropped or fails, or the process ends.
 
     It holds the driver only during a step. No daemon: an interpreter that ends while the device works is aborted.
@@ -280,4 +287,4 @@ def _process_goes_on() -> bool:
     """Whether anybody is left who may want something: at its end the interpreter waits for threads like this one."""
     if threading.main_thread().is_alive():
         return True
-    return any(t.is_alive() and not t.daemon and not isinstance(t, LoopThread) for t in threading.enumerate())
+    return any(t.is_alive() and not t.daemon and not isinstance(t, EngineThread) for t in threading.enumerate())
