@@ -230,14 +230,21 @@ class Driver:
 class EngineThread(threading.Thread):
     """A thread that works for an engine, and wants nothing of it: it keeps no loop going.
 
-    No daemon: an interpreter that ends while the device is read is aborted.
+    No daemon, whoever starts it: an interpreter that ends while the device is read is aborted.
+
+    Args:
+        run: What it does; None where a subclass says it.
+        name: For debuggers.
     """
+
+    def __init__(self, run: Callable[[], None] | None, name: str) -> None:
+        super().__init__(target=run, name=name, daemon=False)
 
 
 class LoopThread(EngineThread):
     """Drives an engine's loop until it is ended, the driver is dropped or fails, or the process ends.
 
-    It holds the driver only during a step. No daemon: an interpreter that ends while the device works is aborted.
+    It holds the driver only during a step.
 
     Args:
         step: `Driver.step`.
@@ -248,7 +255,7 @@ class LoopThread(EngineThread):
     def __init__(
         self, step: Callable[[], bool], seconds_to_rest: Callable[[], float], changed: threading.Condition
     ) -> None:
-        super().__init__(name="loquetier-loop")
+        super().__init__(None, "loquetier-loop")
         self._step, self._seconds, self._changed = WeakMethod(step), WeakMethod(seconds_to_rest), changed
         self._ending = False
 

@@ -1,7 +1,6 @@
 """One job on the device: its masters, optimizer state, pages, and its place in the gradient pool."""
 
 import itertools
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +15,7 @@ from loquetier_jax.adapters.pages import AdapterPages, read_pages
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.packs import Pack
+from loquetier_jax.driver import EngineThread
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.serve.scoring import Scores
 from loquetier_jax.step.compiled import StepFunctions, TrainKey
@@ -69,7 +69,7 @@ class DeviceJob:
     held: int = 0
     saving: int | None = None
     copying: bool = False
-    leaving: threading.Thread | None = field(default=None, repr=False)
+    leaving: EngineThread | None = field(default=None, repr=False)
     latest: Version | None = None
     run_optimizer: Callable[..., Any] | None = field(default=None, repr=False)
     copy_master: Callable[..., Any] | None = field(default=None, repr=False)
@@ -210,11 +210,8 @@ class DeviceJob:
         self.run_optimizer = self.copy_master = None
 
     def start_leaving(self) -> None:
-        """`leave_device` in a thread of its own: a second of copying would be a second in which no token comes.
-
-        No daemon: an interpreter that ends while the device is read is aborted.
-        """
-        self.leaving = threading.Thread(target=self.leave_device, name="job-to-host")
+        """`leave_device` in a thread of its own: a second of copying would be a second in which no token comes."""
+        self.leaving = EngineThread(self.leave_device, "job-to-host")
         self.leaving.start()
 
     def settle(self) -> None:

@@ -59,9 +59,6 @@ class CheckpointWriter:
         """Begins a job's save, if one is due and none is under way. The caller has the lock.
 
         A save that fails is told in a warning, and the next one that is due tries again.
-
-        Raises:
-            RuntimeError: there is no room for a thread.
         """
         job = device_job.job
         if not job.save_due or job.in_flight or device_job.saving is not None:
@@ -74,10 +71,10 @@ class CheckpointWriter:
         if job.status == "paused":  # whoever takes it up goes on
             state.host["job"]["status"] = job.paused_from
         try:
-            EngineThread(target=self._run, args=(device_job, state), name="checkpoint").start()
-        except RuntimeError:
+            EngineThread(partial(self._run, device_job, state), "checkpoint").start()
+        except RuntimeError as error:  # no room for a thread, or the process is ending
             self.end(device_job)
-            raise
+            _tell_failure(job.name, job.step, error)
 
     def hold(self, device_job: DeviceJob) -> None:
         """Lets a job rest between two packs, until `let_go` was called as often. The caller has the lock."""
