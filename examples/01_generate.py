@@ -10,11 +10,11 @@ from loquetier_jax import Engine, SamplingParams
 from loquetier_jax.config import Bucket
 from loquetier_jax.tiny import base_path
 
-# Every shape that will ever run is in this list: nothing compiles after the start. "full" serves every sampling
-# parameter; the score rows are for log_probs().
+# Every shape that will ever run is in this list: nothing compiles after the start. The score rows are for
+# log_probs().
 BUCKETS = (
-    Bucket(prefill=48, chunks=3, decode=16, sampling="full"),
-    Bucket(score_packs=1, score_tokens=128, prefill=48, chunks=3, decode=16, sampling="full"),
+    Bucket(prefill=48, chunks=3, decode=16),
+    Bucket(score_packs=1, score_tokens=128, prefill=48, chunks=3, decode=16),
 )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from loquetier_jax.adapters.lora import LoraConfig, init_weights, resolve_shape
 from loquetier_jax.adapters.pages import pages_of
-from loquetier_jax.batch.pack import ChunkItem, DecodeItem, ServedItem, StepItems, TrainItem, pack_step
+from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
 from loquetier_jax.batch.rows import ravel
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.models.load import load_hf
@@ -55,7 +55,7 @@ def main(steps: int = 24) -> None:
     master, opt_state = init_state(weights, train.optim)
     optimizer = build_optimizer_step(spec, shape, train.optim)
 
-    forward = functions.forward(bucket)
+    forward, sampler = functions.forward(bucket), functions.sampler(bucket.samples, GREEDY.level)
     key = TrainKey(packs=1, pack_tokens=256, pages=shape.num_pages)
     backward_start = functions.backward_start(key)
     backward = functions.backward_slice(key, 0, spec.num_hidden_layers)
@@ -68,20 +68,21 @@ def main(steps: int = 24) -> None:
         items = StepItems(train=[TrainItem(pack, (PAGE,), (GRAD_PAGE,))])
         for request in requests:
             request.add_rows(items)
-        batch = pack_step(items, bucket, cfg)
+        step = pack_step(items, bucket, cfg)
 
-        # 2. One forward over all rows; base weights are read once. KV cache and slots are donated.
-        flat = jnp.asarray(ravel(batch))
-        out = state.run_forward(forward, flat)
+        # 2. One forward over all rows; base weights are read once. Then the sampler over those that a token is drawn
+        #    from: it leaves each in its slot, where the next forward finds it. KV cache and slots are donated.
+        out = state.run_forward(forward, jnp.asarray(ravel(step.batch)))
+        sampled = state.sample(sampler, out.sample_hidden, jnp.asarray(ravel(step.sample)))
 
         # 3. Backward over the train rows: from log-probs to the page's gradient, which adds up in the pool.
-        flat_train = jnp.asarray(ravel(batch.train))
+        flat_train = jnp.asarray(ravel(step.batch.train))
         dx, _ = backward_start(head_params(state.params), out.hidden, out.train["logp"], flat_train, {})
         state.backward(backward, 0, spec.num_hidden_layers, out.kept, dx, flat_train)
 
         # 4. Results: tokens to their requests, the loss from the log-probs.
-        for place, request in zip(sample_places(items, bucket), in_order(items, requests), strict=True):
-            request.take(int(out.sampled["tokens"][place]))
+        for row, request in step.owners:
+            request.take(int(sampled["tokens"][row]))
         loss_sum -= float(np.dot(np.asarray(out.train["logp"]), pack.weights))
         targets += pack.num_targets
         if not pack.is_last:
@@ -97,39 +98,32 @@ def main(steps: int = 24) -> None:
 
 
 class Request:
-    """A prompt that is asked again as soon as it has been answered."""
+    """A prompt that is asked again as soon as it has been answered; the attributes are what the packer reads."""
 
     def __init__(self, tokenizer, slot: int, pages: tuple[int, ...], cfg: EngineConfig) -> None:
-        self.tokenizer, self.slot, self.pages = tokenizer, slot, pages
-        self.prompt = np.asarray(tokenizer.encode(PROMPT), np.int32)
+        self.tokenizer, self.slot, self.adapter_pages = tokenizer, slot, pages
         self.kv_pages = range(1 + slot * cfg.max_pages_per_seq, 1 + (slot + 1) * cfg.max_pages_per_seq)
-        self.output: list[int] = []
+        self.prompt_ids, self.params, self.seed, self.stop_ids = tokenizer.encode(PROMPT), GREEDY, 0, ()
+        self.num_prefilled, self.output = 0, []
+
+    @property
+    def num_dispatched(self) -> int:
+        return len(self.output)
 
     def add_rows(self, items: StepItems) -> None:
         """The whole prompt at first, then one row: the token itself is in the slot, on the device."""
-        served = ServedItem(self.slot, self.pages, self.kv_pages, GREEDY, seed=0, index=len(self.output))
         if self.output:
-            items.decode.append(DecodeItem(served, len(self.prompt) + len(self.output) - 1))
+            items.decode.append(self)
         else:
-            items.prefill.append(ChunkItem(served, self.prompt, 0, final=True))
+            items.prefill.append((self, len(self.prompt_ids)))
 
     def take(self, token: int) -> None:
         """The next output token."""
         self.output.append(token)
         if token == self.tokenizer.eos_token_id or len(self.output) == GREEDY.max_tokens:
             text = self.tokenizer.decode(self.output, skip_special_tokens=True)
-            print(f"{'adapter' if self.pages else 'base':>30} {text.strip()}")
+            print(f"{'adapter' if self.adapter_pages else 'base':>30} {text.strip()}")
             self.output = []
-
-
-def sample_places(items: StepItems, bucket: Bucket) -> list[int]:
-    """Where the sampled tokens lie: decode rows first, then one place per prompt chunk."""
-    return [*range(len(items.decode)), *range(bucket.decode, bucket.decode + len(items.prefill))]
-
-
-def in_order(items: StepItems, requests: list[Request]) -> list[Request]:
-    """The requests in the order of their rows; the packer has grouped them by adapter."""
-    return [requests[item.served.slot] for item in (*items.decode, *items.prefill)]
 
 
 if __name__ == "__main__":

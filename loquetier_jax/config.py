@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from loquetier_jax.errors import ConfigError, short
 
@@ -13,9 +13,6 @@ PACK_ALIGN = 64  # pack lengths are multiples of this: keeps gradient bits free 
 DEFAULT_GAPS = 4.0  # times tpot_ms: the longest planned gap where itl_p99_ms is not given
 
 KEPT = ("qkv_proj", "attention", "o_proj", "gate_up_proj")  # names of train-row activations that may be kept
-
-Sampling = Literal["greedy", "plain", "full"]
-SAMPLING_LEVELS: tuple[str, ...] = ("greedy", "plain", "full")
 
 
 _INTEGERS = {  # field of EngineConfig: (smallest value, what it is a multiple of)
@@ -72,8 +69,6 @@ class Bucket:
         prefill: Prompt rows, a multiple of BLOCK; every chunk starts on a block.
         chunks: Most prompt chunks (sequences) sharing the prefill rows.
         decode: Most sequences decoding one token each.
-        sampling: "greedy" (argmax), "plain" (temperature, top_k, top_p, min_p) or
-            "full" (also penalties, bias, min_tokens and log-probabilities of alternatives).
     """
 
     packs: int = 0
@@ -83,7 +78,8 @@ class Bucket:
     prefill: int = 0
     chunks: int = 0
     decode: int = 0
-    sampling: Sampling = "greedy"
+
+    removed: ClassVar[dict[str, str]] = {"sampling": "every bucket serves every way of sampling: leave the key out"}
 
     def __post_init__(self) -> None:
         for name in ("packs", "pack_tokens", "score_packs", "score_tokens", "prefill", "chunks", "decode"):
@@ -111,7 +107,6 @@ class Bucket:
             self.chunks,
             f"between 1 and prefill / {BLOCK} when prefill > 0, else 0",
         )
-        require(self.sampling in SAMPLING_LEVELS, "Bucket.sampling", self.sampling, f"one of {SAMPLING_LEVELS}")
         require(self.rows > 0, "Bucket", self, "at least one row")
 
     @property
@@ -139,7 +134,6 @@ class Bucket:
             f"score{self.score_packs}x{self.score_tokens}" if self.score_packs else "",
             f"prefill{self.prefill}" if self.prefill else "",
             f"decode{self.decode}" if self.decode else "",
-            self.sampling if self.samples else "",
         ]
         return "-".join(p for p in parts if p)
 
@@ -150,11 +144,7 @@ class Bucket:
         """
         same_packs = not need.packs or need.pack_tokens == self.pack_tokens
         counts = ("packs", "score_packs", "score_tokens", "prefill", "chunks", "decode")
-        return (
-            same_packs
-            and all(getattr(self, c) >= getattr(need, c) for c in counts)
-            and SAMPLING_LEVELS.index(self.sampling) >= SAMPLING_LEVELS.index(need.sampling)
-        )
+        return same_packs and all(getattr(self, c) >= getattr(need, c) for c in counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +253,11 @@ class EngineConfig:
         for rows in ("prefill", "decode"):
             some = any(getattr(b, rows) for b in self.buckets)
             require(some, "buckets", self.buckets, f"at least one bucket with {rows} rows")
+
+    @property
+    def sample_sizes(self) -> tuple[int, ...]:
+        """Rows of the samplers: one for every number of rows that a bucket draws tokens from."""
+        return tuple(sorted({b.samples for b in self.buckets} - {0}))
 
     @property
     def max_pages_per_seq(self) -> int:

@@ -28,13 +28,16 @@ def from_dict(cls: type[C], data: dict[str, Any], where: str = "") -> C:
     """Builds dataclass `cls` from plain data, nested dataclasses included.
 
     Raises:
-        ConfigError: an unknown key, a missing mandatory one, or a value the class refuses.
+        ConfigError: an unknown key, one that is gone (`cls.removed` says why), a missing mandatory one, or a value
+            that the class refuses.
     """
     require(isinstance(data, dict), where or cls.__name__, data, "a mapping")
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
     known = fields | getattr(cls, "borrowed", frozenset())  # arguments of other libraries, see `borrowed`
+    gone = getattr(cls, "removed", {})
     for key in data:
+        require(key not in gone, f"{where}{key}", data[key], f"no such key any more; {gone.get(key)}")
         require(key in known, f"{where}{key}", data[key], f"one of the keys {sorted(fields)}")
     try:
         return cls(**{k: _convert(hints.get(k), v, f"{where}{k}.") for k, v in data.items()})

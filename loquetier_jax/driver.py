@@ -210,9 +210,11 @@ class Driver:
     def start(self) -> None:
         """Gives the loop a thread of its own; see `stop`. It ends with the process, and when the driver is dropped."""
         with self.entered():
-            if self._thread is None:
+            begins = self._thread is None
+            if begins:
                 self._thread = LoopThread(self.step, self._seconds_to_rest, self._changed)
-                self._thread.start()
+        if begins:  # without the lock, which it takes
+            self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread of `start`; what is queued stays queued."""
@@ -258,18 +260,26 @@ class LoopThread(EngineThread):
         super().__init__(None, "loquetier-loop")
         self._step, self._seconds, self._changed = WeakMethod(step), WeakMethod(seconds_to_rest), changed
         self._ending = False
+        self._resting = threading.Event()
+
+    def start(self) -> None:
+        """Returns once it rests, or has found something to do: from then on it does not keep the driver alive."""
+        super().start()
+        self._resting.wait()
 
     def run(self) -> None:
         """Called by `start`."""
+        worked = False
         with suppress(EngineError):  # those who wait are told
             while not self._ending and _process_goes_on():
+                if not worked and not self._rest():
+                    return
                 step = self._step()
                 if step is None:
                     return
                 worked = step()
                 del step
-                if not worked and not self._rest():
-                    return
+        self._resting.set()
 
     def _rest(self) -> bool:
         """Waits for something to do, for a while; False when the driver is gone."""
@@ -278,6 +288,7 @@ class LoopThread(EngineThread):
             return False
         seconds = seconds_to_rest()
         del seconds_to_rest
+        self._resting.set()
         with self._changed:
             if not self._ending:
                 self._changed.wait(seconds)

@@ -1,11 +1,10 @@
 """What a request asks of the sampler: vLLM's names, defaults and meanings."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from loquetier_jax.borrowed import borrowing, plain
-from loquetier_jax.config import Sampling
 from loquetier_jax.errors import RequestError, short
 from loquetier_jax.token_ids import listed
 from loquetier_jax.vllm_arguments import VLLM_ARGUMENTS
@@ -13,6 +12,20 @@ from loquetier_jax.vllm_arguments import VLLM_ARGUMENTS
 MAX_NUMBER = 1e38
 MAX_N = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
 MIN_TEMPERATURE = 1e-5  # vLLM's _SAMPLING_EPS: logits divided by less would be infinite
+
+Level = Literal["greedy", "greedy_logprobs", "plain", "full"]
+"""What a compiled sampler can do.
+
+"greedy" is the arg max, "greedy_logprobs" that and log-probs of alternatives, "plain" temperature, top_k, top_p and
+min_p; "full" does all of it, and penalties, bias and min_tokens.
+"""
+LEVELS: tuple[Level, ...] = ("greedy", "greedy_logprobs", "plain", "full")
+
+
+def level_of(levels: Iterable[Level]) -> Level:
+    """The cheapest level that does the work of all: "greedy" of none."""
+    asked = set(levels) - {"greedy"}
+    return asked.pop() if len(asked) == 1 else "full" if asked else "greedy"
 
 
 def refuse(ok: bool, name: str, got: Any, expected: str) -> None:
@@ -143,12 +156,14 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(ids))
 
     @property
-    def level(self) -> Sampling:
-        """The cheapest compiled sampler that does what is asked: "greedy", "plain" or "full"."""
+    def level(self) -> Level:
+        """The cheapest compiled sampler that does what is asked."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
-        if penalties or self.logit_bias or self.min_tokens > 0 or self.logprobs:
+        if penalties or self.logit_bias or self.min_tokens > 0:
             return "full"
-        return "greedy" if self.temperature == 0 else "plain"
+        if self.temperature == 0:
+            return "greedy_logprobs" if self.logprobs else "greedy"
+        return "full" if self.logprobs else "plain"
 
     def filled(self, room: int) -> "SamplingParams":
         """These params with `room`, at least 1, where max_tokens is None."""

@@ -9,7 +9,7 @@ PACKAGES = ("loquetier_jax", "pallas_kernels")
 BELOW = {
     "loquetier_jax.schedule": {"config", "config_file", "errors"},
     "loquetier_jax.batch": {"config", "errors", "sampling_params", "pallas_kernels"},
-    "loquetier_jax.step": {"adapters", "batch", "config", "errors", "models", "pallas_kernels"},
+    "loquetier_jax.step": {"adapters", "batch", "config", "errors", "models", "sampling_params", "pallas_kernels"},
     "loquetier_jax.models": {"config", "errors", "pallas_kernels"},
     "pallas_kernels": set(),
 }

@@ -4,7 +4,8 @@
     python -m benchmarks.scheduling.latency_table --tiny --out table.yaml  # the same code on a CPU, to see that it runs
 
 Writes configs/latency/<device>.yaml. Rows are like real ones: decode rows at the context of a request of 512/128 in its
-middle, prompts of 512, four adapters of rank 16, full packs.
+middle, prompts of 512, four adapters of rank 16, full packs. The time of a forward is that of the greedy sampler behind
+it, too, where rows sample.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from benchmarks.unified.smoke import llama_8b, tiny
 from loquetier_jax import Bucket, EngineConfig, LoraConfig, SamplingParams, TrainConfig
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights, init_weights, resolve_shape
 from loquetier_jax.adapters.pages import pages_of
-from loquetier_jax.batch.pack import ScoreItem, StepItems, TrainItem, pack_step
+from loquetier_jax.batch.pack import PackedStep, ScoreItem, StepItems, TrainItem, pack_step
 from loquetier_jax.batch.packs import Pack
 from loquetier_jax.batch.rows import ravel
 from loquetier_jax.models.load import init_random
@@ -37,6 +38,7 @@ from loquetier_jax.schedule.table import LatencyTable, Timed
 from loquetier_jax.serve.request import Request
 from loquetier_jax.step.compiled import StepFunctions, TrainKey
 from loquetier_jax.step.state import DeviceState, new_state
+from loquetier_jax.step.unified import ForwardOut
 from loquetier_jax.train.data import make_sample
 from loquetier_jax.train.micro_step import MicroStep
 from loquetier_jax.train.optimizer import build_optimizer_step, hyperparams, init_state
@@ -44,11 +46,7 @@ from loquetier_jax.train.packing import build_pack
 
 ADAPTERS = 4
 REPEATS, CHAIN = 5, 4  # medians; calls without train rows are timed in chains, as the engine's follow each other
-SAMPLING = {
-    "greedy": SamplingParams(temperature=0.0),
-    "plain": SamplingParams(temperature=0.8, top_p=0.9),
-    "full": SamplingParams(temperature=0.8, top_p=0.9, presence_penalty=0.5),
-}
+GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass
@@ -94,6 +92,7 @@ class Bench:
     def compile(self) -> None:
         """Everything, in parallel: XLA compiles outside of the interpreter's lock."""
         work: list[Callable[[], object]] = [lambda b=b: self.functions.forward(b) for b in self.buckets]
+        work += [lambda n=n: self.functions.sampler(n, "greedy") for n in self.cfg.sample_sizes]
         work += [lambda key=key: self.functions.prepare_training(key) for key in self.passes]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda build: build(), work))
@@ -107,20 +106,20 @@ class Bench:
         """Full packs of one job."""
         return [TrainItem(self.pack(key.pack_tokens), (1,), (1,))] * key.packs
 
-    def served(self, slot: int, sampling: str, produced: int) -> Request:
+    def served(self, slot: int, produced: int) -> Request:
         """A request in a slot, with KV pages of its own."""
         pages = -(-(self.prompt + self.output) // self.cfg.kv_page_size)
         first = 1 + slot * pages
         kv_pages = range(first, first + pages)
-        return running(slot, (1 + slot % ADAPTERS,), kv_pages, SAMPLING[sampling], [5] * self.prompt, produced)
+        return running(slot, (1 + slot % ADAPTERS,), kv_pages, GREEDY, [5] * self.prompt, produced)
 
     def items(self, bucket: Bucket) -> StepItems:
         """Rows that fill a bucket."""
         chunks = min(bucket.chunks, bucket.prefill // self.prompt)
         rows = min(bucket.decode, self.cfg.max_num_seqs - chunks)
         items = StepItems(
-            prefill=[(self.served(rows + c, bucket.sampling, 0), self.prompt) for c in range(chunks)],
-            decode=[self.served(i, bucket.sampling, self.output // 2) for i in range(rows)],
+            prefill=[(self.served(rows + c, 0), self.prompt) for c in range(chunks)],
+            decode=[self.served(i, self.output // 2) for i in range(rows)],
         )
         if bucket.score_packs:
             items.score = [ScoreItem(self.pack(bucket.score_tokens), (2,))] * bucket.score_packs
@@ -130,28 +129,37 @@ class Bench:
         """A forward; one that a pass begins with runs to the head of its backward."""
         if bucket.packs:
             return statistics.median(self.fused_ms(bucket) for _ in range(REPEATS + 1))
-        flat = jax.device_put(ravel(pack_step(self.items(bucket), bucket, self.cfg)[0]))
-        run, state, times = self.functions.forward(bucket), self.state, []
+        step, run, times = pack_step(self.items(bucket), bucket, self.cfg), self.functions.forward(bucket), []
+        flat, sampler = jax.device_put(ravel(step.batch)), self.sampler(step)
         for _ in range(REPEATS + 1):
             started = time.perf_counter()
             for _ in range(CHAIN):
-                out = state.run_forward(run, flat)
-            jax.block_until_ready((state.slots, out))
+                out = self.state.run_forward(run, flat)
+                tokens = sampler(out)
+            jax.block_until_ready((out, tokens))
             times.append(1e3 * (time.perf_counter() - started) / CHAIN)
         return statistics.median(times[1:])
+
+    def sampler(self, step: PackedStep) -> Callable[[ForwardOut], object]:
+        """What runs behind a forward of the step: the greedy sampler, or nothing."""
+        if step.sample is None:
+            return lambda out: None
+        flat, run = jax.device_put(ravel(step.sample)), self.functions.sampler(len(step.sample.slots), "greedy")
+        return lambda out: self.state.sample(run, out.sample_hidden, flat)
 
     def fused_ms(self, bucket: Bucket) -> float:
         """One forward with train rows."""
         key = TrainKey(bucket.packs, bucket.pack_tokens, self.shape.num_pages)
         items = self.items(bucket)
         items.train = self.train_items(key)
-        batch, state = pack_step(items, bucket, self.cfg)[0], self.state
-        flat, run = jax.device_put(ravel(batch)), self.functions.forward(bucket)
+        step, state = pack_step(items, bucket, self.cfg), self.state
+        flat, run, sampler = jax.device_put(ravel(step.batch)), self.functions.forward(bucket), self.sampler(step)
         one = MicroStep(key, items.train, self.cfg.slice_layers)
         started = time.perf_counter()
         out = state.run_forward(run, flat)
-        one.take_fused(out, batch, self.functions, state)
-        jax.block_until_ready(one.tail)
+        tokens = sampler(out)
+        one.take_fused(out, step.batch, self.functions, state)
+        jax.block_until_ready((one.tail, tokens))
         return 1e3 * (time.perf_counter() - started)
 
     def pass_ms(self, key: TrainKey) -> dict[str, float]:
@@ -200,8 +208,8 @@ def make_bench(small: bool) -> Bench:
     cfg = EngineConfig(
         dtype="float32", max_model_len=128, kv_page_size=16, max_num_seqs=8, max_adapters=8, max_lora_rank=16,
         train_pages=2, slice_layers=1, buckets=(
-            Bucket(decode=8), Bucket(decode=8, sampling="full"), Bucket(score_packs=1, score_tokens=64),
-            Bucket(prefill=64, chunks=4, decode=8, sampling="plain"), Bucket(packs=1, pack_tokens=64, decode=8),
+            Bucket(decode=8), Bucket(score_packs=1, score_tokens=64),
+            Bucket(prefill=64, chunks=4, decode=8), Bucket(packs=1, pack_tokens=64, decode=8),
             Bucket(packs=2, pack_tokens=64),
         ),
     )  # fmt: skip

@@ -44,7 +44,7 @@ class Flight:
         started, tokens, ready: When it begins, has its tokens and is done, seconds; nobody knows before it is read.
     """
 
-    forward: Run | None
+    forward: list[Run]
     started: float
     tokens: float
     ready: float = 0.0
@@ -125,7 +125,7 @@ class Simulator:
             buckets=self.buckets,
             running=tuple(self._decoding(r, tokens) for r in admitted if r.remaining == 0),
             prefilling=tuple(
-                Prefilling(id=r.id, adapter=r.adapter, sampling=r.sampling, arrival=r.arrival, remaining=r.remaining)
+                Prefilling(id=r.id, adapter=r.adapter, arrival=r.arrival, remaining=r.remaining)
                 for r in admitted
                 if r.remaining
             ),
@@ -145,17 +145,15 @@ class Simulator:
         """(when the last tokens come, when the device is free, by how many ms later), of what is in flight."""
         tokens, ready, late_ms = self.now, self.now, 0.0
         for flight in self._flying:
-            runs = [flight.forward] if flight.forward else []
-            tokens = ready + sum(self.latency.predict(*run) for run in runs) / 1e3
+            tokens = ready + sum(self.latency.predict(*run) for run in flight.forward) / 1e3
             ready = tokens + sum(self.latency.predict(*run) for run in flight.quanta) / 1e3
-            late_ms += sum(self.latency.late(*run) for run in (*runs, *flight.quanta))
+            late_ms += sum(self.latency.late(*run) for run in (*flight.forward, *flight.quanta))
         return tokens, ready, late_ms
 
     def _decoding(self, r: SimRequest, expected: float) -> Decoding:
         """What is known of a request: a token in flight is `expected`, not drawn."""
         return Decoding(
             id=r.id,
-            sampling=r.sampling,
             first_token_time=r.times[0] if r.times[0] <= self.now else expected,
             last_token_time=r.times[-1] if r.times[-1] <= self.now else expected,
             num_output=len(r.times),
@@ -167,7 +165,6 @@ class Simulator:
         return Waiting(
             id=r.id,
             adapter=r.adapter,
-            sampling=r.sampling,
             arrival=r.arrival,
             prompt_tokens=r.prompt,
             pages=-(-(r.prompt + r.output) // self.page_size),
@@ -184,8 +181,8 @@ class Simulator:
             requests[name].remaining = requests[name].prompt
         factor, truth = self.noise(), self.truth or self.latency
         started = max([self.now, *(f.ready for f in self._flying)])
-        forward = ((FORWARD, decision.bucket.name), decision.bucket.rows) if decision.bucket else None
-        flight = Flight(forward, started, started + (factor * truth.predict(*forward) / 1e3 if forward else 0.0))
+        forward = [((FORWARD, decision.bucket.name), decision.bucket.rows)] if decision.bucket else []
+        flight = Flight(forward, started, started + factor * sum(truth.predict(*run) for run in forward) / 1e3)
         for name, tokens in decision.prefill:
             requests[name].remaining -= tokens
         ended = [name for name, _ in decision.prefill if not requests[name].remaining]

@@ -5,16 +5,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loquetier_jax.config import Sampling
 from loquetier_jax.schedule.types import JobStatus, JobView
 
 
 @dataclass
 class SimRequest:
-    """A request of known length; the simulator writes the fields after `sampling`.
+    """A request of known length; the simulator writes the fields after `adapter`.
 
     Attributes:
-        id, adapter, sampling: As in Waiting.
+        id, adapter: As in Waiting.
         arrival: Seconds.
         prompt, output: Tokens.
         remaining: Prompt tokens not run yet; None while it waits.
@@ -26,7 +25,6 @@ class SimRequest:
     prompt: int
     output: int
     adapter: str = ""
-    sampling: Sampling = "greedy"
     remaining: int | None = None
     times: list[float] = field(default_factory=list)
 

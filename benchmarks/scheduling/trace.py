@@ -47,7 +47,8 @@ def _build(hint: Any, value: Any) -> Any:
             return tuple(_build(args[0], v) for v in value)
         return tuple(_build(a, v) for a, v in zip(args, value, strict=True))
     if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
+        types_of = typing.get_type_hints(hint)
+        hints = {f.name: types_of[f.name] for f in dataclasses.fields(hint)}
         require(set(value) == set(hints), hint.__name__, sorted(value), f"the keys {sorted(hints)}")
         return hint(**{name: _build(hints[name], v) for name, v in value.items()})
     return value

@@ -30,15 +30,17 @@ from loquetier_jax import Bucket, EngineConfig, SamplingParams
 from loquetier_jax.adapters.pages import AdapterPages, LoraPages
 from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
 from loquetier_jax.batch.packs import Pack
-from loquetier_jax.batch.rows import empty_batch, ravel, shapes_of, unravel
+from loquetier_jax.batch.rows import empty_batch, empty_sample, ravel, shapes_of, unravel
 from loquetier_jax.models.decoder import gated
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.serve.request import Request
 from loquetier_jax.step import backward, unified
 from loquetier_jax.step.compiled import compiler_options
+from loquetier_jax.step.head import distribution
 from loquetier_jax.step.ops import ForwardOps
 from loquetier_jax.step.replay import ReplayOps, with_transpose
+from loquetier_jax.step.sample import empty_slots, sample
 from loquetier_jax.step.state import DeviceState, head_params, new_state
 from loquetier_jax.step.unified import ForwardOut, unified_step
 
@@ -115,30 +117,41 @@ class Bench:
         )
 
     def flat(self, items: StepItems, bucket: Bucket) -> jax.Array:
-        return jnp.asarray(ravel(pack_step(items, bucket, self.cfg)[0]))
+        return jnp.asarray(ravel(pack_step(items, bucket, self.cfg).batch))
 
     def forward_loop(self, bucket: Bucket, steps: int) -> Callable[[jax.Array], Any]:
-        """Compiles `steps` forwards in a loop: flat -> the last ForwardOut; the state is carried and donated."""
-        template = shapes_of(empty_batch(bucket, self.cfg))
-        step = functools.partial(unified_step, self.spec, self.cfg, bucket, False)
-        state = self.state
+        """Compiles `steps` forwards, each with its greedy sampler, in a loop: flat -> the last ForwardOut.
+
+        Cache and slots are carried and donated; the slots are the loop's own, and all tokens go to the trash slot.
+        """
+        spec, cfg, state = self.spec, self.cfg, self.state
+        template = shapes_of(empty_batch(bucket, cfg))
+        step = functools.partial(unified_step, spec, cfg, bucket, False)
+        draw = functools.partial(sample, rows=empty_sample(bucket.samples, cfg), level="greedy", max_logprobs=0)
 
         def run(params: Any, pages: Any, kv: Any, slots: Any, out: Any, flat: jax.Array) -> Any:
             def turn(_: Any, carried: Any) -> Any:
-                return step(params, pages, *carried[:2], unravel(template, fresh(flat, carried[1].last_token)))
+                kv, slots, _ = carried
+                batch = unravel(template, fresh(flat, slots.last_token))
+                kv, out = step(params, pages, kv, slots.last_token, batch)
+                slots, _ = draw(distribution(spec, params, out.sample_hidden), slots=slots)
+                return kv, slots, out
 
             return jax.lax.fori_loop(0, steps, turn, (kv, slots, out))
 
         flat = jax.ShapeDtypeStruct(self.flat(StepItems(), bucket).shape, jnp.int32)
-        out = jax.eval_shape(step, state.params, state.pages, state.kv, state.slots, template)[2]
+        out = jax.eval_shape(step, state.params, state.pages, state.kv, state.slots.last_token, template)[1]
         args = (state.params, state.pages, state.kv, state.slots, out, flat)
         lowered = jax.jit(run, donate_argnums=(2, 3, 4)).lower(*map(shapes_of, args[:4]), out, flat)
         loop = lowered.compile(compiler_options(bucket))  # as an engine compiles it, with LoRA and without
-        held = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)]
+        held = [empty_slots(cfg.max_num_seqs, spec.vocab_size), jax.tree.map(jnp.zeros_like, out)]
+
+        def turns(params: Any, pages: Any, kv: Any, _: Any, flat: jax.Array) -> Any:
+            kv, *held[:] = loop(params, pages, kv, *held, flat)
+            return kv, held[1]
 
         def call(flat: jax.Array) -> Any:
-            held[0] = state.run_forward(lambda *arrays: loop(*arrays[:4], held[0], arrays[4]), flat)
-            return held[0]
+            return state.run_forward(turns, flat)
 
         call.text = loop.as_text
         return call
@@ -146,7 +159,7 @@ class Bench:
     def backward_loop(self, bucket: Bucket, items: StepItems, out: ForwardOut, steps: int) -> Callable[[], Any]:
         """Compiles `steps` backwards, head and loss included, in a loop; the gradient pool is carried and donated."""
         spec, cfg, state = self.spec, self.cfg, self.state
-        batch, _ = pack_step(items, bucket, cfg)
+        batch = pack_step(items, bucket, cfg).batch
         train, flat = shapes_of(batch.train), jnp.asarray(ravel(batch.train))
         start = functools.partial(backward.backward_start, spec, cfg, bucket.packs, None, train)
         slices = functools.partial(backward.backward_slice, spec, cfg, bucket.pack_tokens, 1, False, 0, train)

@@ -24,8 +24,8 @@ from loquetier_jax.train.fingerprint import base_fingerprint
 PACK, VOCAB = 64, 272
 SERVE = {"prefill": 48, "chunks": 3, "decode": 16}
 BUCKETS = (
-    Bucket(**SERVE, sampling="full"),
-    Bucket(**SERVE, sampling="full", packs=1, pack_tokens=PACK),
+    Bucket(**SERVE),
+    Bucket(**SERVE, packs=1, pack_tokens=PACK),
     Bucket(packs=1, pack_tokens=PACK),
 )
 CONFIG = EngineConfig(

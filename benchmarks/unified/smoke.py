@@ -51,7 +51,7 @@ def make_engine(small: bool, context: int, pack: int) -> Engine:
     """An engine with the buckets of this benchmark."""
     spec = tiny() if small else llama_8b()
     dtype = "float32" if small else "bfloat16"
-    decode = {"decode": 32, "sampling": "greedy"}
+    decode = {"decode": 32}
     prefill = {"prefill": 64 if small else 2048, "chunks": 4, **decode}
     cfg = EngineConfig(
         dtype=dtype, max_model_len=context, kv_page_size=64, max_num_seqs=32, max_adapters=40, max_lora_rank=64,
@@ -132,7 +132,7 @@ def unified(engine: Engine, adapters: Sequence[str | None], prompt: int, tokens:
     iterations: list[tuple[str, float]] = []
 
     def note(pending, ms: float) -> None:
-        keys = [pending.forward, *pending.quanta] if pending.forward else pending.quanta
+        keys = [*pending.forward, *pending.quanta]
         parts = [f"{len([k for k in keys if k == key])}x{key[0][0]}:{key[0][1]}" for key in dict.fromkeys(keys)]
         iterations.append(("+".join(parts), ms))
 

@@ -3,12 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from loquetier_jax.batch.packs import Pack
-from loquetier_jax.batch.rows import MAX_BANNED, SampleRows, SegmentBatch, empty_batch, num_tiles, num_wide
+from loquetier_jax.batch.rows import (
+    MAX_BANNED,
+    SampleRows,
+    SegmentBatch,
+    empty_batch,
+    empty_sample,
+    num_tiles,
+    num_wide,
+)
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
 from loquetier_jax.sampling_params import SamplingParams
 from pallas_kernels import build_plan
@@ -80,12 +88,22 @@ class StepItems(Generic[R]):
     decode: list[R] = field(default_factory=list)
 
 
-def pack_step(items: StepItems[R], bucket: Bucket, cfg: EngineConfig) -> tuple[SegmentBatch, list[tuple[int, R]]]:
-    """Lays the items out in the rows of `bucket`, requests grouped by adapter.
+class PackedStep(NamedTuple, Generic[R]):
+    """A step in its shape, numpy.
 
-    Returns:
-        A numpy SegmentBatch, and (sample row, request) of every row from which a token is drawn, in order.
+    Attributes:
+        batch: For the forward.
+        sample: For the sampler; None when no token is drawn.
+        owners: (sample row, request) of every row from which a token is drawn, in order.
     """
+
+    batch: SegmentBatch
+    sample: SampleRows | None
+    owners: list[tuple[int, R]]
+
+
+def pack_step(items: StepItems[R], bucket: Bucket, cfg: EngineConfig) -> PackedStep[R]:
+    """Lays the items out in the rows of `bucket`, requests grouped by adapter."""
     prefill = sorted(items.prefill, key=lambda chunk: chunk[0].adapter_pages)
     decode = sorted(items.decode, key=lambda request: request.adapter_pages)
     batch = empty_batch(bucket, cfg)
@@ -95,11 +113,12 @@ def pack_step(items: StepItems[R], bucket: Bucket, cfg: EngineConfig) -> tuple[S
     first = _fill_prefill(prefill, bucket, cfg, batch, segments, first)
     _fill_decode(decode, bucket, cfg, batch, segments, first)
     owners = [*enumerate(decode), *((bucket.decode + c, r) for c, (r, n) in enumerate(prefill) if ends_prompt(r, n))]
+    sample = empty_sample(bucket.samples, cfg) if owners else None
     for row, request in owners:
-        _fill_sample(batch.sample, row, request)
+        _fill_sample(sample, row, request)
     used = [s for s in segments if s[2]]
     plan = build_plan(used, bucket.rows, num_tiles(bucket), cfg.max_lora_pages, num_wide(bucket))
-    return batch.replace(lora=plan), owners
+    return PackedStep(batch.replace(lora=plan), sample, owners)
 
 
 def ends_prompt(request: ServedRequest, count: int) -> bool:

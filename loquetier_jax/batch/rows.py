@@ -89,6 +89,8 @@ class DecodeRows:
 class SampleRows:
     """Per-row sampling parameters: the decode rows, then the chunks. n = bucket.samples.
 
+    The sampler's own input, beside the hidden states: no part of a SegmentBatch.
+
     Attributes:
         slots: [n] slot that receives the token; the trash slot where nothing is sampled.
         index: [n] how many tokens the request has produced: the token's random key is f(seed, index).
@@ -121,7 +123,6 @@ class SegmentBatch:
     score: PackRows | None = None
     prefill: PrefillRows | None = None
     decode: DecodeRows | None = None
-    sample: SampleRows | None = None
 
 
 MAX_BANNED = 16  # end-of-sequence and stop ids of a request that min_tokens can hold back
@@ -158,7 +159,6 @@ def empty_batch(bucket: Bucket, cfg: EngineConfig) -> SegmentBatch:
         score=_empty_packs(bucket.score_rows) if bucket.score_rows else None,
         prefill=_empty_prefill(bucket, cfg) if bucket.prefill else None,
         decode=_empty_decode(bucket, cfg) if bucket.decode else None,
-        sample=_empty_sample(bucket, cfg) if bucket.samples else None,
     )
 
 
@@ -207,8 +207,8 @@ def _empty_decode(bucket: Bucket, cfg: EngineConfig) -> DecodeRows:
     )
 
 
-def _empty_sample(bucket: Bucket, cfg: EngineConfig) -> SampleRows:
-    n = bucket.samples
+def empty_sample(n: int, cfg: EngineConfig) -> SampleRows:
+    """`n` rows of which none samples, numpy; the packer fills them in."""
     return SampleRows(
         slots=_i32(n, fill=cfg.max_num_seqs),
         index=_i32(n),

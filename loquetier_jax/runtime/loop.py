@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 import jax
 import numpy as np
 
-from loquetier_jax.batch.pack import StepItems, pack_step
+from loquetier_jax.batch.pack import PackedStep, StepItems, pack_step
 from loquetier_jax.batch.rows import ravel
 from loquetier_jax.config import Bucket, EngineConfig, SLOConfig
 from loquetier_jax.fair_lock import FairLock
 from loquetier_jax.runtime.pending import Forecast, Pending
+from loquetier_jax.sampling_params import level_of
 from loquetier_jax.schedule.latency import (
     BACKWARD,
     BACKWARD_SLICE,
@@ -19,14 +20,17 @@ from loquetier_jax.schedule.latency import (
     FORWARD_SLICE,
     OPTIMIZER,
     LatencyModel,
+    Run,
+    sampler_run,
 )
 from loquetier_jax.schedule.policy import PolicyConfig, decide
-from loquetier_jax.schedule.types import Decision, Fairness, Quantum, SlicedShape, Snapshot
+from loquetier_jax.schedule.types import Decision, Fairness, Quantum, SamplerTime, SlicedShape, Snapshot
 from loquetier_jax.serve.queue import RequestQueue
 from loquetier_jax.serve.request import Request
 from loquetier_jax.serve.scoring import Scoring
 from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.state import DeviceState
+from loquetier_jax.step.unified import ForwardOut
 from loquetier_jax.train.runner import JobRunner
 
 
@@ -100,6 +104,7 @@ class Loop:
             now=forecast.ready,
             late_ms=forecast.late_ms,
             buckets=(*(b for b in cfg.buckets if not b.packs), *train_buckets),
+            samplers=self._sampler_times(),
             **self.serving.views(forecast.tokens),
             jobs=training.views(),
             train_pass=training.pass_view(),
@@ -110,15 +115,21 @@ class Loop:
             fairness=self.fairness,
         )
 
+    def _sampler_times(self) -> tuple[SamplerTime, ...]:
+        """Of what the admitted requests ask for: a step whose rows ask for less is predicted too long."""
+        level = level_of(r.params.level for r in self.serving.running.values())
+        predict, late = self.latency.predict, self.latency.late
+        runs = (sampler_run(rows, level) for rows in self.cfg.sample_sizes)
+        return tuple(SamplerTime(rows=run[1], ms=predict(*run), late=late(*run)) for run in runs)
+
     def forecast(self) -> Forecast:
         """When the work in flight will be done, as predicted."""
         now, late_ms = self.clock(), 0.0
         tokens = ready = self._last_ready
         for pending in self._pending:
-            forward = [pending.forward] if pending.forward is not None else []
-            tokens = max(ready, pending.started) + sum(self.latency.predict(*run) for run in forward) / 1e3
+            tokens = max(ready, pending.started) + sum(self.latency.predict(*run) for run in pending.forward) / 1e3
             ready = tokens + sum(self.latency.predict(*run) for run in pending.quanta) / 1e3
-            late_ms += sum(self.latency.late(*run) for run in (*forward, *pending.quanta))
+            late_ms += sum(self.latency.late(*run) for run in (*pending.forward, *pending.quanta))
         return Forecast(max(now, tokens), max(now, ready), late_ms)
 
     def drain(self) -> None:
@@ -147,7 +158,7 @@ class Loop:
         for quantum in decision.quanta:
             self._quantum(pending, quantum)
             pending.done = pending.done or self.training.close_pass()
-        if pending.forward is None and not pending.quanta:
+        if not pending.forward and not pending.quanta:
             self.epoch -= 1
             return False
         self._pending.append(pending)
@@ -170,22 +181,33 @@ class Loop:
         if started is not None:
             items.train = started.run.items
         items.score, tasks = self.scoring.take(score)
-        batch, rows = pack_step(items, bucket, self.cfg)
+        step = pack_step(items, bucket, self.cfg)
         run = self.functions.forward(bucket, started is not None and started.run.key.dropout)
-        out = self.state.run_forward(run, jax.device_put(ravel(batch)))
+        out = self.state.run_forward(run, jax.device_put(ravel(step.batch)))
+        runs: list[Run] = [((FORWARD, bucket.name), bucket.rows)]
         if items.decode or items.prefill:  # a second forward of this iteration has none: leave the first one's
-            self.serving.sent(items, rows)
-            pending.rows, pending.sampled = rows, out.sampled
+            runs += self._sample(pending, step, out)
+            self.serving.sent(items, step.owners)
         if tasks:
             pending.tasks, pending.scores, pending.score_rows = tasks, out.score, bucket.score_tokens
-        key = (FORWARD, bucket.name), bucket.rows
-        if pending.forward is None:
-            pending.forward, pending.fused = key, started is not None
+        if not pending.forward:
+            pending.forward, pending.fused = runs, started is not None
         else:
-            pending.quanta.append(key)
+            pending.quanta += runs
         if started is not None:
-            started.run.take_fused(out, batch, self.functions, self.state)
+            started.run.take_fused(out, step.batch, self.functions, self.state)
             pending.tail.append(started.run.tail)
+
+    def _sample(self, pending: Pending, step: PackedStep[Request], out: ForwardOut) -> list[Run]:
+        """Dispatches the sampler that does what the step's rows ask for; none where all prompts go on after it."""
+        if step.sample is None:
+            pending.tail.append(out.sample_hidden)
+            return []
+        level = level_of(request.params.level for _, request in step.owners)
+        sampler = self.functions.sampler(len(out.sample_hidden), level)
+        pending.sampled = self.state.sample(sampler, out.sample_hidden, jax.device_put(ravel(step.sample)))
+        pending.rows = step.owners
+        return [sampler_run(len(out.sample_hidden), level)]
 
     def _quantum(self, pending: Pending, quantum: Quantum) -> None:
         """Dispatches a piece of training or scoring without inference rows."""

@@ -23,7 +23,7 @@ class Pending:
         done: A training pass whose last gradient is among the dispatched.
         optimizers: Optimizer steps.
         tail: More arrays whose readiness means that the iteration has completed.
-        forward, quanta: What ran, for the latency model.
+        forward, quanta: What ran, for the latency model; `forward` is the first one, and the sampler behind it.
         fused: Whether a training pass starts in the forward: the head of its backward follows, as a part of it.
     """
 
@@ -37,7 +37,7 @@ class Pending:
     done: RunningPass | None = None
     optimizers: list[OptimizerResult] = field(default_factory=list)
     tail: list[Any] = field(default_factory=list)
-    forward: Run | None = None
+    forward: list[Run] = field(default_factory=list)
     quanta: list[Run] = field(default_factory=list)
     fused: bool = False
 

@@ -4,10 +4,13 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,9 +20,10 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from loquetier_jax.batch.rows import empty_batch, ravel
+from loquetier_jax.batch.rows import empty_batch, empty_sample, ravel
 from loquetier_jax.config import Bucket, EngineConfig
-from loquetier_jax.schedule.latency import FORWARD, LatencyModel
+from loquetier_jax.sampling_params import LEVELS, Level
+from loquetier_jax.schedule.latency import FORWARD, LatencyModel, sampler_run
 from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.state import DeviceState
 from pallas_kernels.common import cpu_bits
@@ -57,8 +61,9 @@ def serving_first(buckets: Iterable[Bucket]) -> list[Bucket]:
 def compile_serving(
     functions: StepFunctions, state: DeviceState, cfg: EngineConfig, latency: LatencyModel, progress: bool
 ) -> None:
-    """Compiles and measures all forwards without train rows; the engine is ready when this returns."""
+    """Compiles and measures all forwards without train rows, and all samplers; then the engine is ready."""
     buckets = [b for b in serving_first(cfg.buckets) if not b.packs]
+    sizes = cfg.sample_sizes
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -67,13 +72,18 @@ def compile_serving(
         TimeElapsedColumn(),
     )
     with Progress(*columns, disable=not progress, transient=True) as bar:
-        task = bar.add_task("compiling", total=len(buckets) + 1)
+        task = bar.add_task("compiling", total=1 + len(buckets) + len(sizes))
         functions.admit()
         state.warm_page_writes()
         bar.advance(task)
         for bucket in buckets:
             bar.update(task, description=f"compiling {bucket.name}")
             measure_forward(functions, state, cfg, latency, bucket)
+            bar.advance(task)
+        for rows in sizes:
+            bar.update(task, description=f"compiling samplers of {rows} rows")
+            for level in LEVELS:
+                measure_sampler(functions, state, cfg, latency, rows, level)
             bar.advance(task)
 
 
@@ -85,13 +95,35 @@ def measure_forward(
     bucket: Bucket,
     repeats: int = 3,
 ) -> None:
-    """Runs a forward of padding alone (only trash pages and the trash slot are written) and records its time."""
+    """Runs a forward of padding alone (only trash pages are written) and records its time."""
     run = functions.forward(bucket)
     flat = jax.device_put(ravel(empty_batch(bucket, cfg)))
+    times = _times(lambda: (state.run_forward(run, flat), state.kv), repeats)
+    latency.seed((FORWARD, bucket.name), times, bucket.rows)
+
+
+def measure_sampler(
+    functions: StepFunctions,
+    state: DeviceState,
+    cfg: EngineConfig,
+    latency: LatencyModel,
+    rows: int,
+    level: Level,
+    repeats: int = 3,
+) -> None:
+    """Draws from rows of zeros (only the trash slot is written) and records the time."""
+    run = functions.sampler(rows, level)
+    flat = jax.device_put(ravel(empty_sample(rows, cfg)))
+    x = jax.device_put(np.zeros((rows, functions.spec.hidden_size), jnp.dtype(cfg.dtype)))
+    times = _times(lambda: (state.sample(run, x, flat), state.slots), repeats)
+    latency.seed(sampler_run(rows, level)[0], times, rows)
+
+
+def _times(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Milliseconds of calls until their results are there, without the first one, which loads the executable."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        out = state.run_forward(run, flat)
-        jax.block_until_ready((state.slots, out))
+        jax.block_until_ready(call())
         times.append(1e3 * (time.perf_counter() - start))
-    latency.seed((FORWARD, bucket.name), times[1:], bucket.rows)  # the first run loads the executable
+    return times[1:]

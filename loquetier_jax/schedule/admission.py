@@ -1,31 +1,18 @@
 """Which waiting requests get a slot and KV pages."""
 
 import functools
-from collections.abc import Iterable
 
-from loquetier_jax.config import SAMPLING_LEVELS, Bucket, Sampling
+from loquetier_jax.config import Bucket
 from loquetier_jax.schedule.deadlines import Reservations
 from loquetier_jax.schedule.types import Snapshot, Waiting
 
 EXAMINED = 64  # of the waiting requests, so many are looked at for not fitting
 
 
-def highest(levels: Iterable[Sampling]) -> Sampling:
-    """The level that does the work of all: "greedy" of none."""
-    return max(levels, key=SAMPLING_LEVELS.index, default="greedy")
-
-
 @functools.lru_cache(maxsize=256)
-def decode_limits(buckets: tuple[Bucket, ...]) -> dict[Sampling, int]:
-    """Most requests that may run together when the highest level among them is the key.
-
-    0 where no bucket prefills or none decodes at that level: such a request must be refused on arrival.
-    """
-    limits: dict[Sampling, int] = {}
-    for i, level in enumerate(SAMPLING_LEVELS):
-        able = [b for b in buckets if SAMPLING_LEVELS.index(b.sampling) >= i]
-        limits[level] = max((b.decode for b in able), default=0) if any(b.prefill for b in able) else 0
-    return limits
+def decode_limit(buckets: tuple[Bucket, ...]) -> int:
+    """Most requests that may run together; 0 where no bucket prefills."""
+    return max(b.decode for b in buckets) if any(b.prefill for b in buckets) else 0
 
 
 class Admission:
@@ -43,12 +30,11 @@ class Admission:
     def __init__(self, snapshot: Snapshot, max_overtakes: int) -> None:
         """Starts from the free slots and pages of `snapshot`."""
         self.admitted: list[str] = []
-        self._limits = decode_limits(snapshot.buckets)
+        self._limit = decode_limit(snapshot.buckets)
         self._slots, self._pages, self._taken_pages = snapshot.free_slots, snapshot.free_pages, 0
         self._adapter_pages = snapshot.free_adapter_pages
         self._pinned: set[str] = set()
-        running = [*snapshot.running, *snapshot.prefilling]
-        self._count, self._level = len(running), highest(r.sampling for r in running)
+        self._count = len(snapshot.running) + len(snapshot.prefilling)
         self._rank = {w.id: i for i, w in enumerate(snapshot.waiting)}
         self._max_overtakes = max_overtakes
         self._before = snapshot.fairness.overtaken
@@ -68,11 +54,7 @@ class Admission:
         return request.adapter in self._pinned or request.adapter_pages <= self._adapter_pages
 
     def _other_room(self, request: Waiting) -> bool:
-        return (
-            self._slots > 0
-            and request.pages <= self._pages
-            and self._count < self._limits[highest((self._level, request.sampling))]
-        )
+        return self._slots > 0 and request.pages <= self._pages and self._count < self._limit
 
     def _block(self, request: Waiting) -> None:
         if request.id not in self._blocked:
@@ -110,7 +92,6 @@ class Admission:
         self._slots -= 1
         self._pages -= request.pages
         self._count += 1
-        self._level = highest((self._level, request.sampling))
         if request.adapter not in self._pinned:
             self._adapter_pages -= request.adapter_pages
             self._pinned.add(request.adapter)

@@ -2,8 +2,9 @@
 
 import functools
 
-from loquetier_jax.config import BLOCK, Bucket, Sampling
+from loquetier_jax.config import BLOCK, Bucket
 from loquetier_jax.schedule.latency import BACKWARD, BACKWARD_SLICE, FORWARD, FORWARD_SLICE, Key, LatencyModel
+from loquetier_jax.schedule.types import Snapshot
 
 
 def blocks(tokens: int) -> int:
@@ -21,28 +22,28 @@ def _covering(buckets: tuple[Bucket, ...], need: Bucket) -> tuple[Bucket, ...]:
     return tuple(b for b in buckets if b.covers(need))
 
 
-def forward_ms(bucket: Bucket, latency: LatencyModel) -> float:
-    """Predicted milliseconds of a forward."""
-    return latency.predict(*_forward_key(bucket))
+def forward_ms(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel) -> float:
+    """Predicted milliseconds of a forward and the sampler behind it."""
+    return latency.predict(*_forward_key(bucket)) + sum(s.ms for s in snapshot.samplers if s.rows == bucket.samples)
 
 
-def forward_late(bucket: Bucket, latency: LatencyModel) -> float:
-    """Milliseconds by which one such forward in a hundred takes longer than predicted."""
-    return latency.late(*_forward_key(bucket))
+def forward_late(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel) -> float:
+    """Milliseconds by which one of them in a hundred takes longer than predicted."""
+    return latency.late(*_forward_key(bucket)) + sum(s.late for s in snapshot.samplers if s.rows == bucket.samples)
 
 
-def cheapest(buckets: tuple[Bucket, ...], need: Bucket, latency: LatencyModel) -> Bucket | None:
+def cheapest(snapshot: Snapshot, need: Bucket, latency: LatencyModel) -> Bucket | None:
     """The quickest bucket that covers `need`, of equals the smallest; None when none covers it."""
-    able = _covering(buckets, need)
-    return min(able, key=lambda b: (forward_ms(b, latency), _forward_key(b)[1]), default=None)
+    able = _covering(snapshot.buckets, need)
+    return min(able, key=lambda b: (forward_ms(snapshot, b, latency), _forward_key(b)[1]), default=None)
 
 
 @functools.lru_cache(maxsize=4096)
-def serving_need(decode: int, sampling: Sampling, prefill: int = 0, chunks: int = 0) -> Bucket | None:
+def serving_need(decode: int, prefill: int = 0, chunks: int = 0) -> Bucket | None:
     """The shape of inference rows alone; None when there are none."""
     if not decode and not prefill:
         return None
-    return Bucket(decode=decode, prefill=prefill, chunks=chunks, sampling=sampling)
+    return Bucket(decode=decode, prefill=prefill, chunks=chunks)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from loquetier_jax.config import SAMPLING_LEVELS, Bucket, Sampling
+from loquetier_jax.config import Bucket
 from loquetier_jax.errors import CapacityError
-from loquetier_jax.schedule.admission import Admission, highest
+from loquetier_jax.schedule.admission import Admission
 from loquetier_jax.schedule.buckets import blocks, cheapest, forward_late, forward_ms, serving_need
 from loquetier_jax.schedule.deadlines import first_gap_ms, step_slack
 from loquetier_jax.schedule.fairness import FairShare
@@ -23,11 +23,9 @@ class Plan:
     Attributes:
         decode, admit, prefill: As in Decision.
         finishing: Requests whose prompt ends in this step: they get their first token.
-        sampling: Highest level of the rows that sample.
         bucket: The cheapest that covers them; None without rows.
         ms: Its predicted time.
         late: By how much one such forward in a hundred takes longer.
-        head: Whether the fairest candidate for prefill is served.
         share: Prompt tokens served per adapter, afterwards.
         overtaken: See Fairness, afterwards.
         prefill_waits: See Fairness, afterwards.
@@ -37,11 +35,9 @@ class Plan:
     admit: tuple[str, ...] = ()
     prefill: tuple[tuple[str, int], ...] = ()
     finishing: tuple[str, ...] = ()
-    sampling: Sampling = "greedy"
     bucket: Bucket | None = None
     ms: float = 0.0
     late: float = 0.0
-    head: bool = True
     share: dict[str, float] = field(default_factory=dict)
     overtaken: dict[str, int] = field(default_factory=dict)
     prefill_waits: int = 0
@@ -50,7 +46,7 @@ class Plan:
     def need(self) -> Bucket | None:
         """The shape of the rows."""
         rows = sum(blocks(tokens) for _, tokens in self.prefill)
-        return serving_need(len(self.decode), self.sampling, rows, len(self.prefill))
+        return serving_need(len(self.decode), rows, len(self.prefill))
 
 
 def plan_inference(
@@ -74,7 +70,7 @@ def plan_inference(
     if not snapshot.prefilling and not snapshot.waiting:
         return decode_only
     able = prefill_buckets(snapshot.buckets)
-    mixed = [b for b in able if b.decode >= len(snapshot.running) and rank(b.sampling) >= rank(decode_only.sampling)]
+    mixed = [b for b in able if b.decode >= len(snapshot.running)]
     waits = snapshot.fairness.prefill_waits
     slack = math.inf if decode_only.ms > first_gap_ms(snapshot.slo) else step_slack(snapshot)
     if mixed:
@@ -85,7 +81,6 @@ def plan_inference(
         plans = plans if waits or not snapshot.running else []
         slack -= decode_only.ms  # the decodes come only after it
     plans = [p for p in plans if p.prefill]
-    plans = [p for p in plans if p.head] or plans
     in_time = [p for p in plans if p.ms <= slack]
     if in_time:
         return max(in_time, key=_rate)
@@ -111,18 +106,17 @@ def _decode_plan(snapshot: Snapshot, latency: LatencyModel) -> Plan:
     waiting = {w.id for w in snapshot.waiting}
     plan = Plan(
         decode=tuple(r.id for r in snapshot.running),
-        sampling=highest(r.sampling for r in snapshot.running),
         share=FairShare(snapshot.fairness.adapters, (c.adapter for c in candidates)).state(),
         overtaken={i: n for i, n in snapshot.fairness.overtaken.items() if i in waiting},
     )
     if plan.decode:
-        plan.bucket = cheapest(snapshot.buckets, plan.need, latency)
+        plan.bucket = cheapest(snapshot, plan.need, latency)
         if plan.bucket is None:
             raise CapacityError(
-                f"decode: got {len(plan.decode)} running requests at level {plan.sampling!r}, expected a "
-                f"bucket that holds them among {[b.name for b in snapshot.buckets]}"
+                f"decode: got {len(plan.decode)} running requests, expected a bucket that holds them "
+                f"among {[b.name for b in snapshot.buckets]}"
             )
-        plan.ms, plan.late = forward_ms(plan.bucket, latency), forward_late(plan.bucket, latency)
+        plan.ms, plan.late = forward_ms(snapshot, plan.bucket, latency), forward_late(snapshot, plan.bucket, latency)
     return plan
 
 
@@ -134,24 +128,17 @@ def _fill(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan,
         admit=tuple(filling.admission.admitted),
         prefill=tuple(filling.prefill),
         finishing=tuple(filling.finishing),
-        sampling=highest((base.sampling, filling.sampling)),
-        head=filling.head is not False,
         share=filling.share.state(),
         overtaken=filling.admission.overtaken(),
     )
     if plan.prefill:
-        plan.bucket = cheapest(snapshot.buckets, plan.need, latency)
-        plan.ms, plan.late = forward_ms(plan.bucket, latency), forward_late(plan.bucket, latency)
+        plan.bucket = cheapest(snapshot, plan.need, latency)
+        plan.ms, plan.late = forward_ms(snapshot, plan.bucket, latency), forward_late(snapshot, plan.bucket, latency)
     return plan
 
 
 Candidate = Prefilling | Waiting
 LOOKAHEAD = 8  # waiting requests of one adapter looked at when its first ones do not fit
-
-
-def rank(sampling: Sampling) -> int:
-    """Place of a sampling level: greedy 0, plain 1, full 2."""
-    return SAMPLING_LEVELS.index(sampling)
 
 
 class Filling:
@@ -160,22 +147,18 @@ class Filling:
     Attributes:
         prefill: (id, tokens) in order.
         finishing: Requests whose prompt ends here.
-        sampling: Highest level among those.
-        head: Whether the candidate whose turn it was is served.
         share: Prompt tokens served per adapter, this step's included.
         admission: Room left, and who was admitted.
     """
 
     def __init__(self, snapshot: Snapshot, bucket: Bucket, max_overtakes: int) -> None:
-        """Fills `bucket`; a chunk that would end a prompt needs a bucket of the request's sampling level."""
+        """Fills `bucket`."""
         self._queues: dict[str, deque[Candidate]] = {}
         for candidate in (*snapshot.prefilling, *snapshot.waiting):
             self._queues.setdefault(candidate.adapter, deque()).append(candidate)
-        self._bucket, self._rows = bucket, bucket.prefill
+        self._rows = bucket.prefill
         self.prefill: list[tuple[str, int]] = []
         self.finishing: list[str] = []
-        self.sampling: Sampling = "greedy"
-        self.head: bool | None = None
         self.share = FairShare(snapshot.fairness.adapters, self._queues)
         self.admission = Admission(snapshot, max_overtakes)
         queues = dict(self._queues)
@@ -192,10 +175,6 @@ class Filling:
             return False
         left = candidate.remaining if isinstance(candidate, Prefilling) else candidate.prompt_tokens
         tokens = min(left, self._rows)
-        able = tokens < left or rank(candidate.sampling) <= rank(self._bucket.sampling)
-        self.head = able if self.head is None else self.head
-        if not able:  # its turn comes in another bucket, and nobody of its adapter passes it
-            return False
         if isinstance(candidate, Waiting):
             self.admission.take(candidate)
         self._rows -= blocks(tokens)
@@ -203,7 +182,6 @@ class Filling:
         self.share.charge(candidate.adapter, tokens)
         if tokens == left:
             self.finishing.append(candidate.id)
-            self.sampling = highest((self.sampling, candidate.sampling))
         queue.remove(candidate)
         return True
 

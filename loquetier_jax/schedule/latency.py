@@ -9,15 +9,22 @@ from dataclasses import dataclass, field
 from loquetier_jax.config import require
 
 FORWARD = "forward"  # a bucket, whatever it carries
+SAMPLER = "sampler"  # behind it, where tokens are drawn
 FORWARD_SLICE = "forward_slice"  # some layers of train rows
 BACKWARD = "backward"  # all layers of train rows
 BACKWARD_SLICE = "backward_slice"  # some layers of train rows
 OPTIMIZER = "optimizer_step"  # one job; rows are 1
 
 Key = tuple[str, str]
-"""(function, bucket name); for the optimizer (function, job name)."""
+"""(function, bucket name); the optimizer's has the name of a job, a sampler's is "rows-level"."""
 Run = tuple[Key, int]
 """(key, rows of the function) of one call."""
+
+
+def sampler_run(rows: int, level: str) -> Run:
+    """A call of a sampler."""
+    return (SAMPLER, f"{rows}-{level}"), rows
+
 
 MS_PER_ROW = 0.03  # before anything is measured: about an 8-billion-parameter forward on one large GPU
 CLIP = 2.0  # one observation counts at most as twice, and at least as half, the mean
@@ -94,20 +101,21 @@ class LatencyModel:
         clipped = min(max(ms, entry.ms / CLIP), entry.ms * CLIP)
         entry.ms += max(self.smoothing, 1 / entry.count) * (clipped - entry.ms)
 
-    def observe_step(self, forward: Run | None, quanta: Sequence[Run], ms: float, forward_ms: float | None) -> None:
+    def observe_step(
+        self, forward: Sequence[Run], quanta: Sequence[Run], ms: float, forward_ms: float | None
+    ) -> None:
         """Observes one iteration.
 
         Args:
-            forward: What carried the requests, if anything did.
+            forward: What carried the requests, if anything did: the forward, and the sampler behind it.
             quanta: What ran after it.
             ms: Of the whole iteration.
-            forward_ms: Of its forward; None when that cannot be told apart.
+            forward_ms: Of `forward`; None when that cannot be told apart.
         """
-        runs = [forward] if forward is not None else []
         if forward_ms is None:
-            self._observe_together([*runs, *quanta], ms)
+            self._observe_together([*forward, *quanta], ms)
         else:
-            self._observe_together(runs, forward_ms)
+            self._observe_together(forward, forward_ms)
             self._observe_together(quanta, ms - forward_ms)
 
     def _observe_together(self, runs: Sequence[Run], ms: float) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loquetier_jax.config import BLOCK, Bucket, require
-from loquetier_jax.schedule.admission import highest
 from loquetier_jax.schedule.buckets import cheapest, forward_late, forward_ms, serving_need
 from loquetier_jax.schedule.choose import Budget, choose
 from loquetier_jax.schedule.deadlines import arrival_budget, first_token_budget, step_slack, token_budget
@@ -91,7 +90,7 @@ def decide(snapshot: Snapshot, latency: LatencyModel, config: PolicyConfig) -> D
         prefill_waits=plan.prefill_waits,
         score_turn=not chosen[0].scored if chosen else snapshot.fairness.score_turn,
     )
-    return _decision(plan, chosen, latency, fairness)
+    return _decision(snapshot, plan, chosen, latency, fairness)
 
 
 def _credit_left(budget: Budget, chosen: Sequence[Option]) -> float:
@@ -101,7 +100,9 @@ def _credit_left(budget: Budget, chosen: Sequence[Option]) -> float:
     return max(0.0, left) if budget.promised else left  # what fits a promise is no debt
 
 
-def _decision(plan: Plan, chosen: Sequence[Option], latency: LatencyModel, fairness: Fairness) -> Decision:
+def _decision(
+    snapshot: Snapshot, plan: Plan, chosen: Sequence[Option], latency: LatencyModel, fairness: Fairness
+) -> Decision:
     riding = chosen[0] if chosen and chosen[0].fused else None
     return Decision(
         admit=plan.admit,
@@ -111,7 +112,7 @@ def _decision(plan: Plan, chosen: Sequence[Option], latency: LatencyModel, fairn
         packs=riding.packs if riding else (),
         score=riding.score if riding else (),
         quanta=tuple(option.quantum for option in chosen if option.quantum is not None),
-        forward_ms=forward_ms(riding.fused, latency) if riding else plan.ms,
+        forward_ms=forward_ms(snapshot, riding.fused, latency) if riding else plan.ms,
         fairness=fairness,
     )
 
@@ -122,7 +123,8 @@ def _budget(snapshot: Snapshot, plan: Plan, latency: LatencyModel, config: Polic
     pending += [r for r in snapshot.waiting if served.get(r.id, 0) < r.prompt_tokens]
     idle = not snapshot.running and not plan.prefill and not pending
     following = _next_forward(snapshot, plan, bool(pending), latency)
-    next_ms, rows = sum(forward_ms(b, latency) for b in following), max((b.prefill for b in following), default=0)
+    next_ms = sum(forward_ms(snapshot, b, latency) for b in following)
+    rows = max((b.prefill for b in following), default=0)
     at = snapshot.now + plan.ms / 1e3
     decoded = bool(plan.decode)
     late = config.margin * (snapshot.late_ms + plan.late)
@@ -130,8 +132,8 @@ def _budget(snapshot: Snapshot, plan: Plan, latency: LatencyModel, config: Polic
         token_budget(snapshot, decoded, len(plan.finishing), at, next_ms),
         first_token_budget(snapshot, pending, plan.admit, at, next_ms, rows),
     )
-    slack = due - late - config.margin * sum(forward_late(b, latency) for b in following)
-    prompt_ms = max((forward_ms(b, latency) for b in prefill_buckets(snapshot.buckets)), default=0.0)
+    slack = due - late - config.margin * sum(forward_late(snapshot, b, latency) for b in following)
+    prompt_ms = max((forward_ms(snapshot, b, latency) for b in prefill_buckets(snapshot.buckets)), default=0.0)
     unseen = arrival_budget(snapshot.slo.ttft_ms, prompt_ms)
     share = config.train_share if math.isinf(slack) else config.train_floor
     # With no inference row in this step nobody is held up: requests are there, but cannot be admitted.
@@ -149,14 +151,13 @@ def _budget(snapshot: Snapshot, plan: Plan, latency: LatencyModel, config: Polic
 def _next_forward(snapshot: Snapshot, plan: Plan, pending: bool, latency: LatencyModel) -> list[Bucket]:
     """The forward after this one; two where prompts and decodes take turns."""
     running = len(snapshot.running) + len(plan.finishing)
-    sampling = highest((plan.sampling, *(r.sampling for r in snapshot.running)))
     chunk = (BLOCK, 1) if pending else (0, 0)
-    need = serving_need(running, sampling, *chunk)
+    need = serving_need(running, *chunk)
     if need is None:
         return []
-    bucket = cheapest(snapshot.buckets, need, latency)
+    bucket = cheapest(snapshot, need, latency)
     if bucket is not None:
         return [bucket]
-    halves = [serving_need(running, sampling), serving_need(0, "greedy", *chunk)]  # they take turns
-    found = [cheapest(snapshot.buckets, h, latency) for h in halves if h is not None]
+    halves = [serving_need(running), serving_need(0, *chunk)]  # they take turns
+    found = [cheapest(snapshot, h, latency) for h in halves if h is not None]
     return [b for b in found if b is not None]

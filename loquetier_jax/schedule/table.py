@@ -11,6 +11,8 @@ from loquetier_jax.config_file import load_yaml
 from loquetier_jax.schedule.latency import BACKWARD, BACKWARD_SLICE, FORWARD, FORWARD_SLICE, OPTIMIZER, LatencyModel
 from loquetier_jax.schedule.types import SlicedShape
 
+HEADER = "# Forwards of rows that sample include the greedy sampler behind them.\n"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
@@ -32,7 +34,8 @@ class LatencyTable:
         source: Where the figures come from.
         date, commit, versions: Of the measurement.
         slices: Slices of a whole forward or backward.
-        forward: Buckets, those of training included; where a pass begins, with the head of its backward.
+        forward: Buckets, those of training included, with the sampler behind them where rows sample; where a pass
+            begins, with the head of its backward.
         forward_slice, backward_slice: One slice of it, by the shape of the pass; on average over them.
         backward: All slices in one call.
         optimizer_step_ms: Of one job.
@@ -80,6 +83,7 @@ class LatencyTable:
         if self.optimizer_step_ms is not None:
             data["optimizer_step_ms"] = round(self.optimizer_step_ms, 3)
         with open(path, "w", encoding="utf-8") as file:
+            file.write(HEADER)
             yaml.safe_dump(data, file, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
     @classmethod

@@ -136,18 +136,18 @@ def _forwards(
     """(fused, bucket, added ms, how many more once in a hundred times) of the cheapest forward with the plan's rows
     and of the cheapest without.
     """
-    alone = cheapest(snapshot.buckets, need, latency)
+    alone = cheapest(snapshot, need, latency)
     if alone is not None:
-        yield False, alone, forward_ms(alone, latency), forward_late(alone, latency)
+        yield False, alone, forward_ms(snapshot, alone, latency), forward_late(snapshot, alone, latency)
     if plan.need is None:
         return
     rows = {n: getattr(need, n) for n in ("packs", "pack_tokens", "score_packs", "score_tokens") if getattr(need, n)}
     p = plan.need
-    both = Bucket(**rows, prefill=p.prefill, chunks=p.chunks, decode=p.decode, sampling=p.sampling)
-    fused = cheapest(snapshot.buckets, both, latency)
+    both = Bucket(**rows, prefill=p.prefill, chunks=p.chunks, decode=p.decode)
+    fused = cheapest(snapshot, both, latency)
     if fused is not None:
-        late = max(0.0, forward_late(fused, latency) - plan.late)
-        yield True, fused, forward_ms(fused, latency) - plan.ms, late
+        late = max(0.0, forward_late(snapshot, fused, latency) - plan.late)
+        yield True, fused, forward_ms(snapshot, fused, latency) - plan.ms, late
 
 
 def score_options(snapshot: Snapshot, plan: Plan, latency: LatencyModel) -> list[Option]:

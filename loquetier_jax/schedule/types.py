@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loquetier_jax.config import Bucket, Sampling, SLOConfig
+from loquetier_jax.config import Bucket, SLOConfig
 
 JobStatus = Literal["ready", "in_pass", "optimizer", "waiting"]
 Stage = Literal["forward", "backward"]
@@ -17,7 +17,6 @@ class Decoding:
 
     Attributes:
         id: Of the request.
-        sampling: Its sampling level.
         first_token_time, last_token_time: When its first and its latest token came, or are expected to come out of
             the work in flight.
         num_output: Tokens dispatched so far, >= 1.
@@ -26,7 +25,6 @@ class Decoding:
     """
 
     id: str
-    sampling: Sampling = "greedy"
     first_token_time: float
     last_token_time: float
     num_output: int
@@ -40,7 +38,6 @@ class Prefilling:
 
     id: str
     adapter: str = ""
-    sampling: Sampling = "greedy"
     arrival: float
     remaining: int
 
@@ -50,7 +47,7 @@ class Waiting:
     """A request not admitted yet.
 
     Attributes:
-        id, adapter, sampling, arrival: As above.
+        id, adapter, arrival: As above.
         prompt_tokens: Length of its prompt.
         pages: KV pages of prompt + max_tokens.
         adapter_pages: Adapter pages that admitting it pins: 0 when a running request has pinned its adapter.
@@ -58,7 +55,6 @@ class Waiting:
 
     id: str
     adapter: str = ""
-    sampling: Sampling = "greedy"
     arrival: float
     prompt_tokens: int
     pages: int
@@ -114,6 +110,15 @@ class SlicedShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerTime:
+    """How long the sampler of `rows` rows is predicted to take: ms, and by how many more once in a hundred times."""
+
+    rows: int
+    ms: float
+    late: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreView:
     """`packs` packs of at most `tokens` rows to be scored: evaluation, log_probs, prompt_logprobs."""
 
@@ -152,6 +157,8 @@ class Snapshot:
             that is when the work in flight is predicted to end.
         late_ms: By how much later that is once in a hundred times.
         buckets: The forwards that are compiled now.
+        samplers: What runs behind a forward whose rows sample, at the level that the admitted requests ask for; where
+            a number of rows is not here, the forward's time is that of both.
         running: Requests that decode.
         prefilling: Admitted requests with prompt left, in order of arrival.
         waiting: Requests not admitted, in order of arrival (a prefix of the queue will do).
@@ -169,6 +176,7 @@ class Snapshot:
     now: float
     late_ms: float = 0.0
     buckets: tuple[Bucket, ...]
+    samplers: tuple[SamplerTime, ...] = ()
     running: tuple[Decoding, ...] = ()
     prefilling: tuple[Prefilling, ...] = ()
     waiting: tuple[Waiting, ...] = ()

@@ -15,7 +15,7 @@ from loquetier_jax.driver import Driver
 from loquetier_jax.errors import RequestError
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.sampling_params import SamplingParams, refuse
-from loquetier_jax.schedule.admission import decode_limits
+from loquetier_jax.schedule.admission import decode_limit
 from loquetier_jax.serve.handle import RequestHandle
 from loquetier_jax.serve.output import RequestOutput, StreamPiece
 from loquetier_jax.serve.prompts import one_each, prompts_of
@@ -282,10 +282,9 @@ class RequestFrontend:
         )
         held = len(request.stop_ids) if params.min_tokens else 0
         refuse(held <= MAX_BANNED, "stop_token_ids", f"{held} ids with min_tokens", f"<= {MAX_BANNED}")
-        levels = {b.sampling for b in cfg.buckets if b.decode}
-        limits = decode_limits(tuple(b for b in cfg.buckets if not b.packs))
-        level, expected = f"sampling level {params.level!r}", f"at most that of the buckets: {sorted(levels)}"
-        refuse(limits[params.level] > 0, "params", level, expected)
+        always = tuple(b for b in cfg.buckets if not b.packs)
+        expected = "prefill and decode rows in buckets without training packs"
+        refuse(decode_limit(always) > 0, "buckets", [b.name for b in always], expected)
         if params.prompt_logprobs is not None and len(request.prompt_ids) - 1 > self._scores.rows:
             raise RequestError(
                 f"prompt_logprobs: got a prompt of {len(request.prompt_ids)} tokens, expected at most "

@@ -219,7 +219,7 @@ class RequestQueue:
 
         Args:
             rows: As `pack_step` returned them.
-            sampled: tokens, logprob and, at level full, top_ids, top_logp, rank; numpy.
+            sampled: tokens, logprob and, where somebody asked for them, top_ids, top_logp, rank; numpy.
             now: Seconds.
             epoch: The last step dispatched.
         """

@@ -24,7 +24,7 @@ class ScoreTask:
         packs: The rows.
         open: Called before the first pack is dispatched: the adapter's pages, kept where they are until `on_done`;
             a CapacityError leaves the task waiting, and those behind it pass.
-        on_done: Called once with the scores of every pack, in order (see `step.loss.score_rows`).
+        on_done: Called once with the scores of every pack, in order (see `step.head.score_rows`).
         on_error: Called instead when `open` finds that the adapter cannot be read.
         sent: Packs dispatched so far.
         scores: What has been read so far.

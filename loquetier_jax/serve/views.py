@@ -11,7 +11,6 @@ def decoding(request: Request, expected: float) -> Decoding:
     in_flight = request.num_dispatched > len(times)
     return Decoding(
         id=request.id,
-        sampling=request.params.level,
         first_token_time=times[0] if times else expected,
         last_token_time=expected if in_flight else times[-1],
         num_output=request.num_dispatched,
@@ -25,7 +24,6 @@ def prefilling(request: Request) -> Prefilling:
     return Prefilling(
         id=request.id,
         adapter=request.adapter or "",
-        sampling=request.params.level,
         arrival=request.metrics.arrival_time,
         remaining=request.num_remaining,
     )
@@ -43,7 +41,6 @@ def waiting(request: Request, version: Version | None, kv_pages: int) -> Waiting
     return Waiting(
         id=request.id,
         adapter=request.adapter or "",
-        sampling=request.params.level,
         arrival=request.metrics.arrival_time,
         prompt_tokens=len(request.prompt_ids),
         pages=kv_pages,

@@ -9,7 +9,8 @@ from loquetier_jax.batch.rows import TrainRows, unravel
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.models.decoder import LayerWeights, Params, layer, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.loss import Loss, backward_head, loss_cotangent
+from loquetier_jax.step.head import backward_head
+from loquetier_jax.step.loss import Loss, loss_cotangent
 from loquetier_jax.step.loss_batch import LossBatch
 from loquetier_jax.step.replay import ReplayOps
 from loquetier_jax.step.unified import Kept

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from loquetier_jax.batch.packs import ExtraNames, empty_extras
-from loquetier_jax.batch.rows import empty_batch, host_tree_size, shapes_of
+from loquetier_jax.batch.rows import empty_batch, empty_sample, host_tree_size, shapes_of
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.sampling_params import Level
 from loquetier_jax.step import backward, forward_slices
 from loquetier_jax.step.loss import Loss, loss_value
 from loquetier_jax.step.loss_batch import LossBatch
-from loquetier_jax.step.sample import admit_slot
+from loquetier_jax.step.sample import admit_slot, sample_hidden
 from loquetier_jax.step.state import DeviceState, head_params
 from loquetier_jax.step.unified import jit_unified_step
 from pallas_kernels.common import cpu_bits
@@ -98,15 +99,26 @@ class StepFunctions:
         return self._compiled[key]
 
     def forward(self, bucket: Bucket, dropout: bool = False) -> Callable[..., Any]:
-        """(params, pages, kv*, slots*, flat) -> (kv, slots, ForwardOut); * donated."""
+        """(params, pages, kv*, last_token, flat) -> (kv, ForwardOut); * donated."""
 
         def build() -> Callable[..., Any]:
             step = jit_unified_step(self.spec, self.cfg, bucket, dropout)
             flat = self._flat(empty_batch(bucket, self.cfg))
-            lowered = step.lower(self._params, self._pages, self._kv, self._slots, flat)
+            lowered = step.lower(self._params, self._pages, self._kv, self._slots.last_token, flat)
             return lowered.compile(compiler_options(bucket))
 
         return self._get(("forward", bucket, dropout), build)
+
+    def sampler(self, rows: int, level: Level) -> Callable[..., Any]:
+        """(head, slots*, x [rows, D], flat) -> (slots, {"tokens", "logprob", ...}); * donated."""
+        template = shapes_of(empty_sample(rows, self.cfg))
+        x = jax.ShapeDtypeStruct((rows, self.spec.hidden_size), jnp.dtype(self.cfg.dtype))
+
+        def build() -> Callable[..., Any]:
+            f = functools.partial(sample_hidden, self.spec, level, self.cfg.max_logprobs, template)
+            return _compile(f, head_params(self._params), self._slots, x, self._flat(template), donate=(1,))
+
+        return self._get(("sampler", rows, level), build)
 
     def admit(self) -> Callable[..., Any]:
         """(slots*, slot, prompt [max_model_len], length) -> slots."""

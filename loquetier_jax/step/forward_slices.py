@@ -7,7 +7,7 @@ from loquetier_jax.batch.rows import SegmentBatch, unravel
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.models.decoder import LayerWeights, Params, embed, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.loss import score_rows
+from loquetier_jax.step.head import score_rows
 from loquetier_jax.step.unified import Kept, run_layers
 
 

@@ -1,102 +1,17 @@
-"""Log-probabilities of the targets: what every loss is a function of, and the only way its gradient comes back."""
+"""Losses and their cotangents: a loss sees the log-probs of its targets, and its gradient comes back through them."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from loquetier_jax.config import PACK_ALIGN
 from loquetier_jax.errors import ConfigError
-from loquetier_jax.models.decoder import final_norm, logits, logits_transpose
-from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.loss_batch import LossBatch
 from loquetier_jax.step.loss_function import takes_batch
 
 Loss = Callable[..., Float[Array, ""]]  # (logp [L], weights [L]) or (logp [L], weights [L], LossBatch)
-
-
-def chunk_rows(rows: int, limit: int) -> int:
-    """The largest divisor of `rows` that is a multiple of PACK_ALIGN and at most `limit` (PACK_ALIGN at least)."""
-    fits = [
-        c for c in range(PACK_ALIGN, rows + 1, PACK_ALIGN) if rows % c == 0 and c <= max(limit, PACK_ALIGN)
-    ]
-    return max(fits)
-
-
-def chunk_logits(
-    spec: DecoderSpec, params: dict[str, Any], x: Float[Array, "C D"]
-) -> tuple[Float[Array, "C V"], Float[Array, " C"], Float[Array, " C"]]:
-    """f32 logits of one chunk of final hidden states (before the norm), their maximum, and log sum exp(z - maximum).
-
-    A log-prob is (z - maximum) - that logarithm, as in jax.nn.log_softmax, but nothing of the vocabulary's size is
-    written besides the logits.
-    """
-    z = logits(spec, params, final_norm(spec, params, x))
-    top = z.max(axis=-1)
-    return z, top, jnp.log(jnp.exp(z - top[:, None]).sum(axis=-1))
-
-
-def score_rows(
-    spec: DecoderSpec,
-    params: dict[str, Any],
-    x: Float[Array, "T D"],
-    targets: Int[Array, " T"],
-    *,
-    limit: int,
-    top: int,
-) -> dict[str, Array]:
-    """Scores rows chunk by chunk, so that vocabulary-sized logits exist only for `limit` rows at once.
-
-    Returns:
-        {"logp": [T] f32, "correct": [T] bool, whether the target is the arg max}; with top > 0 also
-        {"top_ids": [T, top] i32, "top_logp": [T, top] f32, "rank": [T] i32, 1 = most likely}.
-    """
-    c = chunk_rows(x.shape[0], limit)
-
-    def chunk(args: tuple[Array, Array]) -> dict[str, Array]:
-        x, targets = args
-        z, best, total = chunk_logits(spec, params, x)
-        own = jnp.take_along_axis(z, targets[:, None], axis=1)[:, 0]
-        out = {"logp": (own - best) - total, "correct": jnp.argmax(z, axis=-1).astype(jnp.int32) == targets}
-        if top:
-            values, ids = jax.lax.top_k(z, top)
-            out |= {
-                "top_ids": ids.astype(jnp.int32),
-                "top_logp": (values - best[:, None]) - total[:, None],
-                "rank": 1 + (z > own[:, None]).sum(axis=-1, dtype=jnp.int32),
-            }
-        return out
-
-    out = jax.lax.map(chunk, (x.reshape(-1, c, x.shape[1]), targets.reshape(-1, c)))
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
-
-
-def backward_head(
-    spec: DecoderSpec,
-    params: dict[str, Any],
-    x: Float[Array, "T D"],
-    targets: Int[Array, " T"],
-    dlogp: Float[Array, " T"],
-    *,
-    limit: int,
-) -> Float[Array, "T D"]:
-    """d loss / d x (final hidden states, before the norm) from d loss / d log-prob; logits are recomputed by chunk."""
-    c = chunk_rows(x.shape[0], limit)
-
-    def chunk(args: tuple[Array, Array, Array]) -> Array:
-        x, targets, dlogp = args
-        z, best, total = chunk_logits(spec, params, x)
-        p = jnp.exp((z - best[:, None]) - total[:, None])
-        target = jnp.arange(z.shape[1], dtype=jnp.int32)[None] == targets[:, None]
-        dz = (target.astype(jnp.float32) - p) * dlogp[:, None]
-        normed = jax.vjp(functools.partial(final_norm, spec, params), x)[1]
-        return normed(logits_transpose(spec, params, dz))[0]
-
-    dx = jax.lax.map(chunk, (x.reshape(-1, c, x.shape[1]), targets.reshape(-1, c), dlogp.reshape(-1, c)))
-    return dx.reshape(x.shape)
 
 
 def loss_value(

@@ -1,11 +1,19 @@
-"""Sampling on the device with per-row parameters. Order of the transforms as vLLM's."""
+"""Sampling on the device with per-row parameters: a compiled function of its own, behind the forward.
+
+Order of the transforms as vLLM's.
+"""
+
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from loquetier_jax.batch.rows import SampleRows
+from loquetier_jax.batch.rows import SampleRows, unravel
+from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.sampling_params import Level
+from loquetier_jax.step.head import Distribution, distribution
 
 NEGATIVE = -1e30
 
@@ -80,32 +88,59 @@ def truncate(logits: Float[Array, "n V"], rows: SampleRows) -> Float[Array, "n V
     return jax.lax.cond(wanted, by_rank, lambda logits: logits, logits)
 
 
+def sample_hidden(
+    spec: DecoderSpec,
+    level: Level,
+    max_logprobs: int,
+    template: SampleRows,
+    head: dict[str, Any],
+    slots: SlotState,
+    x: Float[Array, "n D"],
+    flat: Int[Array, " N"],
+) -> tuple[SlotState, dict[str, Array]]:
+    """Draws a token from each of a forward's `sample_hidden` rows; see `sample`.
+
+    Args:
+        spec, level, max_logprobs, template: Static: what is compiled; `template` has the shapes of the SampleRows.
+        head: See `step.state.head_params`.
+        slots: Per-request state.
+        x: The rows.
+        flat: The SampleRows as one int32 buffer.
+    """
+    rows = unravel(template, flat)
+    return sample(distribution(spec, head, x), rows, slots, level=level, max_logprobs=max_logprobs)
+
+
 def sample(
-    logits: Float[Array, "n V"], rows: SampleRows, slots: SlotState, *, level: str, max_logprobs: int
+    said: Distribution, rows: SampleRows, slots: SlotState, *, level: Level, max_logprobs: int
 ) -> tuple[SlotState, dict[str, Array]]:
     """Draws one token a row and records it in the row's slot.
 
     The key of a token is f(request seed, output index), so it does not depend on where the row is batched. Returned
     log-probs are the model's own (before bias, penalties and temperature), as vLLM's default.
 
+    Args:
+        said: What the model says of the rows.
+        rows: How they sample.
+        slots: What their requests keep.
+        level: See `sampling_params.Level`; a row that asks for more is served at this one.
+        max_logprobs: Most alternatives.
+
     Returns:
-        The slots, and {"tokens": [n] i32, "logprob": [n] f32}; at level "full" also
-        {"top_ids": [n, max_logprobs], "top_logp": [n, max_logprobs], "rank": [n]}.
+        The slots, and {"tokens": [n] i32, "logprob": [n] f32}; at levels "greedy_logprobs" and "full" also what
+        `Distribution.alternatives` gives.
     """
-    raw = jax.nn.log_softmax(logits, axis=-1)
-    if level == "full":
-        logits = penalize(logits, rows, slots)
+    logits = penalize(said.logits, rows, slots) if level == "full" else said.logits
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if level != "greedy":
+    if level in ("plain", "full"):
         hot = rows.temperature > 0
         scaled = truncate(logits / jnp.where(hot, rows.temperature, 1.0)[:, None], rows)
         tokens = jnp.where(hot, draw(scaled, rows), tokens)
-    out = {"tokens": tokens, "logprob": jnp.take_along_axis(raw, tokens[:, None], axis=1)[:, 0]}
+    out = {"tokens": tokens, "logprob": said.logp_of(tokens)}
     slots = slots.replace(last_token=slots.last_token.at[rows.slots].set(tokens))
+    if level in ("greedy_logprobs", "full") and max_logprobs:
+        out |= said.alternatives(tokens, max_logprobs)
     if level == "full":
-        values, ids = jax.lax.top_k(raw, max_logprobs)
-        rank = 1 + (raw > out["logprob"][:, None]).sum(axis=-1, dtype=jnp.int32)
-        out |= {"top_ids": ids.astype(jnp.int32), "top_logp": values, "rank": rank}
         slots = slots.replace(counts=slots.counts.at[rows.slots, tokens].add(1))
     return slots, out
 

@@ -47,14 +47,28 @@ class DeviceState:
         vars(self).clear()
 
     def run_forward(self, run: Callable[..., Any], flat: Int[Array, " N"]) -> ForwardOut:
-        """Dispatches one step: the cache and the slots move on.
+        """Dispatches one step: the cache moves on.
 
         Args:
             run: `StepFunctions.forward` of the batch's bucket.
             flat: The batch as one int32 buffer on the device.
         """
-        self.kv, self.slots, out = run(self.params, self.pages, self.kv, self.slots, flat)
+        self.kv, out = run(self.params, self.pages, self.kv, self.slots.last_token, flat)
         return out
+
+    def sample(self, run: Callable[..., Any], x: Float[Array, "n D"], flat: Int[Array, " N"]) -> dict[str, Array]:
+        """Dispatches the sampler behind a forward: the slots move on, so that the next forward starts from its tokens.
+
+        Args:
+            run: `StepFunctions.sampler` of as many rows.
+            x: The forward's `sample_hidden`.
+            flat: The SampleRows as one int32 buffer on the device.
+
+        Returns:
+            See `step.sample.sample`.
+        """
+        self.slots, sampled = run(head_params(self.params), self.slots, x, flat)
+        return sampled
 
     def admit(self, run: Callable[..., Any], slot: int, prompt: Sequence[int], max_model_len: int) -> None:
         """Resets a slot to a request that begins.

@@ -10,13 +10,12 @@ from jaxtyping import Array, Float, Int
 
 from loquetier_jax.adapters.pages import AdapterPages
 from loquetier_jax.batch.rows import SegmentBatch, empty_batch, positions_of, shapes_of, unravel
-from loquetier_jax.config import PACK_ALIGN, Bucket, EngineConfig
-from loquetier_jax.models.decoder import LayerWeights, Params, Rope, embed, final_norm, layer, logits, rope_tables
+from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.models.decoder import LayerWeights, Params, Rope, embed, layer, rope_tables
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.head import score_rows
 from loquetier_jax.step.kv_cache import KVCache
-from loquetier_jax.step.loss import score_rows
 from loquetier_jax.step.ops import ForwardOps, lora_plan
-from loquetier_jax.step.sample import SlotState, sample
 
 Kept = list[dict[str, Array]]
 """By layer {"x": [G * L, D] its input, every group's S, the names in `cfg.keep`}, of the train rows."""
@@ -24,17 +23,18 @@ Kept = list[dict[str, Array]]
 
 @flax.struct.dataclass
 class ForwardOut:
-    """What one forward leaves behind, beside the donated state.
+    """What one forward leaves behind, beside the donated cache. Hidden states are final ones, before the norm.
 
     Attributes:
-        sampled: See `step.sample.sample`; {} when the bucket samples nothing.
+        sample_hidden: [n, D] those a token is drawn from, for `step.sample`: decode rows, then the last row of each
+            chunk; None when the bucket has neither.
         train: {"logp", "correct"} of the train rows, [G * L]; {} without.
-        score: See `step.loss.score_rows`; {} without.
+        score: See `step.head.score_rows`; {} without.
         kept: See Kept; [] without train rows.
-        hidden: [G * L, D] final hidden states of the train rows, before the norm; None without.
+        hidden: [G * L, D] those of the train rows; None without.
     """
 
-    sampled: dict[str, Array]
+    sample_hidden: Float[Array, "n D"] | None
     train: dict[str, Array]
     score: dict[str, Array]
     kept: Kept
@@ -49,72 +49,63 @@ def unified_step(
     params: Params,
     pages: AdapterPages,
     kv: list[KVCache],
-    slots: SlotState,
+    last_token: Int[Array, " S"],
     batch: SegmentBatch,
-) -> tuple[list[KVCache], SlotState, ForwardOut]:
-    """One step over every kind of row; pure.
+) -> tuple[list[KVCache], ForwardOut]:
+    """One step over every kind of row; pure. Tokens are drawn from what it leaves behind, by `step.sample`.
 
     Args:
         spec, cfg, bucket, use_dropout: Static: what is compiled. Dropout is LoRA's, on train rows.
         params: The frozen base.
         pages: Adapter pages, read only here.
         kv: Cache of each layer.
-        slots: Per-request state.
+        last_token: Of every slot: where decode rows start.
         batch: The rows, in the shapes of `batch.rows.empty_batch(bucket, cfg)`.
 
     Returns:
-        The cache with the rows' keys and values, the slots with the sampled tokens, and the rest.
+        The cache with the rows' keys and values, and the rest.
     """
-    x = embed(spec, params, tokens_of(batch, slots))
+    x = embed(spec, params, tokens_of(batch, last_token))
     rope = rope_tables(spec, positions_of(batch))
     x, kv, kept = run_layers(spec, cfg, bucket, use_dropout, params["layers"], pages, kv, batch, x, rope)
     t, s = bucket.train_rows, bucket.score_rows
-    train, score, sampled = {}, {}, {}
+    train, score = {}, {}
     if t:
         train = score_rows(spec, params, x[:t], batch.train.rows.targets, limit=cfg.logit_chunk, top=0)
     if s:
         scored = x[t : t + s]
         score = score_rows(spec, params, scored, batch.score.targets, limit=cfg.logit_chunk, top=cfg.max_logprobs)
-    if bucket.samples:
-        rows = sample_rows(bucket, batch, x[t + s :])
-        slots, sampled = sample(
-            sample_logits(spec, params, rows),
-            batch.sample,
-            slots,
-            level=bucket.sampling,
-            max_logprobs=cfg.max_logprobs,
-        )
-    out = ForwardOut(sampled=sampled, train=train, score=score, kept=kept, hidden=x[:t] if t else None)
-    return kv, slots, out
+    sampling = sample_rows(bucket, batch, x[t + s :]) if bucket.samples else None
+    return kv, ForwardOut(sample_hidden=sampling, train=train, score=score, kept=kept, hidden=x[:t] if t else None)
 
 
 def jit_unified_step(
     spec: DecoderSpec, cfg: EngineConfig, bucket: Bucket, use_dropout: bool = False
 ) -> Callable[..., Any]:
-    """`unified_step` under jax.jit as the engine calls it: with the batch as one int32 buffer, and donated state.
+    """`unified_step` under jax.jit as the engine calls it: with the batch as one int32 buffer, and a donated cache.
 
     Returns:
-        (params, pages, kv*, slots*, flat) -> (kv, slots, ForwardOut); * donated, the returned ones replace them. `flat`
-        is `batch.rows.ravel(batch)`: one copy to the device a step instead of dozens.
+        (params, pages, kv*, last_token, flat) -> (kv, ForwardOut); * donated, the returned one replaces it. `flat` is
+        `batch.rows.ravel(batch)`: one copy to the device instead of dozens.
     """
     template = shapes_of(empty_batch(bucket, cfg))
 
     def unified_step_of_buffer(
-        params: Params, pages: AdapterPages, kv: list[KVCache], slots: SlotState, flat: Int[Array, " N"]
-    ) -> tuple[list[KVCache], SlotState, ForwardOut]:
+        params: Params, pages: AdapterPages, kv: list[KVCache], last_token: Int[Array, " S"], flat: Int[Array, " N"]
+    ) -> tuple[list[KVCache], ForwardOut]:
         batch = unravel(template, flat)
-        return unified_step(spec, cfg, bucket, use_dropout, params, pages, kv, slots, batch)
+        return unified_step(spec, cfg, bucket, use_dropout, params, pages, kv, last_token, batch)
 
-    return jax.jit(unified_step_of_buffer, donate_argnums=(2, 3))
+    return jax.jit(unified_step_of_buffer, donate_argnums=(2,))
 
 
-def tokens_of(batch: SegmentBatch, slots: SlotState) -> Int[Array, " T"]:
+def tokens_of(batch: SegmentBatch, last_token: Int[Array, " S"]) -> Int[Array, " T"]:
     """Token ids of all rows in flat order; decode rows take the slot's last token."""
     parts = [
         batch.train.rows.tokens if batch.train else None,
         batch.score.tokens if batch.score else None,
         batch.prefill.tokens if batch.prefill else None,
-        slots.last_token[batch.decode.slots] if batch.decode else None,
+        last_token[batch.decode.slots] if batch.decode else None,
     ]
     return jnp.concatenate([p for p in parts if p is not None])
 
@@ -150,13 +141,3 @@ def sample_rows(bucket: Bucket, batch: SegmentBatch, x: Float[Array, "rows D"]) 
     if batch.prefill is None:
         return decode
     return jnp.concatenate([decode, x[batch.prefill.last_row]])
-
-
-def sample_logits(spec: DecoderSpec, params: Params, x: Float[Array, "n D"]) -> Float[Array, "n V"]:
-    """f32 logits of the rows a token is drawn from, as the training forward computes them.
-
-    Filled up to a multiple of PACK_ALIGN rows: fewer rows take another GEMM on the XLA CPU path, whose last bits differ
-    from those of train and score rows.
-    """
-    padded = jnp.pad(x, ((0, -x.shape[0] % PACK_ALIGN), (0, 0)))
-    return logits(spec, params, final_norm(spec, params, padded))[: x.shape[0]]

@@ -79,7 +79,7 @@ class MicroStep:
 
     def start_slices(self, cfg: EngineConfig, functions: StepFunctions, state: DeviceState) -> None:
         """Begins a forward in slices, without any other row."""
-        batch = pack_step(StepItems(train=list(self.items)), self.key.bucket, cfg)
+        batch = pack_step(StepItems(train=list(self.items)), self.key.bucket, cfg).batch
         self._flat = jax.device_put(ravel(batch))
         self._flat_train = jax.device_put(ravel(batch.train))
         self._hidden = functions.forward_start(self.key)(state.params, self._flat)

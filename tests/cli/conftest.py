@@ -38,7 +38,7 @@ train_pages: 2
 logit_chunk: 64
 compilation_cache_dir: ""
 buckets:
-  - {score_packs: 1, score_tokens: 64, prefill: 48, chunks: 3, decode: 16, sampling: full}
+  - {score_packs: 1, score_tokens: 64, prefill: 48, chunks: 3, decode: 16}
 """
 
 

@@ -145,6 +145,7 @@ def test_settings_are_refused_before_a_model_is_loaded(
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_recipe_and_command_line(
     data: Path,
     options: list[str],

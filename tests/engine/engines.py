@@ -27,13 +27,12 @@ would depend on the bucket.
 PACK = 64
 SERVE = {"prefill": 48, "chunks": 3, "decode": 16}
 BUCKETS = (
-    Bucket(**SERVE, sampling="greedy"),
-    Bucket(**SERVE, sampling="full"),
-    Bucket(**SERVE, sampling="full", score_packs=1, score_tokens=2 * PACK),
-    Bucket(**SERVE, sampling="full", packs=1, pack_tokens=PACK),
+    Bucket(**SERVE),
+    Bucket(**SERVE, score_packs=1, score_tokens=2 * PACK),
+    Bucket(**SERVE, packs=1, pack_tokens=PACK),
     Bucket(packs=2, pack_tokens=PACK),
 )
-"""Every kind of step: cheap and full serving, with score rows, with a training pack, two packs alone."""
+"""Every kind of step: serving alone, with score rows, with a training pack, two packs alone."""
 
 
 def engine_config(cache: str, **changes: Any) -> EngineConfig:

@@ -18,7 +18,7 @@ from loquetier_jax.train.config import TrainConfig
 from loquetier_jax.train.manager import JobHandle
 from tests.engine.engines import PACK, SERVE, greedy, random_prompt
 
-PAIR = Bucket(**SERVE, sampling="full", packs=2, pack_tokens=PACK)
+PAIR = Bucket(**SERVE, packs=2, pack_tokens=PACK)
 """Two training packs, of two jobs if need be, beside every kind of inference row."""
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from loquetier_jax import Bucket, Engine, EngineConfig, SamplingParams
+from loquetier_jax.models.decoder import final_norm, logits
 from loquetier_jax.serve.output import RequestOutput
 from loquetier_jax.step import unified
 from loquetier_jax.tiny.tokenizer import VOCAB_SIZE, save_tokenizer
@@ -17,6 +19,7 @@ from tests.models.checkpoints import tiny_checkpoint
 
 LIMIT = 1e-4  # max abs error of logits and log-probs, f32
 PREFILL, PACK = 32, 64
+SERVE = Bucket(score_packs=1, score_tokens=2 * PACK, prefill=PREFILL, chunks=2, decode=8)
 CONFIG = {
     "max_model_len": 128,
     "max_num_seqs": 8,
@@ -24,34 +27,38 @@ CONFIG = {
     "max_lora_rank": 32,
     "train_pages": 4,
     "logit_chunk": PACK,
-    "buckets": (
-        Bucket(score_packs=1, score_tokens=2 * PACK, prefill=PREFILL, chunks=2, decode=8, sampling="full"),
-        Bucket(packs=1, pack_tokens=PACK),
-    ),
+    "buckets": (SERVE, Bucket(packs=1, pack_tokens=PACK)),
 }
 FULL = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=16, prompt_logprobs=16)
 
 
-def show_logits(patch: pytest.MonkeyPatch) -> None:
-    """Makes forwards traced from now on return the logits of all prefill and decode rows among what is sampled."""
-    rows, head, sample = unified.sample_rows, unified.sample_logits, unified.sample
-    taken: dict[str, Any] = {}
+class Shown:
+    """Takes the logits of all prefill and decode rows out of an engine's forwards.
 
-    def sample_rows(bucket: Bucket, batch: Any, x: Any) -> Any:
-        taken["x"] = x
-        return rows(bucket, batch, x)
+    Attributes:
+        logits: [rows, V] of the last one.
+    """
 
-    def sample_logits(spec: Any, params: Any, x: Any) -> Any:
-        taken["logits"] = head(spec, params, taken.pop("x"))
-        return head(spec, params, x)
+    def __init__(self, engine: Engine) -> None:
+        """Of an engine whose forwards were traced under `show_hidden`."""
+        self.spec, self.state, self.forward = engine.spec, engine.state, engine.state.run_forward
+        self.logits = np.empty(0)
+        engine.state.run_forward = self
 
-    def sample_and_show(*args: Any, **kwargs: Any) -> Any:
-        slots, out = sample(*args, **kwargs)
-        return slots, out | {"logits": taken.pop("logits")}
+    def __call__(self, run: Any, flat: Any) -> Any:
+        out = self.forward(run, flat)
+        if out.sample_hidden is None:
+            return out
+        rows = len(out.sample_hidden) - SERVE.samples
+        params = self.state.params
+        self.logits = np.asarray(logits(self.spec, params, final_norm(self.spec, params, out.sample_hidden[:rows])))
+        return out.replace(sample_hidden=out.sample_hidden[rows:])
 
-    patch.setattr(unified, "sample_rows", sample_rows)
-    patch.setattr(unified, "sample_logits", sample_logits)
-    patch.setattr(unified, "sample", sample_and_show)
+
+def show_hidden(patch: pytest.MonkeyPatch) -> None:
+    """Makes forwards traced from now on return the hidden states of all prefill and decode rows, then the sampled."""
+    rows = unified.sample_rows
+    patch.setattr(unified, "sample_rows", lambda bucket, batch, x: jnp.concatenate([x, rows(bucket, batch, x)]))
 
 
 @functools.cache
@@ -61,8 +68,10 @@ def open_family(family: str, root: Path, cache: str) -> Engine:
     save_tokenizer(folder)
     config = EngineConfig(**CONFIG, compilation_cache_dir=cache)
     with pytest.MonkeyPatch.context() as patch:
-        show_logits(patch)
-        return Engine.from_pretrained(folder, config=config, progress=False)
+        show_hidden(patch)
+        engine = Engine.from_pretrained(folder, config=config, progress=False)
+    Shown(engine)
+    return engine
 
 
 class Recording:
@@ -96,7 +105,6 @@ class Recording:
 def recording(engine: Engine) -> Iterator[Recording]:
     """Records every forward of an engine whose forwards show their logits."""
     recorded, sent = Recording(), engine.loop.serving.sent
-    pending_places: dict[int, Any] = {}
 
     def note(items: Any, rows: Any) -> None:
         places, at = [], 0
@@ -106,20 +114,12 @@ def recording(engine: Engine) -> Iterator[Recording]:
             places += [("prefill", owner, start + j, at + j) for j in range(n)]
             at += -(-n // 16) * 16
         for i, r in enumerate(sorted(items.decode, key=lambda request: request.adapter_pages)):
-            places.append(("decode", r.request_id, len(r.prompt_ids) + r.num_dispatched - 1, i))
-        pending_places[id(rows)] = places
+            places.append(("decode", r.request_id, len(r.prompt_ids) + r.num_dispatched - 1, PREFILL + i))
+        recorded.add(places, engine.state.run_forward.logits)
         sent(items, rows)
-
-    def read(pending: Any, ms: float) -> None:
-        if "logits" in pending.sampled:
-            prefill = next(b.prefill for b in engine.cfg.buckets if b.name == pending.forward[0][1])
-            places = pending_places.pop(id(pending.rows))
-            places = [(kind, *where, row + prefill * (kind == "decode")) for kind, *where, row in places]
-            recorded.add(places, np.asarray(pending.sampled["logits"]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.loop.serving, "sent", note)
-        patch.setattr(engine.loop, "on_iteration", read)
         yield recorded
         engine.drain()
 

@@ -9,6 +9,7 @@ from loquetier_jax.config import SLOConfig
 from loquetier_jax.engine import Engine
 from loquetier_jax.runtime.loop import Loop
 from loquetier_jax.runtime.pending import Pending
+from loquetier_jax.schedule.latency import sampler_run
 from loquetier_jax.train.config import TrainConfig
 from tests.engine.engines import greedy, random_data
 
@@ -29,9 +30,11 @@ def test_what_is_in_flight_comes_first(tiny_engine: Engine, loop: Loop) -> None:
     tiny_engine.submit([5, 6, 7], None, greedy(9))
     assert loop.snapshot().now == now and loop.snapshot().late_ms == 0
     loop.iterate()  # the prompt is dispatched and not read
-    seen, runs = loop.snapshot(), [(("forward", b.name), b.rows) for b in loop.cfg.buckets if b.prefill and not b.packs]
-    [run] = [r for r in runs if seen.now == pytest.approx(now + loop.latency.predict(*r) / 1e3, abs=1e-9)]
-    assert seen.late_ms == pytest.approx(loop.latency.late(*run))
+    seen, able = loop.snapshot(), [b for b in loop.cfg.buckets if b.prefill and not b.packs]
+    steps = [[(("forward", b.name), b.rows), sampler_run(b.samples, "greedy")] for b in able]
+    ends = [now + sum(loop.latency.predict(*run) for run in step) / 1e3 for step in steps]
+    [step] = [s for s, end in zip(steps, ends, strict=True) if seen.now == pytest.approx(end, abs=1e-9)]
+    assert seen.late_ms == pytest.approx(sum(loop.latency.late(*run) for run in step))
     [request] = seen.running
     assert request.num_output == 1
     assert request.first_token_time == request.last_token_time == seen.now
@@ -40,6 +43,17 @@ def test_what_is_in_flight_comes_first(tiny_engine: Engine, loop: Loop) -> None:
     [request] = seen.running
     assert request.num_output == 2
     assert request.first_token_time == now < request.last_token_time == seen.now
+
+
+def test_steps_are_planned_with_the_sampler_of_who_runs(tiny_engine: Engine, loop: Loop) -> None:
+    """Penalties take longer: a promise is kept only if the plan knows that somebody asks for them."""
+    sizes = {b.samples for b in loop.cfg.buckets if b.samples}
+    for changes, level in (({}, "greedy"), ({"logprobs": 2}, "greedy_logprobs"), ({"frequency_penalty": 0.5}, "full")):
+        tiny_engine.submit([5, 6, 7], None, greedy(4, **changes))
+        loop.iterate()
+        seen = {(s.rows, s.ms, s.late) for s in loop.snapshot().samplers}
+        runs = [sampler_run(rows, level) for rows in sizes]
+        assert seen == {(run[1], loop.latency.predict(*run), loop.latency.late(*run)) for run in runs}
 
 
 def test_tokens_do_not_wait_for_training_after_them(tiny_engine: Engine, loop: Loop) -> None:

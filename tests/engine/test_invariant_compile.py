@@ -16,10 +16,12 @@ from tests.step.cases import random_adapter, tiny_spec
 # A base whose shapes no other test has: nothing of it has been compiled in this process before.
 SPEC = tiny_spec(hidden_size=96, intermediate_size=112, num_hidden_layers=1, sliding_window=(None,))
 BUCKETS = (
-    Bucket(**SERVE, sampling="full", score_packs=1, score_tokens=2 * PACK),
-    Bucket(**SERVE, sampling="full", packs=1, pack_tokens=PACK),
+    Bucket(**SERVE, score_packs=1, score_tokens=2 * PACK),
+    Bucket(**SERVE, packs=1, pack_tokens=PACK),
 )
-GREEDY_ONLY = (Bucket(**SERVE), Bucket(**SERVE, score_packs=1, score_tokens=PACK))
+SERVING = (Bucket(**SERVE), Bucket(**SERVE, score_packs=1, score_tokens=PACK))
+
+LEVELS = greedy(3, logprobs=0), greedy(3, logprobs=2), greedy(3, temperature=0.9), greedy(3, frequency_penalty=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_a_random_mix_compiles_nothing(engine, tmp_path):
 def test_serving_compiles_nothing_from_the_first_request_on(make_engine, tmp_path):
     """Ready means ready: the first load, request, scoring and eviction of an engine's life included."""
     engine = make_engine(
-        tiny_spec(hidden_size=80, num_hidden_layers=1, sliding_window=(None,)), share=False, buckets=GREEDY_ONLY
+        tiny_spec(hidden_size=80, num_hidden_layers=1, sliding_window=(None,)), share=False, buckets=SERVING
     )
     with compilations() as compiled:
         shape, weights = random_adapter(engine.spec, 1, 20)
@@ -90,7 +92,7 @@ def test_serving_compiles_nothing_from_the_first_request_on(make_engine, tmp_pat
         engine.load_adapter("loaded", tmp_path)
         for i in range(14):
             add_random_adapter(engine, f"n{i}", i, 8)
-            engine.generate(prompts(i, 5, 60), (f"n{i}", "loaded"), greedy(3, logprobs=0))
+            engine.generate(prompts(i, 5, 60), (f"n{i}", "loaded"), LEVELS[i % 4])
         engine.log_probs(prompts(0, 9, 60), "n3")
     check_nothing(compiled)
 
@@ -101,13 +103,13 @@ def test_a_shape_outside_the_list_is_refused(tiny_engine):
     run = tiny_engine.functions.forward(bucket)
     flat = jnp.asarray(ravel(empty_batch(replace(bucket, decode=32), tiny_engine.cfg)))
     with pytest.raises(TypeError, match="the types for which this computation was compiled"):
-        run(state.params, state.pages, state.kv, state.slots, flat)
+        run(state.params, state.pages, state.kv, state.slots.last_token, flat)
 
 
 def test_a_bucket_outside_the_list_would_be_seen(engine, monkeypatch):
     """A step in another bucket compiles, and the check tells."""
     forward = engine.functions.forward
-    wider = Bucket(**SERVE, sampling="full", score_packs=1, score_tokens=PACK)
+    wider = Bucket(**SERVE, score_packs=1, score_tokens=PACK)
     monkeypatch.setattr(
         engine.functions, "forward", lambda bucket, dropout=False: (forward(wider), forward(bucket, dropout))[1]
     )

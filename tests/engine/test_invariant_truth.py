@@ -1,19 +1,17 @@
-"""Invariant 5: log_probs(), the training forward and serving say the same number, to the last bit (f32, XLA CPU)."""
+"""Invariant 5: log_probs(), the training forward and serving say the same number, to the last bit (f32, XLA CPU).
 
-import jax.numpy as jnp
+Every size and level of the sampler against scoring: tests/step/test_head.py.
+"""
+
 import numpy as np
 import pytest
 
 from loquetier_jax.batch.pack import ScoreItem, pack_step
-from loquetier_jax.config import Bucket
-from loquetier_jax.models.decoder import final_norm, logits
 from loquetier_jax.runtime import loop
-from loquetier_jax.step import unified
 from loquetier_jax.train.data import Dataset, make_sample
 from loquetier_jax.train.runner import JobRunner
-from tests.engine.engines import PACK, SERVE, add_random_adapter, greedy
+from tests.engine.engines import add_random_adapter, greedy
 from tests.engine.evidence import LORA, finish, numbers_of, prompts, train_config
-from tests.step.cases import tiny_spec
 
 pytestmark = pytest.mark.bits
 
@@ -128,20 +126,3 @@ def test_scoring_without_the_adapter_would_be_seen(engine, monkeypatch):
     monkeypatch.setattr(loop, "pack_step", base_only)
     with pytest.raises(AssertionError):
         check_scores(engine, outputs, "small")
-
-
-def test_a_last_bit_of_the_sampling_head_would_be_seen(make_engine, monkeypatch):
-    """A head that sums over the two halves of hidden_size, one after the other, is off by units in the last place."""
-
-    def halves(spec, params, x):
-        x = final_norm(spec, params, x)
-        first = jnp.arange(x.shape[-1]) < x.shape[-1] // 2
-        return sum(logits(spec, params, jnp.where(half, x, 0)) for half in (first, ~first))
-
-    monkeypatch.setattr(unified, "sample_logits", halves)
-    spec = tiny_spec(num_hidden_layers=1, sliding_window=(None,))
-    bucket = Bucket(**SERVE, score_packs=1, score_tokens=PACK)
-    engine = make_engine(spec, share=False, buckets=(bucket,))
-    outputs = complete(engine, None)
-    with pytest.raises(AssertionError, match="not equal"):
-        check_scores(engine, outputs, None)

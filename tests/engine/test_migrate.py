@@ -28,8 +28,8 @@ pytestmark = pytest.mark.bits
 STEPS = 9
 ONE_PACK = (
     Bucket(**SERVE),
-    Bucket(**SERVE, sampling="full", score_packs=1, score_tokens=128),
-    Bucket(**SERVE, sampling="full", packs=1, pack_tokens=64),
+    Bucket(**SERVE, score_packs=1, score_tokens=128),
+    Bucket(**SERVE, packs=1, pack_tokens=64),
 )
 """Passes of one pack, so that a test can stop after any number of them."""
 DATA, HELD_OUT = random_data(5, low=20), random_data(6, count=4)

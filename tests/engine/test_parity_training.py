@@ -91,6 +91,7 @@ def torch_curve(model: Any, data: Dataset) -> tuple[list[float], list[float], li
     return losses, norms, rates
 
 
+@pytest.mark.slow  # compiles training; gradients and optimizers have references of their own in tests/step, tests/train
 def test_a_hundred_steps_equal_peft_and_torch(family_engine: Callable[[str], Engine], tmp_path: Path) -> None:
     engine = family_engine("llama")
     torch.manual_seed(0)

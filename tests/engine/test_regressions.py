@@ -46,12 +46,13 @@ def test_log_probs_of_one_text_is_one_sequence(tiny_engine):
     np.testing.assert_array_equal(one, other)
 
 
-def test_a_level_that_no_prompt_can_have_is_refused(tiny_engine, monkeypatch):
-    """Its prompt fits no bucket of that level: it waited for ever."""
-    buckets = (Bucket(prefill=48, chunks=3, sampling="greedy"), Bucket(decode=16, sampling="full"))
-    monkeypatch.setattr(tiny_engine.requests, "cfg", replace(tiny_engine.cfg, buckets=buckets))
-    with pytest.raises(RequestError, match="sampling level"):
-        tiny_engine.submit([3, 4], params=SamplingParams(temperature=1.0))
+def test_a_request_that_only_a_job_could_carry_is_refused(tiny_engine, monkeypatch):
+    """Without one there is no step that prefills, or none that decodes: it waited for ever."""
+    for rows in ({"prefill": 48, "chunks": 3}, {"decode": 16}):
+        buckets = (Bucket(**rows), Bucket(**SERVE, packs=1, pack_tokens=PACK))
+        monkeypatch.setattr(tiny_engine.requests, "cfg", replace(tiny_engine.cfg, buckets=buckets))
+        with pytest.raises(RequestError, match=r"buckets: got .* expected prefill and decode rows"):
+            tiny_engine.submit([3, 4])
 
 
 @pytest.fixture(scope="module")

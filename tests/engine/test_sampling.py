@@ -11,10 +11,11 @@ from scipy import stats
 
 from loquetier_jax.batch.rows import MAX_BANNED, SampleRows
 from loquetier_jax.engine import Engine
-from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.sampling_params import LEVELS, Level, SamplingParams, level_of
 from loquetier_jax.serve.output import CompletionOutput
 from loquetier_jax.step import sample as sampler
-from tests.engine.engines import add_random_adapter, greedy, random_prompt
+from loquetier_jax.step.head import Distribution
+from tests.engine.engines import SERVE, add_random_adapter, greedy, random_prompt
 from tests.engine.reference import dense_logits, dense_lora, generate, log_softmax, processed
 
 VOCAB = 40
@@ -68,7 +69,11 @@ def transformed(logits: Any, rows: Any, slots: Any) -> Any:
     )
 
 
-sampled = jax.jit(functools.partial(sampler.sample, max_logprobs=4), static_argnames="level")
+@functools.partial(jax.jit, static_argnames="level")
+def sampled(logits: Any, rows: Any, slots: Any, level: Level) -> Any:
+    best = logits.max(axis=-1)
+    total = jax.numpy.log(jax.numpy.exp(logits - best[:, None]).sum(axis=-1))
+    return sampler.sample(Distribution(logits, best, total), rows, slots, level=level, max_logprobs=4)
 
 
 def random_params(rng: np.random.Generator) -> SamplingParams:
@@ -158,12 +163,48 @@ def test_levels_agree_where_they_overlap():
     params = [SamplingParams(temperature=t, top_k=k) for t in (0.0, 0.7, 1.0) for k in (0, 3)]
     logits = rng.normal(size=(len(params), VOCAB)).astype(np.float32)
     rows, slots = rows_of(params, range(6)), slots_of([[1]] * 6, [[]] * 6)
-    full, plain, arg_max = (sampled(logits, rows, slots, level=level)[1] for level in ("full", "plain", "greedy"))
+    out = {level: jax.tree.map(np.asarray, sampled(logits, rows, slots, level=level)[1]) for level in LEVELS}
+    full = out["full"]
     for name in ("tokens", "logprob"):
-        assert (np.asarray(full[name]) == np.asarray(plain[name])).all()
-        assert (np.asarray(full[name])[:2] == np.asarray(arg_max[name])[:2]).all()
+        np.testing.assert_array_equal(full[name], out["plain"][name])
+        for level in ("greedy", "greedy_logprobs"):
+            np.testing.assert_array_equal(full[name][:2], out[level][name][:2])
+    for name in ("top_ids", "top_logp", "rank"):
+        np.testing.assert_array_equal(full[name][:2], out["greedy_logprobs"][name][:2])
+    assert [level for level in LEVELS if "rank" in out[level]] == ["greedy_logprobs", "full"]
     own = np.take_along_axis(log_softmax(logits), np.asarray(full["tokens"])[:, None], 1)[:, 0]
     np.testing.assert_allclose(full["logprob"], own, atol=1e-5)
+
+
+def test_the_level_of_a_step_does_the_work_of_all_its_rows():
+    """Alternatives and temperatures together need the one level that has both."""
+    for one in LEVELS:
+        assert level_of([one, "greedy", one]) == one and level_of([one, "full"]) == "full"
+    assert level_of([]) == "greedy" and level_of(["plain", "greedy_logprobs"]) == "full"
+
+
+def test_a_step_runs_the_sampler_that_its_rows_need(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """None while a prompt goes on; else the cheapest that does what all rows ask for."""
+    asked, sampler, rows = [], tiny_engine.functions.sampler, SERVE["decode"] + SERVE["chunks"]
+
+    def note(rows: int, level: Level) -> Any:
+        asked.append((rows, level))
+        return sampler(rows, level)
+
+    monkeypatch.setattr(tiny_engine.functions, "sampler", note)
+    cold, hot, logged = greedy(3), SamplingParams(max_tokens=3, ignore_eos=True), greedy(3, logprobs=2)
+    for params, level in (
+        ([cold], "greedy"),
+        ([cold, logged], "greedy_logprobs"),
+        ([cold, hot], "plain"),
+        ([logged, hot], "full"),
+        ([cold, greedy(3, presence_penalty=1.0)], "full"),
+    ):
+        tiny_engine.generate([[3, 4, 5]] * len(params), None, params)
+        assert asked == [(rows, level)] * 3
+        asked.clear()
+    tiny_engine.generate([[3] * (2 * SERVE["prefill"] + 1)], None, greedy(1))
+    assert asked == [(rows, "greedy")]
 
 
 REQUESTS = [

@@ -199,7 +199,8 @@ class Soak:
         self.engine.drain()
 
 
-@pytest.mark.parametrize("steps", [160, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the invariants that it plays through have tests of their own
+@pytest.mark.parametrize("steps", [160, 2000])
 def test_nothing_compiles_and_the_books_are_right(
     make_engine: Callable[..., Engine], tmp_path: Path, record_property: Callable[[str, object], None], steps: int
 ):

@@ -15,9 +15,9 @@ from tests.engine.engines import SERVE, add_random_adapter, greedy, random_promp
 BUCKETS = (
     Bucket(prefill=16, chunks=1, decode=8),
     Bucket(**SERVE),
-    Bucket(prefill=96, chunks=6, decode=16, sampling="full"),
-    Bucket(**SERVE, sampling="full", score_packs=1, score_tokens=128),
-    Bucket(**SERVE, sampling="full", packs=1, pack_tokens=64),
+    Bucket(prefill=96, chunks=6, decode=16),
+    Bucket(**SERVE, score_packs=1, score_tokens=128),
+    Bucket(**SERVE, packs=1, pack_tokens=64),
     Bucket(packs=2, pack_tokens=64),
 )
 RANKS = {"r4": 4, "r8": 8, "r16": 16, "r24": 24, "r32": 32, "r12": 12}
@@ -51,7 +51,7 @@ class Work:
 
 
 def random_work(rng: np.random.Generator, cancelled: float) -> Work:
-    """A greedy request; one in five needs the full sampler, which changes nothing."""
+    """A greedy request; one in five wants log-probs: another sampler, which changes nothing."""
     params = greedy(int(rng.integers(1, 25)), logprobs=2 if rng.random() < 0.2 else None)
     return Work(
         prompt=random_prompt(rng, int(rng.choice([rng.integers(1, 20), rng.integers(20, 100)]))),

@@ -16,8 +16,8 @@ STEPS = 48
 SAVE_STEPS = 2
 KILLED = 77  # exit code of a process that a fault point has killed
 BUCKETS = (
-    Bucket(**SERVE, sampling="full", score_packs=1, score_tokens=128),
-    Bucket(**SERVE, sampling="full", packs=1, pack_tokens=64),
+    Bucket(**SERVE, score_packs=1, score_tokens=128),
+    Bucket(**SERVE, packs=1, pack_tokens=64),
 )
 DATA, HELD_OUT = random_data(7, count=24), random_data(8, count=3)
 

@@ -136,7 +136,7 @@ def test_nan_and_inf_stay_with_their_rows_and_pages(form: str, run_beside: Calla
 
 
 @pytest.mark.bits
-@BOTH
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [32, pytest.param(1040, marks=pytest.mark.slow)])
 def test_a_row_keeps_its_bits_wherever_it_is_placed(size: int, implementation: str) -> None:
     """Among rows of nobody (few rows take another form) or of others, anywhere in a tile, under any NT and MP."""

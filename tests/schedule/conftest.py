@@ -17,8 +17,8 @@ SLICES = 4
 
 
 def bucket(text: str) -> Bucket:
-    """ "train1x256 prefill64/4 decode8 full" to a Bucket."""
-    fields: dict[str, object] = {}
+    """ "train1x256 prefill64/4 decode8" to a Bucket."""
+    fields: dict[str, int] = {}
     for part in text.split():
         if part.startswith("train"):
             fields["packs"], fields["pack_tokens"] = map(int, part[5:].split("x"))
@@ -28,24 +28,20 @@ def bucket(text: str) -> Bucket:
             fields["prefill"], fields["chunks"] = map(int, part[7:].split("/"))
         elif part.startswith("decode"):
             fields["decode"] = int(part[6:])
-        else:
-            fields["sampling"] = part
     return Bucket(**fields)
 
 
 LATTICE = (
-    "decode4 greedy",
-    "decode16 greedy",
-    "decode16 full",
-    "prefill64/4 decode16 greedy",
-    "prefill64/4 decode16 full",
-    "prefill256/8 decode16 full",
-    "train1x256 decode4 greedy",
-    "train1x256 prefill64/4 decode16 full",
+    "decode4",
+    "decode16",
+    "prefill64/4 decode16",
+    "prefill256/8 decode16",
+    "train1x256 decode4",
+    "train1x256 prefill64/4 decode16",
     "train1x256",
     "train4x256",
     "train2x512",
-    "score1x512 decode16 full",
+    "score1x512 decode16",
     "score2x256",
 )
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loquetier_jax.errors import ConfigError
-from loquetier_jax.schedule.latency import FIRST_ERROR, FORWARD, MS_PER_ROW, LatencyModel
+from loquetier_jax.schedule.latency import FIRST_ERROR, FORWARD, MS_PER_ROW, LatencyModel, sampler_run
 
-KEY = (FORWARD, "decode8-greedy")
+KEY = (FORWARD, "decode8")
 
 
 def test_seed_is_the_median_and_later_ones_move_it() -> None:
@@ -72,12 +72,22 @@ def test_a_step_teaches_what_was_timed_apart(forward_ms: float | None) -> None:
     model, slices, step = LatencyModel(), ("backward_slice", "train1x64"), ("optimizer_step", "a")
     for key, ms in ((KEY, 5.0), (slices, 10.0), (step, 5.0)):
         model.seed(key, [ms] * 9, 8)
-    model.observe_step((KEY, 8), [(slices, 8), (slices, 8), (step, 1)], 36.0, forward_ms)
+    model.observe_step([(KEY, 8)], [(slices, 8), (slices, 8), (step, 1)], 36.0, forward_ms)
     ratios = [model.predict(key, 8) / ms - 1 for key, ms in ((KEY, 5.0), (slices, 10.0), (step, 5.0))]
     assert ratios == pytest.approx([0.02, 0.02, 0.02])  # a tenth of what they were longer, all by a fifth
-    model.observe_step(None, [], 5.0, None)
-    model.observe_step((KEY, 8), [(step, 1)], 5.0, 5.0)  # the clock is too coarse to say anything of the second
+    model.observe_step([], [], 5.0, None)
+    model.observe_step([(KEY, 8)], [(step, 1)], 5.0, 5.0)  # the clock is too coarse to say anything of the second
     assert model.predict(step, 1) == pytest.approx(5.1)
+
+
+def test_a_forward_and_the_sampler_behind_it_share_what_they_took() -> None:
+    """Their tokens come together: each is longer by as much as both were."""
+    model, (sampler, rows) = LatencyModel(), sampler_run(8, "full")
+    assert (sampler, rows) == (("sampler", "8-full"), 8)
+    model.seed(KEY, [6.0] * 9, 8)
+    model.seed(sampler, [2.0] * 9, 8)
+    model.observe_step([(KEY, 8), (sampler, 8)], [], 10.0, 10.0)
+    assert (model.predict(KEY, 8), model.predict(sampler, 8)) == pytest.approx((6.15, 2.05))
 
 
 def test_bad_values_are_refused() -> None:

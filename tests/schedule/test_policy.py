@@ -16,6 +16,7 @@ from loquetier_jax.schedule.types import (
     JobView,
     PassView,
     Prefilling,
+    SamplerTime,
     ScoreView,
     SlicedShape,
     Snapshot,
@@ -23,10 +24,9 @@ from loquetier_jax.schedule.types import (
 )
 
 
-def running(n: int, sampling: str = "greedy", tokens: int = 2, last: float = 10.0) -> tuple[Decoding, ...]:
+def running(n: int, tokens: int = 2, last: float = 10.0) -> tuple[Decoding, ...]:
     return tuple(
-        Decoding(id=f"r{i}", sampling=sampling, first_token_time=9.99, last_token_time=last, num_output=tokens)
-        for i in range(n)
+        Decoding(id=f"r{i}", first_token_time=9.99, last_token_time=last, num_output=tokens) for i in range(n)
     )
 
 
@@ -65,16 +65,15 @@ def test_nothing_to_do(case: Case) -> None:
 
 
 def test_decodes_take_the_cheapest_bucket_that_holds_them(case: Case) -> None:
-    assert case(running=running(3)).bucket.name == "decode4-greedy"
-    assert case(running=running(5)).bucket.name == "decode16-greedy"
-    assert case(running=running(3, "plain")).bucket.name == "decode16-full"
-    with pytest.raises(CapacityError, match="got 17 running requests at level 'greedy'"):
+    assert case(running=running(3)).bucket.name == "decode4"
+    assert case(running=running(5)).bucket.name == "decode16"
+    with pytest.raises(CapacityError, match="got 17 running requests, expected a bucket"):
         case(running=running(17))
 
 
 def test_small_prompts_share_a_bucket_and_decodes_stay(case: Case) -> None:
     d = case(running=running(3), waiting=tuple(waiting(i, prompt=10 + i) for i in range(3)))
-    assert d.bucket.name == "prefill64-decode16-greedy"
+    assert d.bucket.name == "prefill64-decode16"
     assert d.decode == ("r0", "r1", "r2") and d.admit == ("w0", "w1", "w2")
     assert d.prefill == (("w0", 10), ("w1", 11), ("w2", 12))
 
@@ -123,7 +122,7 @@ def test_who_does_not_fit_is_overtaken_only_so_often(buckets: tuple[Bucket, ...]
         ({"free_pages": 8}, 2),
         ({"free_adapter_pages": 4}, 2),
         ({"running": running(14)}, 2),
-        ({"running": running(15, "full")}, 1),
+        ({"running": running(15)}, 1),
     ],
 )
 def test_admission_respects_every_limit(case: Case, fields: dict, admitted: int) -> None:
@@ -133,9 +132,23 @@ def test_admission_respects_every_limit(case: Case, fields: dict, admitted: int)
     assert len(case(waiting=same, free_adapter_pages=2).admit) == 3
 
 
-def test_a_level_without_prefill_is_never_admitted(case: Case) -> None:
-    greedy = tuple(b for b in case.base.buckets if b.sampling == "greedy")
-    assert case(waiting=(waiting(0, sampling="full"),), buckets=greedy).admit == ()
+def test_nobody_is_admitted_where_nothing_prefills(case: Case) -> None:
+    assert case(waiting=(waiting(0),), buckets=(Bucket(decode=4),)).admit == ()
+
+
+def test_a_step_takes_as_long_as_its_forward_and_the_sampler_behind_it(case: Case) -> None:
+    """4 rows at 5.08 ms and 16 at 5.32: a sampler that takes longer on few rows than on many turns the order round."""
+    times = SamplerTime(rows=4, ms=0.5), SamplerTime(rows=16, ms=0.1, late=9.0), SamplerTime(rows=20, ms=7.0)
+    d = case(running=running(3), samplers=times)
+    assert (d.bucket.name, d.forward_ms) == ("decode16", pytest.approx(5.42))
+    d = case(running=running(3), samplers=times[:1])
+    assert (d.bucket.name, d.forward_ms) == ("decode16", pytest.approx(5.32))
+    assert case(running=running(3), samplers=times[2:]).forward_ms == pytest.approx(5.08)
+    fields = {"jobs": (job("a"),), "running": running(3, tokens=1, last=9.99), "now": 9.993}
+    fields |= {"slo": SLOConfig(tpot_ms=30.0), "samplers": (SamplerTime(rows=4, ms=0.0),)}
+    assert trains(case(**fields))
+    late = SamplerTime(rows=4, ms=0.0, late=40.0)
+    assert not trains(case(**fields | {"samplers": (late, SamplerTime(rows=16, ms=50.0))})), "its error is planned for"
 
 
 def test_prompts_and_decodes_take_turns_where_no_bucket_holds_both(case: Case) -> None:
@@ -201,7 +214,7 @@ def test_packs_ride_with_inference_and_only_equal_ones_together(case: Case) -> N
     d = case(jobs=mixed, fairness=d.fairness)
     assert d.quanta[0].packs == ("d",)
     fused = case(jobs=(job("a"),), running=running(3))
-    assert fused.bucket.name == "train1x256-decode4-greedy"
+    assert fused.bucket.name == "train1x256-decode4"
     assert fused.packs == ("a",) and fused.quanta == ()
 
 
@@ -299,7 +312,7 @@ def test_scores_and_training_take_turns(case: Case) -> None:
     assert second.quanta[0].packs == ("a",)
     assert case(**fields, fairness=second.fairness).quanta[0].score
     beside = case(score=work[1:], running=running(2))
-    assert beside.bucket.name == "score1x512-decode16-full" and beside.score == ("t",)
+    assert beside.bucket.name == "score1x512-decode16" and beside.score == ("t",)
 
 
 def test_who_cannot_be_admitted_does_not_stop_training(case: Case) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.scheduling import trace
 from benchmarks.scheduling.simulate import Simulator
 from benchmarks.scheduling.simulated import SimJob, SimRequest
-from loquetier_jax.config import BLOCK, SAMPLING_LEVELS, Bucket, SLOConfig
+from loquetier_jax.config import BLOCK, Bucket, SLOConfig
 from loquetier_jax.schedule.latency import FORWARD, LatencyModel
 from loquetier_jax.schedule.policy import PolicyConfig, decide
 from loquetier_jax.schedule.types import Decision, Quantum, ScoreView, SlicedShape, Snapshot
@@ -26,7 +26,6 @@ REQUESTS = st.lists(
         prompt=st.integers(1, 400),
         output=st.integers(1, 20),
         adapter=st.sampled_from(["", "a", "b"]),
-        sampling=st.sampled_from(SAMPLING_LEVELS),
     ),
     min_size=1,
     max_size=24,
@@ -50,7 +49,6 @@ def check(snapshot: Snapshot, decision: Decision) -> None:
     admitted = [waiting[i] for i in decision.admit]
     assert len(admitted) <= snapshot.free_slots and sum(w.pages for w in admitted) <= snapshot.free_pages
     left = {p.id: p.remaining for p in snapshot.prefilling} | {w.id: w.prompt_tokens for w in admitted}
-    levels = {r.id: r.sampling for r in (*snapshot.running, *snapshot.prefilling, *snapshot.waiting)}
     chunks = dict(decision.prefill)
     assert len(chunks) == len(decision.prefill) and set(decision.admit) <= set(chunks)
     assert all(0 < tokens <= left[i] for i, tokens in chunks.items())
@@ -58,13 +56,12 @@ def check(snapshot: Snapshot, decision: Decision) -> None:
     assert decision.decode == tuple(r.id for r in snapshot.running)  # the lattice has mixed buckets for all
     assert (decision.bucket is None) == (not decision.decode and not chunks)
     if decision.bucket is not None:
-        sampled = [levels[i] for i in (*decision.decode, *(i for i in chunks if chunks[i] == left[i]))]
         packs = {j.pack_tokens for j in snapshot.jobs if j.name in decision.packs}
         need = Bucket(
             packs=len(decision.packs), pack_tokens=packs.pop() if packs else 0,
             score_packs=len(decision.score), score_tokens=64 if decision.score else 0,
             prefill=sum(-(-t // BLOCK) * BLOCK for t in chunks.values()), chunks=len(chunks),
-            decode=len(decision.decode), sampling=max(sampled, key=SAMPLING_LEVELS.index, default="greedy"),
+            decode=len(decision.decode),
         )  # fmt: skip
         assert not packs and decision.bucket in snapshot.buckets and decision.bucket.covers(need)
     status = {j.name: j for j in snapshot.jobs}

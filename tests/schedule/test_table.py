@@ -31,8 +31,12 @@ def test_the_h100_table_covers_the_gpu_preset() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("forward: [{ms: 0, bucket: {decode: 8}}]", "ms of decode8-greedy: got 0, expected a number > 0"),
+        ("forward: [{ms: 0, bucket: {decode: 8}}]", "ms of decode8: got 0, expected a number > 0"),
         ("forward: [{ms: 1.0, bucket: {decodes: 8}}]", "decodes"),
+        (
+            "forward: [{ms: 1.0, bucket: {decode: 8, sampling: greedy}}]",
+            r"bucket.sampling: got 'greedy', expected no such key any more; every bucket serves every way of sampling",
+        ),
         ("peer: vllm", "peer: got 'vllm', expected one of the keys"),
     ],
 )

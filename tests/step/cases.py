@@ -16,12 +16,13 @@ from loquetier_jax.batch.rows import SegmentBatch, ravel
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.sampling_params import Level, SamplingParams
 from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.state import DeviceState, new_state
+from loquetier_jax.step.unified import ForwardOut
 
 PACK = 64
-SERVE = Bucket(prefill=48, chunks=3, decode=16, sampling="full")
+SERVE = Bucket(prefill=48, chunks=3, decode=16)
 MIXED = Bucket(packs=2, pack_tokens=PACK, score_packs=1, score_tokens=PACK, prefill=48, chunks=3, decode=16)
 TRAIN = Bucket(packs=2, pack_tokens=PACK)
 
@@ -82,9 +83,15 @@ class World:
 
     def run(self, items: StepItems, bucket: Bucket, dropout: bool = False):
         """Packs and runs one forward; returns (ForwardOut, host batch)."""
-        batch, _ = pack_step(items, bucket, self.cfg)
+        batch = pack_step(items, bucket, self.cfg).batch
         out = self.state.run_forward(self.functions.forward(bucket, dropout), jnp.asarray(ravel(batch)))
         return out, batch
+
+    def sample(self, out: ForwardOut, items: StepItems, bucket: Bucket, level: Level = "greedy"):
+        """Draws the tokens of a forward that `run` has run on the same items; see `step.sample.sample`."""
+        rows = pack_step(items, bucket, self.cfg).sample
+        run = self.functions.sampler(bucket.samples, level)
+        return self.state.sample(run, out.sample_hidden, jnp.asarray(ravel(rows)))
 
 
 @functools.cache

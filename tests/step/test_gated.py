@@ -26,6 +26,7 @@ def run(world, smlm: str, keep: tuple[str, ...], hidden_act: str) -> tuple[jax.A
     cfg = dataclasses.replace(world.cfg, smlm=smlm, keep=keep)
     spec = dataclasses.replace(world.spec, hidden_act=hidden_act)
     weights, pages = world.state.params["layers"][0], world.state.pages.layers[0]
+
     def mlp(weights, pages, batch, h):
         layer_ops = ops.ForwardOps(spec, cfg, MIXED, 0, weights, pages, None, batch, ops.lora_plan(batch, MIXED))
         return layer_ops.mlp(h), layer_ops.kept
@@ -35,7 +36,8 @@ def run(world, smlm: str, keep: tuple[str, ...], hidden_act: str) -> tuple[jax.A
 
 
 @pytest.mark.parametrize(
-    ("hidden_act", "keep"), [("silu", ("gate_up_proj",)), ("silu", ()), ("gelu", ("gate_up_proj",))]
+    ("hidden_act", "keep"),
+    [("silu", ("gate_up_proj",)), ("silu", ()), pytest.param("gelu", ("gate_up_proj",), marks=pytest.mark.slow)],
 )
 def test_fused_or_not_the_mlp_is_the_same(world, keep: tuple[str, ...], hidden_act: str) -> None:
     want, want_kept = run(world, "xla", keep, hidden_act)

@@ -105,8 +105,17 @@ def cache_copies(text: str, cache_shape: tuple[int, ...]) -> list[str]:
 
 def test_forward_copies_no_cache_and_no_weight(world):
     text = world.functions.forward(BUCKET).as_text()
-    for shape in {world.state.kv[0].k.shape, world.state.slots.counts.shape, *weight_shapes(world)}:
+    for shape in {world.state.kv[0].k.shape, *weight_shapes(world)}:
         assert not cache_copies(text, shape), f"a copy of {shape} in the forward"
+    assert "input_output_alias" in text
+
+
+@pytest.mark.parametrize("level", ["greedy", "full"])
+def test_a_sampler_copies_no_slots(world, level):
+    """What it does not write stays where it is; what it writes is written in place."""
+    text, counts = world.functions.sampler(BUCKET.samples, level).as_text(), world.state.slots.counts.shape
+    for kind in ("s32", "pred"):
+        assert not re.findall(rf"= {kind}\[{counts[0]},{counts[1]}\]\S* copy\(", text)
     assert "input_output_alias" in text
 
 
@@ -118,9 +127,10 @@ def test_a_cache_that_is_not_donated_would_be_seen(world):
 
 
 def test_donated_state_is_consumed(world):
-    before = jax.tree.leaves((world.state.kv, world.state.slots.last_token))
+    before = jax.tree.leaves((world.state.kv, world.state.slots))
     items = mixed_items(np.random.default_rng(0))
     items.score = []
-    world.run(items, BUCKET)
+    out, _ = world.run(items, BUCKET)
+    world.sample(out, items, BUCKET)
     assert all(leaf.is_deleted() for leaf in before)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((world.state.params, world.state.pages)))

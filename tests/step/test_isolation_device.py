@@ -32,6 +32,7 @@ def numbers(world: World, change: Callable[[jax.Array], jax.Array]) -> tuple[dic
     world.state.pages = jax.tree.map(lambda a: a.at[1].set(change(a[1])), world.state.pages)
     items = mixed_items(np.random.default_rng(0))
     out, batch = world.run(items, MIXED)
+    drawn = world.sample(out, items, MIXED)
     passing = MicroStep(KEY, items.train)
     passing.take_fused(out, batch, world.functions, world.state)
     while not passing.done:
@@ -39,7 +40,7 @@ def numbers(world: World, change: Callable[[jax.Array], jax.Array]) -> tuple[dic
     pack = [item.pages for item in items.train].index((1,))
     row = [item.served.pages for item in items.decode].index((1,))
     logp, grads = np.asarray(out.train["logp"]).reshape(-1, PACK), jax.tree.map(np.asarray, world.state.grads)
-    sampled = {name: np.asarray(a) for name, a in out.sampled.items()}
+    sampled = {name: np.asarray(a) for name, a in drawn.items()}
     own = {
         "train": logp[pack],
         "sampled": {name: a[row] for name, a in sampled.items()},

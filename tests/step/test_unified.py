@@ -20,11 +20,11 @@ def test_a_batch_as_a_tree_gives_what_its_buffer_gives() -> None:
     world = make_world(tiny_spec(num_hidden_layers=1, sliding_window=(None,)))
     items, state = mixed_items(np.random.default_rng(0)), world.state
     items.score = []
-    batch, _ = pack_step(items, BUCKET, world.cfg)
+    batch = pack_step(items, BUCKET, world.cfg).batch
     step = jax.jit(functools.partial(unified_step, world.spec, world.cfg, BUCKET, False))
-    args = state.params, state.pages, state.kv, state.slots, batch
+    args = state.params, state.pages, state.kv, state.slots.last_token, batch
     want = step.lower(*args).compile(cpu_bits.compiler_options())(*args)  # donates nothing
     out, _ = world.run(items, BUCKET)
-    got = state.kv, state.slots, out
+    got = state.kv, out
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, want))
     assert out.train["logp"].shape == (2 * PACK,) and len(out.kept) == 1
