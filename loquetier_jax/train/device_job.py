@@ -15,7 +15,7 @@ from loquetier_jax.adapters.pages import AdapterPages, read_pages
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.packs import Pack
-from loquetier_jax.driver import EngineThread
+from loquetier_jax.loop_thread import EngineThread
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.serve.scoring import Scores
 from loquetier_jax.step.compiled import StepFunctions, TrainKey

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from loquetier_jax.driver import Driver, EngineThread
+from loquetier_jax.driver import Driver
 from loquetier_jax.errors import CheckpointError
+from loquetier_jax.loop_thread import EngineThread
 from loquetier_jax.train.checkpoint import CheckpointStore
 from loquetier_jax.train.device_job import DeviceJob
 from loquetier_jax.train.job_state import JobState
