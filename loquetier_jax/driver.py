@@ -5,13 +5,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Protocol
-from weakref import WeakMethod
 
 from loquetier_jax.errors import EngineError
 from loquetier_jax.fair_lock import FairLock
 from loquetier_jax.interrupts import uninterrupted
+from loquetier_jax.loop_thread import LoopThread
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ class Driver:
 
     Args:
         lock: Of the loop.
-        compiling: Whether something is being compiled in the background, which the loop may be waiting for.
+        background: Whether something goes on in other threads that the loop may be waiting for: a compile, a save.
     """
 
-    def __init__(self, lock: FairLock, compiling: Callable[[], bool]) -> None:
+    def __init__(self, lock: FairLock, background: Callable[[], bool]) -> None:
         self.lock = lock
-        self._compiling = compiling
+        self._background = background
         self._loop: Drivable | None = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._driving = threading.Lock()
@@ -199,9 +199,9 @@ class Driver:
                 if self._failure is not None or self.closed:  # a failure ends what was waited for, too: told first
                     self.check_alive()
                 continue
-            compiling = self._compiling()  # asked first: what it finishes during the step is seen by the next one
+            background = self._background()  # asked first: what it finishes during the step is seen by the next one
             if not self.step():
-                if not compiling and not done():
+                if not (background or self._background() or done()):
                     raise RuntimeError("engine: nothing is left to do, and what was waited for has not happened")
                 time.sleep(POLL_S)
 
@@ -227,68 +227,3 @@ class Driver:
         """How long to wait for a notification after an iteration without work."""
         with self.lock:
             return IDLE_S if self._loop.is_idle() and not self._inbox else POLL_S
-
-
-class LoopThread(threading.Thread):
-    """Drives an engine's loop until it is ended, the driver is dropped or fails, or the process ends.
-
-    It holds the driver only during a step. No daemon: an interpreter that ends while the device works is aborted.
-
-    Args:
-        step: `Driver.step`.
-        seconds_to_rest: How long to wait for `changed` when a step had nothing to do.
-        changed: Notified when there may be something to do.
-    """
-
-    def __init__(
-        self, step: Callable[[], bool], seconds_to_rest: Callable[[], float], changed: threading.Condition
-    ) -> None:
-        super().__init__(name="loquetier-loop")
-        self._step, self._seconds, self._changed = WeakMethod(step), WeakMethod(seconds_to_rest), changed
-        self._ending = False
-        self._resting = threading.Event()
-
-    def start(self) -> None:
-        """Returns once it rests, or has found something to do: from then on it does not keep the driver alive."""
-        super().start()
-        self._resting.wait()
-
-    def run(self) -> None:
-        """Called by `start`."""
-        worked = False
-        with suppress(EngineError):  # those who wait are told
-            while not self._ending and _process_goes_on():
-                if not worked and not self._rest():
-                    return
-                step = self._step()
-                if step is None:
-                    return
-                worked = step()
-                del step
-        self._resting.set()
-
-    def _rest(self) -> bool:
-        """Waits for something to do, for a while; False when the driver is gone."""
-        seconds_to_rest = self._seconds()
-        if seconds_to_rest is None:
-            return False
-        seconds = seconds_to_rest()
-        del seconds_to_rest
-        self._resting.set()
-        with self._changed:
-            if not self._ending:
-                self._changed.wait(seconds)
-        return True
-
-    def end(self, wake: Callable[[], None]) -> None:
-        """Returns once it has ended, between two steps."""
-        self._ending = True
-        wake()
-        self.join()
-
-
-def _process_goes_on() -> bool:
-    """Whether anybody is left who may want something: at its end the interpreter waits for threads like this one."""
-    if threading.main_thread().is_alive():
-        return True
-    return any(t.is_alive() and not t.daemon and not isinstance(t, LoopThread) for t in threading.enumerate())
