@@ -5,13 +5,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Protocol
-from weakref import WeakMethod
 
 from loquetier_jax.errors import EngineError
 from loquetier_jax.fair_lock import FairLock
 from loquetier_jax.interrupts import uninterrupted
+from loquetier_jax.loop_thread import LoopThread
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ class Driver:
 
     Args:
         lock: The loop's lock.
-        compiling: Whether a background compile is running that the loop may be waiting for.
+        background: Whether other threads are at work that the loop may be waiting for: a compile, a save.
     """
 
-    def __init__(self, lock: FairLock, compiling: Callable[[], bool]) -> None:
+    def __init__(self, lock: FairLock, background: Callable[[], bool]) -> None:
         self.lock = lock
-        self._compiling = compiling
+        self._background = background
         self._loop: Drivable | None = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._driving = threading.Lock()
@@ -199,9 +199,9 @@ class Driver:
                 if self._failure is not None or self.closed:  # before done(), which a failure makes true as well
                     self.check_alive()
                 continue
-            compiling = self._compiling()  # before the step: a compile that ends during it is used by the next step
+            background = self._background()  # asked before the step: the next one uses what it finishes meanwhile
             if not self.step():
-                if not compiling and not done():
+                if not (background or self._background() or done()):
                     raise RuntimeError("engine: there is no work left, but the awaited result has not arrived")
                 time.sleep(POLL_S)
 
@@ -227,68 +227,3 @@ class Driver:
         """Seconds to wait for a notification after an iteration without work."""
         with self.lock:
             return IDLE_S if self._loop.is_idle() and not self._inbox else POLL_S
-
-
-class LoopThread(threading.Thread):
-    """Drives an engine's loop until `end`, a failed step, the end of the process, or the driver is garbage-collected.
-
-    References the driver only during a step. Not a daemon: the interpreter aborts if it exits while the device works.
-
-    Args:
-        step: `Driver.step`.
-        seconds_to_rest: Gives the seconds to wait for `changed` after a step without work.
-        changed: Notified when there may be work.
-    """
-
-    def __init__(
-        self, step: Callable[[], bool], seconds_to_rest: Callable[[], float], changed: threading.Condition
-    ) -> None:
-        super().__init__(name="loquetier-loop")
-        self._step, self._seconds, self._changed = WeakMethod(step), WeakMethod(seconds_to_rest), changed
-        self._ending = False
-        self._resting = threading.Event()  # set once the thread has first waited
-
-    def start(self) -> None:
-        """Starts the thread; returns once it waits or has ended, so that it no longer keeps the driver alive."""
-        super().start()
-        self._resting.wait()
-
-    def run(self) -> None:
-        """Called by `start`."""
-        worked = False
-        with suppress(EngineError):  # reported to the waiting threads by `Driver.wait`
-            while not self._ending and _process_goes_on():
-                if not worked and not self._rest():
-                    return
-                step = self._step()
-                if step is None:
-                    return
-                worked = step()
-                del step
-        self._resting.set()
-
-    def _rest(self) -> bool:
-        """Waits a while for work; False when the driver is gone."""
-        seconds_to_rest = self._seconds()
-        if seconds_to_rest is None:
-            return False
-        seconds = seconds_to_rest()
-        del seconds_to_rest
-        self._resting.set()
-        with self._changed:
-            if not self._ending:
-                self._changed.wait(seconds)
-        return True
-
-    def end(self, wake: Callable[[], None]) -> None:
-        """Ends the thread between two steps; returns when it has ended."""
-        self._ending = True
-        wake()
-        self.join()
-
-
-def _process_goes_on() -> bool:
-    """Whether another thread may still need the loop; at exit the interpreter waits for threads like this one."""
-    if threading.main_thread().is_alive():
-        return True
-    return any(t.is_alive() and not t.daemon and not isinstance(t, LoopThread) for t in threading.enumerate())

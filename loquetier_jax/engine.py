@@ -89,7 +89,7 @@ class Engine:
             max_host_adapters=cfg.max_host_adapters,
         )
         self.loop = self._new_loop(policy or PolicyConfig())
-        self.driver = Driver(self.loop.lock, lambda: self.compiler.busy)
+        self.driver = Driver(self.loop.lock, lambda: self.compiler.busy or self.job_manager.saver.busy)
         self.driver.drive(self.loop)
         self._compose()
         compile_serving(self.functions, self.state, cfg, self.latency, progress)
@@ -170,7 +170,6 @@ class Engine:
     finetune = delegate("job_manager", JobManager.finetune)
     resume_job = delegate("job_manager", JobManager.resume_job)
     forget_job = delegate("job_manager", JobManager.forget_job)
-    release_ended = delegate("job_manager", JobManager.release_ended)
     adopt_job = delegate("job_manager", JobManager.adopt_job)
 
     @property
@@ -189,8 +188,8 @@ class Engine:
     def close(self) -> None:
         """Ends all work and frees the device; later calls that need the engine raise EngineError.
 
-        Requests end with an error, jobs as cancelled; call `JobHandle.checkpoint` first to keep one. Job handles still
-        report their results, and `save` still works. Closing twice is harmless.
+        Requests end with an error, jobs as cancelled; call `JobHandle.checkpoint` first to keep one. Saves under way
+        are completed. Job handles still report their results, and `save` still works. Closing twice is harmless.
         """
         driver, loop = self.driver, self.loop
         driver.stop()
@@ -201,10 +200,12 @@ class Engine:
             for device_job in loop.training.device_jobs.values():
                 if not device_job.job.finished:
                     device_job.job.cancel()
-        while driver.failure is None and driver.step():
+        saver = self.job_manager.saver
+        while driver.failure is None and (driver.step() or saver.wait()):
             pass
         driver.close()
         self.compiler.wait()
+        saver.wait()
         for job in self.jobs.values():
             job.settle()
         self.state.free()

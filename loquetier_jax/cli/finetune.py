@@ -199,7 +199,7 @@ def _changes(folder: Path, train: TrainConfig) -> dict[str, Any]:
     """--train changes missing from the newest checkpoint, because a resumed run was killed before writing another."""
     from loquetier_jax.train.checkpoint import find_checkpoint, read_state
 
-    state = read_state(find_checkpoint(folder / CHECKPOINTS))
+    state = read_state(find_checkpoint(folder / CHECKPOINTS), whole=False)  # `resume_job` verifies the rest
     saved, now = TrainConfig.from_dict(state["job"]["config"]).to_dict(), train.to_dict()
     return {key: now[key] for key in CHANGEABLE if now[key] != saved[key]}
 

@@ -8,7 +8,7 @@ import jax
 from loquetier_jax.schedule.latency import Run
 from loquetier_jax.serve.queue import SampledRows
 from loquetier_jax.serve.scoring import ScoreTask
-from loquetier_jax.train.passes import OptimizerResult, RunningPass
+from loquetier_jax.train.micro_step import OptimizerResult, RunningPass
 
 
 @dataclass

@@ -165,8 +165,8 @@ def find_checkpoint(path: str | Path) -> Path:
     return path if (path / MARKER).is_file() else CheckpointStore(path).latest()
 
 
-def verify(path: str | Path) -> None:
-    """Reads every file of a committed checkpoint once.
+def verify(path: str | Path, *names: str) -> None:
+    """Reads every file of a committed checkpoint once, or those of `names` alone.
 
     Raises:
         CheckpointError: not committed, or a file is missing, unreadable or not what was written; names it.
@@ -174,7 +174,8 @@ def verify(path: str | Path) -> None:
     path = Path(path)
     if not (path / MARKER).is_file():
         raise CheckpointError(f"{path}: not a committed checkpoint")
-    for name, expected in _digests(path / MARKER).items():
+    digests = _digests(path / MARKER)
+    for name, expected in ((name, digests[name]) for name in names or digests):
         try:
             got = _digest(path / name)
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -184,15 +185,15 @@ def verify(path: str | Path) -> None:
             raise CheckpointError(f"{path / name}: is not what was written: the checkpoint is damaged")
 
 
-def read_state(path: str | Path) -> dict[str, Any]:
-    """The JSON state of a committed checkpoint, all of whose files are verified first.
+def read_state(path: str | Path, *, whole: bool = True) -> dict[str, Any]:
+    """The JSON state of a committed checkpoint; all of its files are verified first, or the state alone.
 
     Raises:
         CheckpointError: see `verify`, which of the others in its folder is good then; or another format.
     """
     path = Path(path)
     try:
-        verify(path)
+        verify(path, *(() if whole else ("state.json",)))
         saved = _object(path / "state.json")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_offer(path)}") from error

@@ -1,7 +1,6 @@
 """One job on the device: its masters, optimizer state, pages, and its place in the gradient pool."""
 
 import itertools
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights
-from loquetier_jax.adapters.pages import AdapterPages, pages_of, read_pages
+from loquetier_jax.adapters.pages import AdapterPages, read_pages
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.packs import Pack
+from loquetier_jax.loop_thread import EngineThread
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.serve.scoring import Scores
 from loquetier_jax.step.compiled import StepFunctions, TrainKey
@@ -23,6 +23,7 @@ from loquetier_jax.step.loss_batch import loss_batch
 from loquetier_jax.step.state import DeviceState
 from loquetier_jax.train.job import Job
 from loquetier_jax.train.optimizer import build_optimizer_step, hyperparams
+from loquetier_jax.train.packing import Cursor
 from pallas_kernels.common import cpu_bits
 
 
@@ -35,12 +36,17 @@ class DeviceJob:
         lora, shape: Its adapter.
         master, opt_state: f32 at exact rank; donated through every optimizer step.
         grads: Accumulators to start from (of a checkpoint or another engine), host arrays; None: zeros.
+        cast: What its pages begin with, on the host; None once it has started.
         pages: Adapter pages its steps read; () until it starts.
         write_pages: Adapter pages its next optimizer step writes: `pages`, or fresh ones after a publish.
         grad_pages: Its pages of the gradient pool.
         placeholder: The version that the name got when the job was started, if it got one: nothing that was trained.
         best: The masters of the lowest evaluation loss, where the job keeps them; None before the first.
         published: The version that took over `pages`, until the next optimizer step; or None.
+        held: How many want it to rest between two packs, because its state is being looked at.
+        saving: The step whose state is being saved; None while none is. No other save begins, and the job is not
+            retired.
+        copying: Whether that state is being copied to the host: no optimizer step may overwrite it.
         leaving: The thread in which it leaves the device; None before its end, and once somebody has waited for it.
         latest: The version it published last; its weights may still be those of `master`.
         run_optimizer, copy_master: The compiled optimizer step and copy of the masters; None until compiled.
@@ -53,13 +59,17 @@ class DeviceJob:
     master: LoraWeights
     opt_state: Any
     grads: AdapterPages | None = None
+    cast: AdapterPages | None = field(default=None, repr=False)
     pages: tuple[int, ...] = ()
     write_pages: tuple[int, ...] = ()
     grad_pages: tuple[int, ...] = ()
     placeholder: Version | None = None
     best: LoraWeights | None = None
     published: Version | None = None
-    leaving: threading.Thread | None = field(default=None, repr=False)
+    held: int = 0
+    saving: int | None = None
+    copying: bool = False
+    leaving: EngineThread | None = field(default=None, repr=False)
     latest: Version | None = None
     run_optimizer: Callable[..., Any] | None = field(default=None, repr=False)
     copy_master: Callable[..., Any] | None = field(default=None, repr=False)
@@ -69,6 +79,11 @@ class DeviceJob:
     def name(self) -> str:
         """Of the job and its adapter."""
         return self.job.name
+
+    @property
+    def awaits_save(self) -> bool:
+        """Whether a save is due that waits for the one before, and the next pack for it."""
+        return self.saving is not None and self.saving != self.job.step and self.job.save_due
 
     @property
     def group(self) -> str:
@@ -108,15 +123,12 @@ class DeviceJob:
     def _has_just_improved(self) -> bool:
         return self.job.best_step == self.job.step
 
-    def enter(
-        self, state: DeviceState, spec: DecoderSpec, pages: tuple[int, ...], grad_pages: tuple[int, ...]
-    ) -> None:
+    def enter(self, state: DeviceState, pages: tuple[int, ...], grad_pages: tuple[int, ...]) -> None:
         """Moves in: writes the cast of the masters and the accumulators into pages that are now the job's."""
         self.pages = self.write_pages = pages
         self.grad_pages = grad_pages
-        host = jax.tree.map(np.asarray, self.master)
-        dtype = jax.tree.leaves(state.pages)[0].dtype
-        state.write_adapter(pages, pages_of(host, self.shape, spec, dtype))
+        cast, self.cast = self.cast, None
+        state.write_adapter(pages, cast)
         grads, self.grads = self.grads, None
         state.write_gradients(grad_pages, self._zeros(state) if grads is None else grads)
 
@@ -194,14 +206,12 @@ class DeviceJob:
             self.opt_state, self.best = jax.tree.map(_off_device, (self.opt_state, self.best))
         else:
             self.opt_state = self.best = self.grads = None
+        self.cast = None
         self.run_optimizer = self.copy_master = None
 
     def start_leaving(self) -> None:
-        """`leave_device` in a thread of its own: a second of copying would be a second in which no token comes.
-
-        No daemon: an interpreter that ends while the device is read is aborted.
-        """
-        self.leaving = threading.Thread(target=self.leave_device, name="job-to-host")
+        """`leave_device` in a thread of its own: a second of copying would be a second in which no token comes."""
+        self.leaving = EngineThread(self.leave_device, "job-to-host")
         self.leaving.start()
 
     def settle(self) -> None:
@@ -216,12 +226,13 @@ class DeviceJob:
         self.master = self.opt_state = self.best = self.grads = self.latest = None
 
     def accumulators(self, state: DeviceState) -> AdapterPages:
-        """What the gradient pool holds for this job, copied to the host."""
+        """What the gradient pool holds for this job: a copy on the device, or host arrays."""
         if self.grads is not None:
             return self.grads
-        if not self.grad_pages:  # it has not started, or is over
+        fresh = self.job.cursor == Cursor(self.job.step)  # nothing since the optimizer step, which zeroed them
+        if fresh or not self.grad_pages:  # without pages it has not started, or is over
             return self._zeros(state)
-        return jax.tree.map(np.asarray, read_pages(state.grads, self.grad_pages))
+        return read_pages(state.grads, self.grad_pages)
 
 
 def _off_device(array: jax.Array | np.ndarray) -> np.ndarray:

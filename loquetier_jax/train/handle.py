@@ -1,7 +1,7 @@
 """A fine-tuning job as its owner sees it: progress, publish, pause, checkpoint, migrate."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +10,6 @@ from loquetier_jax.adapters.version import Version
 from loquetier_jax.arguments import path_of
 from loquetier_jax.driver import Driver
 from loquetier_jax.errors import CheckpointError, JobError, short
-from loquetier_jax.train.checkpoint import CheckpointStore
 from loquetier_jax.train.data import Dataset
 from loquetier_jax.train.device_job import DeviceJob
 from loquetier_jax.train.home import JobHome
@@ -22,9 +21,6 @@ class JobTaker(Protocol):
     """What a job can move to: an `Engine`."""
 
     driver: Driver
-
-    def release_ended(self, name: str) -> None:
-        """Waits, where a job of that name has ended, until it has given everything on the device back."""
 
     def adopt_job(self, state: JobState, data: Dataset, eval_data: Dataset | None, loss: Any) -> "JobHandle":
         """A job from its state."""
@@ -196,15 +192,17 @@ class JobHandle:
     def checkpoint(self, path: str | Path) -> Path:
         """Writes all that the job needs to go on with the identical next loss; see `Engine.resume_job`.
 
-        Between two packs, even in the middle of gradient accumulation.
+        Between two packs, even in the middle of gradient accumulation. The job rests until it is written, nobody else
+        does; a save of it that is being written comes first.
 
         Raises:
             JobError: the job has failed, was cancelled or forgotten.
             CheckpointError: not a path.
         """
         path = path_of(path, "path", "the folder to write", CheckpointError)
-        store = CheckpointStore(path, keep=self.device_job.job.cfg.save_total_limit)
-        return self._still(lambda state: store.save(state.arrays, state.host))
+        store = self._home.saver.store(path, keep=self.device_job.job.cfg.save_total_limit)
+        with self._still() as state:
+            return store.save(state.arrays, state.host)
 
     def migrate(self, other: JobTaker) -> "JobHandle":
         """Moves the job to another engine of the same base: adapter, optimizer, accumulators, cursor, RNG.
@@ -223,42 +221,60 @@ class JobHandle:
         if other.driver is self._home.driver:
             raise JobError(f"job {self.name!r}: cannot migrate to the engine it is on")
         job = self.device_job.job
-
-        def move(state: JobState) -> "JobHandle":
+        with self._still() as state:
             if job.finished:
                 raise JobError(f"job {self.name!r}: cannot migrate: it is {job.status}")
-            data = job.stream.data, None if job.evaluation is None else job.evaluation.data
-            moved = other.adopt_job(state, *data, job.cfg.loss)
-            job.cancel()
+            moved = other.adopt_job(state, self.data, self.eval_data, job.cfg.loss)
+            with self._home.driver.lock:
+                if not job.finished:
+                    job.cancel()
             return moved
 
-        other.release_ended(self.name)
-        return self._still(move, other.driver)
+    @contextmanager
+    def _still(self) -> Iterator[JobState]:
+        """The job's state on the host, taken between two packs; the job rests until the end of the block.
 
-    def _still(self, act: Callable[[JobState], Any], *others: Driver) -> Any:
-        """Calls `act` with the job's state while nothing of it is on its way; goes on afterwards as before.
+        Nobody's lock is held in the block: others go on, and jobs may move in opposite directions at once.
 
-        The locks of this engine and of `others` are held meanwhile, taken in one order by everybody: of two jobs that
-        move in opposite directions at once, neither waits for what the other one has.
+        Raises:
+            JobError: it has failed, was cancelled or forgotten.
+            OSError: the disk does not take its metrics.
         """
-        home, job = self._home, self.device_job.job
+        home, device_job = self._home, self.device_job
         self._check_kept()
+        home.hash_for_saving(self.data, self.eval_data)
         with home.driver.entered():
-            if job.status in ("failed", "cancelled"):
-                raise JobError(f"job {self.name!r}: it is {job.status}")
-            held = job.status in ("queued", "running")
-            if held:
-                job.pause()
+            self._check_goes_on()
+            home.saver.hold(device_job)
         try:
-            home.driver.wait(lambda: not home.runner.busy(job.name))
-            with ExitStack() as locks:
-                for one in sorted((home.driver, *others), key=id):
-                    locks.enter_context(one.lock)
-                state = home.take_state(self.device_job)
-                if held and job.status == "paused":  # for this moment only: whoever takes it up goes on
-                    state.host["job"]["status"] = job.paused_from
-                return act(state)
+            state = self._take_state()
+            try:
+                state.fetch()
+                device_job.job.record.sync()
+                yield state
+            finally:
+                with home.driver.lock:
+                    home.saver.end(device_job)
         finally:  # also after a Ctrl-C while waiting
             with home.driver.lock:
-                if held and job.status == "paused":
-                    job.resume()
+                home.saver.let_go(device_job)
+            home.driver.notify()
+
+    def _take_state(self) -> JobState:
+        """The job's state, once nothing of it is on its way; the caller has it rest."""
+        home, device_job = self._home, self.device_job
+
+        def still() -> bool:
+            return device_job.saving is None and not home.runner.busy(self.name)
+
+        while True:
+            home.driver.wait(still)
+            with home.driver.lock:
+                self._check_kept()
+                self._check_goes_on()
+                if still():  # nobody was quicker
+                    return home.saver.begin(device_job)
+
+    def _check_goes_on(self) -> None:
+        if self.status in ("failed", "cancelled"):
+            raise JobError(f"job {self.name!r}: it is {self.status}")

@@ -127,9 +127,9 @@ class Job(Lifecycle):
         if line:
             self._write(line)
 
-    def saved(self) -> None:
-        """Notes that a checkpoint of this step exists."""
-        self.saved_step = self.step
+    def saved(self, step: int) -> None:
+        """Notes that a checkpoint of that step exists."""
+        self.saved_step = step
 
     def next_pack(self) -> Pack | None:
         """The next training pack, the same one until `pack_dispatched`; None when there is none now."""

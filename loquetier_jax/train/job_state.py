@@ -19,15 +19,23 @@ from loquetier_jax.train.optimizer import init_state
 
 @dataclass
 class JobState:
-    """Host copies.
+    """The arrays and the numbers of a job.
 
     Attributes:
-        arrays: {"master", "opt_state", "grads" (see `stored_pages`), "best" ({} where there is none)}, numpy.
+        arrays: {"master", "opt_state", "grads" (see `stored_pages`), "best" ({} where there is none)}: what the job
+            itself has, on the device; after `fetch`, as in a checkpoint, numpy.
         host: JSON data: {"job", "lora", "shape", "base", "best"}, the last one whether there are best weights.
     """
 
     arrays: dict[str, Any]
     host: dict[str, Any]
+
+    def fetch(self) -> None:
+        """Copies the arrays to the host; none may be donated before this returns."""
+        for leaf in jax.tree.leaves(self.arrays):
+            if isinstance(leaf, jax.Array):
+                leaf.copy_to_host_async()
+        self.arrays = jax.tree.map(np.array, self.arrays)  # on a CPU `asarray` would be a view of the device's buffer
 
     @property
     def grads(self) -> AdapterPages:
@@ -61,16 +69,17 @@ def stored_pages(pages: AdapterPages) -> list[dict[str, tuple[Any, Any]]]:
     return [{group: (pair.A, pair.B) for group, pair in layer.items()} for layer in pages.layers]
 
 
-def take_job_state(spec: DecoderSpec, state: DeviceState, fingerprint: str, device_job: DeviceJob) -> JobState:
-    """Copies a job's state to the host.
+def take_job_state(state: DeviceState, fingerprint: str, device_job: DeviceJob) -> JobState:
+    """Refers to a job's state, as it is now; `JobState.fetch` copies it.
 
     Args:
-        spec, state: Of the engine.
+        state: Of the engine.
         fingerprint: Of the base.
         device_job: The job.
 
     Raises:
         JobError: packs of it are in flight.
+        OSError: the disk does not take its metrics.
     """
     host = {
         "job": device_job.job.state_dict(),
@@ -80,8 +89,7 @@ def take_job_state(spec: DecoderSpec, state: DeviceState, fingerprint: str, devi
         "best": device_job.best is not None,
     }
     arrays = {"master": device_job.master, "opt_state": device_job.opt_state, "best": device_job.best or {}}
-    grads = stored_pages(device_job.accumulators(state))
-    return JobState(jax.tree.map(np.array, arrays) | {"grads": grads}, host)
+    return JobState(arrays | {"grads": stored_pages(device_job.accumulators(state))}, host)
 
 
 def read_job_state(spec: DecoderSpec, path: Path) -> JobState:

@@ -1,7 +1,6 @@
 """Fine-tuning jobs: start one, resume one, see to its end."""
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
@@ -9,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, init_weights, resolve_shape
+from loquetier_jax.adapters.pages import AdapterPages, pages_of
 from loquetier_jax.adapters.registry import check_name
 from loquetier_jax.arguments import path_of
 from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.errors import AdapterError, CheckpointError, JobError, short
 from loquetier_jax.train.changes import changed_config
-from loquetier_jax.train.checkpoint import CheckpointStore
 from loquetier_jax.train.config import TrainConfig
 from loquetier_jax.train.data import Data, Dataset, load_dataset
 from loquetier_jax.train.data_checks import check_samples
@@ -31,15 +32,14 @@ from loquetier_jax.train.metrics import MetricsWriter
 from loquetier_jax.train.optimizer import init_state
 from loquetier_jax.train.restore import restore_job
 from loquetier_jax.train.resumed import find_resumed
-from loquetier_jax.train.run_folder import CHECKPOINTS, METRICS
-
-log = logging.getLogger(__name__)
+from loquetier_jax.train.run_folder import METRICS
 
 
 class JobManager:
     """Starts jobs, resumes and moves them, and sees to their ends; in any thread.
 
-    Data is read and tokenized, and bases are hashed, in the caller's thread and without the loop's lock.
+    Data is read, tokenized and hashed, adapters are initialized and cast, and the base is hashed, in the caller's
+    thread and without the loop's lock.
 
     Args:
         home: What jobs touch of the engine; its runner's `on_step` and `on_end` are set here.
@@ -48,7 +48,8 @@ class JobManager:
 
     def __init__(self, home: JobHome, cfg: EngineConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.home, self.cfg, self.tokenizer = home, cfg, tokenizer
-        home.runner.on_step, home.runner.on_end = self._job_stepped, self._job_ended
+        self.saver = home.saver
+        home.runner.on_step, home.runner.on_end = self.saver.save_if_due, self._job_ended
 
     def finetune(
         self,
@@ -98,25 +99,23 @@ class JobManager:
         own = resolve_shape(lora, self.home.spec) if init_from is None else None
         evaluates, replace = eval_data is not None, replace or init_from == name
         fits = partial(self._check_room, name, cfg=cfg, evaluates=evaluates, replace=replace)
-        self.release_ended(name)
+        self._retire_ended(name)
         with self.home.driver.entered():  # before anything is read or initialized, which may take minutes and gigabytes
             self._check_job(name)
             fits(shape=own or self.home.store.get(init_from).shape)
         now = datetime.now()
         dataset, held_out = self._read(data, eval_data, cfg, now)
-        fresh = None if own is None else init_weights(own, lora, self.home.spec, cfg.seed)
+        if cfg.save_steps:
+            self.home.hash_for_saving(dataset, held_out)
+        shape, weights, lora = self._begin_with(init_from, own, lora, cfg.seed)
+        arrays, cast = init_state(weights, cfg.optim), self._cast(weights, shape)
         with self.home.driver.entered():
             self._check_job(name)
-            shape, weights = own, fresh
-            if init_from is not None:
-                version = self.home.store.get(init_from)
-                shape, weights = version.shape, self.home.store.weights(version)
-                lora = version.config or lora
             fits(shape=shape)
-            began = {"tokenized_at": now, "untrained": init_from is None}
-            job = Job(name, cfg, dataset, held_out, metrics=_metrics(cfg), **began)
+            began = {"metrics": _metrics(cfg), "tokenized_at": now, "untrained": init_from is None}
+            job = Job(name, cfg, dataset, held_out, **began)
             job.tell_left_out()
-            return self._enlist(DeviceJob(job, lora, shape, *init_state(weights, cfg.optim)), weights)
+            return self._enlist(DeviceJob(job, lora, shape, *arrays, cast=cast), weights)
 
     def resume_job(
         self,
@@ -154,7 +153,6 @@ class JobManager:
         if train:
             cfg.check_evaluation(evaluates=eval_data is not None)
         data_sets = self._read(data, eval_data, cfg, datetime.fromisoformat(saved["tokenized_at"]))
-        self.release_ended(saved["name"])
         return self.adopt_job(state, *data_sets, loss, go_on=bool(train))
 
     def forget_job(self, name: str) -> None:
@@ -180,6 +178,19 @@ class JobManager:
         check_samples(held_out, cfg.pack_rows, own_loss=own_loss, like=dataset)
         return dataset, held_out
 
+    def _begin_with(
+        self, init_from: str | None, own: LoraShape | None, lora: LoraConfig, seed: int
+    ) -> tuple[LoraShape, LoraWeights, LoraConfig]:
+        """The adapter that training starts from: that of the name `init_from`, or a fresh one of the shape `own`."""
+        if own is not None:
+            return own, init_weights(own, lora, self.home.spec, seed), lora
+        with self.home.driver.entered():
+            version = self.home.store.get(init_from)
+            return version.shape, self.home.store.weights(version), version.config or lora
+
+    def _cast(self, weights: LoraWeights, shape: LoraShape) -> AdapterPages:
+        return pages_of(jax.tree.map(np.asarray, weights), shape, self.home.spec, jnp.dtype(self.cfg.dtype))
+
     def adopt_job(
         self, state: JobState, data: Dataset, eval_data: Dataset | None, loss: Any, *, go_on: bool = False
     ) -> JobHandle:
@@ -195,17 +206,24 @@ class JobManager:
             CheckpointError, ConfigError, AdapterError, JobError: see `resume_job`.
         """
         loss, saved = loss if callable(loss) else None, state.host["job"]
+        self._retire_ended(saved["name"])
+        self.home.hash_for_saving(data, eval_data)
+        state.check_base(self.home.fingerprint())
+        cfg = TrainConfig.from_dict(saved["config"], loss=loss)
+        fits = partial(self._check_room, saved["name"], state.shape, cfg, eval_data is not None, replace=True)
         with self.home.driver.entered():
             self._check_job(saved["name"])
-            state.check_base(self.home.fingerprint)
-            cfg = TrainConfig.from_dict(saved["config"], loss=loss)
-            self._check_room(saved["name"], state.shape, cfg, eval_data is not None, replace=True)
+            fits()
+        master, cast = state.arrays["master"], self._cast(state.arrays["master"], state.shape)
+        arrays = jax.tree.map(jnp.asarray, (master, state.arrays["opt_state"]))
+        with self.home.driver.entered():
+            self._check_job(saved["name"])
+            fits()
             job = restore_job(saved, data, eval_data, metrics=_metrics(cfg), loss=loss, go_on=go_on)
             if cfg.keeps_best and not state.host["best"] and job.evaluation is not None:
                 job.evaluation.forget_best()  # its weights were not kept, and cannot be had any more
-            arrays = jax.tree.map(jax.numpy.asarray, (state.arrays["master"], state.arrays["opt_state"]))
-            rest = {"grads": state.grads, "best": state.arrays["best"] or None}
-            return self._enlist(DeviceJob(job, state.lora, state.shape, *arrays, **rest), state.arrays["master"])
+            rest = {"grads": state.grads, "best": state.arrays["best"] or None, "cast": cast}
+            return self._enlist(DeviceJob(job, state.lora, state.shape, *arrays, **rest), master)
 
     def _check_job(self, name: str) -> None:
         self.home.driver.check_alive()
@@ -213,7 +231,7 @@ class JobManager:
         if name in self.home.jobs and name in self.home.runner.device_jobs:
             raise JobError(f"job {name!r} has not ended: it is {self.home.jobs[name].status}")
 
-    def release_ended(self, name: str) -> None:
+    def _retire_ended(self, name: str) -> None:
         """Waits, where a job of that name has ended, until it has given everything on the device back.
 
         Raises:
@@ -225,9 +243,7 @@ class JobManager:
         if name in self.home.jobs and self.home.jobs[name].status in FINISHED and name in self.home.runner.device_jobs:
             self.home.driver.wait(lambda: name not in self.home.runner.device_jobs)
 
-    def _check_room(
-        self, name: str, shape: LoraShape, cfg: TrainConfig, evaluates: bool, *, replace: bool
-    ) -> None:
+    def _check_room(self, name: str, shape: LoraShape, cfg: TrainConfig, evaluates: bool, *, replace: bool) -> None:
         """Refuses a job that would wait for ever, or write into the folder of another."""
         others = [t for t in self.home.runner.device_jobs.values() if cfg.output_dir and t.job.cfg.output_dir]
         for other in others:
@@ -238,9 +254,8 @@ class JobManager:
             raise AdapterError(f"{name}: got rank {shape.max_rank}, expected <= {16 * self.cfg.train_pages}")
         longest = max((b.score_tokens for b in self.cfg.buckets), default=0)
         if evaluates and cfg.pack_rows > longest:
-            raise JobError(
-                f"eval_data: got pack_tokens {cfg.pack_rows}, expected <= {longest}, the longest score bucket"
-            )
+            most = f"{longest}, the longest score bucket"
+            raise JobError(f"eval_data: got pack_tokens {cfg.pack_rows}, expected <= {most}")
 
     def _enlist(self, device_job: DeviceJob, weights: LoraWeights) -> JobHandle:
         if device_job.name not in self.home.store:
@@ -250,26 +265,6 @@ class JobManager:
         handle = self.home.jobs[device_job.name] = JobHandle(self.home, device_job)
         self.home.driver.notify()
         return handle
-
-    def _job_stepped(self, device_job: DeviceJob) -> None:
-        """After an optimizer step or an evaluation: checkpoints that are due."""
-        job = device_job.job
-        if job.save_due and not self.home.runner.busy(job.name):
-            try:
-                self._save(device_job)
-            except (OSError, CheckpointError) as error:  # OSError: of its metrics
-                if isinstance(error.__cause__, (NotADirectoryError, FileExistsError)):
-                    raise  # a file where the folder should be: no later save could succeed
-                log.warning("job %s: step %d is not saved; the next save tries again: %s", job.name, job.step, error)
-
-    def _save(self, device_job: DeviceJob) -> None:
-        job = device_job.job
-        state = self.home.take_state(device_job)
-        if job.status == "paused":  # as in `JobHandle.checkpoint`: whoever takes it up goes on
-            state.host["job"]["status"] = job.paused_from
-        folder = Path(job.cfg.output_dir) / CHECKPOINTS
-        CheckpointStore(folder, keep=job.cfg.save_total_limit).save(state.arrays, state.host)
-        job.saved()
 
     def _job_ended(self, device_job: DeviceJob) -> None:
         """A job that succeeded serves its result under its name; its masters go to the host."""

@@ -41,14 +41,14 @@ class MetricsWriter:
         """
         self._waiting.append(json.dumps(line, allow_nan=False).encode() + b"\n")
         try:
-            self._flush()
+            self.flush()
         except FileNotFoundError:
             raise
         except OSError as error:
             log.warning("%s: %d lines cannot be written yet: %s", self.path, len(self._waiting), error)
 
-    def _flush(self) -> None:
-        """Appends the lines that wait, all or none."""
+    def flush(self) -> None:
+        """Appends the lines that wait, all or none; raises OSError where the disk does not take them."""
         if not self._waiting:
             return
         with self.path.open("ab") as file:
@@ -65,7 +65,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Gives the folder back to other processes; nothing more is written."""
         with suppress(OSError):
-            self._flush()
+            self.flush()
         self._lock.release()
 
     def position(self) -> int:
@@ -85,11 +85,10 @@ class MetricsWriter:
         os.truncate(self.path, position)
 
     def sync(self) -> None:
-        """Forces all lines to the disk, so that a checkpoint never remembers more than a crash leaves.
+        """Forces what is in the file to the disk, so that a checkpoint never remembers more than a crash leaves.
 
-        Raises OSError where the disk does not take them.
+        It may take long; another thread may write lines meanwhile. Raises OSError where the disk does not take them.
         """
-        self._flush()
         with self.path.open("ab") as file:
             os.fsync(file.fileno())
 

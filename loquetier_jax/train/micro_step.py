@@ -1,4 +1,7 @@
-"""One pass of a few packs: forward (fused with serving, or in slices), then the backward, slice by slice."""
+"""One pass of a few packs: forward (fused with serving, or in slices), then the backward, slice by slice.
+
+Also what has been dispatched for jobs and comes back to them.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,12 +11,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
-from loquetier_jax.batch.packs import pass_extras
+from loquetier_jax.batch.packs import Pack, pass_extras
 from loquetier_jax.batch.rows import SegmentBatch, ravel
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.step.compiled import StepFunctions, TrainKey
 from loquetier_jax.step.state import DeviceState, head_params
 from loquetier_jax.step.unified import ForwardOut, Kept
+from loquetier_jax.train.device_job import DeviceJob
 
 
 @dataclass
@@ -133,3 +137,21 @@ class MicroStep:
         losses = [None] * count if self.losses is None else np.asarray(self.losses)[:count].tolist()
         rows = zip(logp, correct, losses, strict=True)
         return [{"logp": lp, "correct": hits, "loss": loss} for lp, hits, loss in rows]
+
+
+@dataclass
+class RunningPass:
+    """A MicroStep and whose packs it carries."""
+
+    run: MicroStep
+    owners: list[DeviceJob]
+    packs: list[Pack]
+
+
+@dataclass
+class OptimizerResult:
+    """An optimizer step that has been dispatched."""
+
+    device_job: DeviceJob
+    metrics: dict[str, jax.Array]
+    learning_rate: float

@@ -58,15 +58,23 @@ class Record:
         if self.writer is not None:
             self.writer.write(line)
 
+    def sync(self) -> None:
+        """Forces the file to the disk; in any thread. Raises OSError where that cannot be."""
+        if self.writer is not None:
+            self.writer.sync()
+
     def close(self) -> None:
         """Nothing more will be written: other processes may use the folder."""
         if self.writer is not None:
             self.writer.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON data; the file is flushed to disk, because `position` promises that much of it."""
+        """JSON data; `position` promises so much of the file: `sync` it before a checkpoint counts.
+
+        Raises OSError where the disk does not take the lines.
+        """
         if self.writer is not None:
-            self.writer.sync()
+            self.writer.flush()
         return {
             "tally": asdict(self.tally),
             "num_tokens": self.num_tokens,

@@ -18,9 +18,8 @@ from loquetier_jax.step.compiled import StepFunctions, TrainKey
 from loquetier_jax.step.compiler import BackgroundCompiler
 from loquetier_jax.step.state import DeviceState
 from loquetier_jax.train.device_job import DeviceJob
-from loquetier_jax.train.micro_step import MicroStep
+from loquetier_jax.train.micro_step import MicroStep, OptimizerResult, RunningPass
 from loquetier_jax.train.optimizer import hyperparams
-from loquetier_jax.train.passes import OptimizerResult, RunningPass
 
 
 @dataclass
@@ -29,7 +28,7 @@ class JobRunner:
 
     Attributes:
         on_step: Called after a job closed an optimizer step or an evaluation (checkpoints hang here).
-        on_end: Called once when a job has ended, before its pages go back.
+        on_end: Called once when a job has ended and its last save has been written, before its pages go back.
         device_jobs: Jobs by name that have not been retired, in order of creation.
         current: The pass in flight; only one is.
     """
@@ -80,7 +79,7 @@ class JobRunner:
         except CapacityError:
             self.grad_pool.give_back(grad_pages, 0)
             return
-        device_job.enter(self.state, self.functions.spec, pages, grad_pages)
+        device_job.enter(self.state, pages, grad_pages)
         if device_job.job.status == "queued":
             device_job.job.start()
 
@@ -124,14 +123,16 @@ class JobRunner:
         job = device_job.job
         status: JobStatus = "waiting"
         packs = job.stream.packs_in_step(job.step) - job.cursor.pack if job.cursor.step == job.step else 0
-        if job.status == "running" and not job.evaluating and job.name not in self._optimizing:
+        rests = device_job.held or job.evaluating or job.name in self._optimizing
+        if job.status == "running" and not rests:
             if self.current is not None and device_job in self.current.owners:
                 status = "in_pass"
             elif not self._ready(device_job):
                 status = "waiting"  # one that came with its step due, from elsewhere, waits for its compile, too
             elif job.cursor.step > job.step:
-                status = "optimizer"  # all packs are dispatched; the host need not have read them
-            elif job.next_pack() is not None:
+                if not device_job.copying:  # else it would overwrite what is being copied
+                    status = "optimizer"  # all packs are dispatched; the host need not have read them
+            elif not device_job.awaits_save and job.next_pack() is not None:
                 status = "ready"
         return JobView(
             name=job.name, status=status, pack_tokens=job.cfg.pack_rows, packs=packs, group=device_job.group
@@ -214,7 +215,8 @@ class JobRunner:
         """
         for device_job in list(self.device_jobs.values()):
             self._ready(device_job)  # what cannot be compiled fails, and is retired now
-            if device_job.job.finished and not self.busy(device_job.name):
+            saved = device_job.saving is None
+            if device_job.job.finished and saved and not self.busy(device_job.name):
                 self._retire(device_job, epoch)
         for device_job in self.device_jobs.values():
             job = device_job.job
@@ -223,7 +225,7 @@ class JobRunner:
             elif job.status == "queued":  # paused before it had its pages, and resumed
                 job.start()
             due = job.status == "running" and job.evaluating and job.name not in self._evaluating
-            if due and self._ready(device_job):
+            if due and not device_job.held and self._ready(device_job):
                 self._evaluate(device_job)
 
     def _evaluate(self, device_job: DeviceJob) -> None:

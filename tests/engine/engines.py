@@ -83,7 +83,7 @@ def reset(engine: Engine) -> None:
     serving = engine.loop.serving
     for request in (*serving.waiting.values(), *serving.running.values()):
         engine.cancel(request.request_id)
-    while engine.step():
+    while engine.step() or engine.job_manager.saver.wait():
         pass
     engine.drain()
     for name in engine.adapters.names():

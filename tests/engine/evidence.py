@@ -122,7 +122,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
 
 def settle(engine: Engine) -> None:
     """Runs until nothing is left to do, and reads it."""
-    while engine.step() or engine.compiler.busy:
+    while engine.step() or engine.compiler.busy or engine.job_manager.saver.busy:
         pass
     engine.drain()
     gc.collect()

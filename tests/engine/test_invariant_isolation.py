@@ -99,10 +99,10 @@ def test_requests_are_the_same_alone_or_beside_jobs(make_engine):
 def test_gradients_in_a_neighbours_pages_would_be_seen(make_engine, monkeypatch):
 
     def leaky(*args):
-        batch, rows = pack_step(*args)
-        if batch.train is not None:
-            batch.train.grad_pages[:] = batch.train.grad_pages[:1]
-        return batch, rows
+        step = pack_step(*args)
+        if step.batch.train is not None:
+            step.batch.train.grad_pages[:] = step.batch.train.grad_pages[:1]
+        return step
 
     alone = train_alone(make_engine, 4)
     monkeypatch.setattr(loop, "pack_step", leaky)

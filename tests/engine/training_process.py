@@ -1,6 +1,7 @@
 """A process that trains one job until it is done or killed, and starts again where the last one was killed."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 from loquetier_jax.adapters.lora import LoraConfig
@@ -51,10 +52,6 @@ def run(cache: str, folder: str, point: str, nth: int) -> None:
         if seen == nth:
             os._exit(KILLED)
 
-    original = CheckpointStore.__init__
-
-    def with_fault(self: CheckpointStore, folder: str | Path, *, keep: int = 2) -> None:
-        original(self, folder, keep=keep, fault=fault)
-
-    CheckpointStore.__init__ = with_fault
-    start_or_resume(job_engine(cache), Path(folder)).wait()
+    engine = job_engine(cache)
+    engine.job_manager.saver.store = partial(CheckpointStore, fault=fault)
+    start_or_resume(engine, Path(folder)).wait()

@@ -246,7 +246,7 @@ def test_save_due(make_data):
     while drive(job, 1):
         if job.save_due:
             saved.append(job.step)
-            job.saved()
+            job.saved(job.step)
     assert saved == [3, 4]
 
 
@@ -256,7 +256,7 @@ def test_a_checkpoint_waits_for_the_evaluation_of_its_step(make_data):
     while drive(job, 1):
         if job.save_due:
             saved.append((job.step, len([line for line in job.record.lines if "eval_loss" in line])))
-            job.saved()
+            job.saved(job.step)
     assert saved == [(2, 1), (4, 2)] and job.status == "succeeded"
 
 

@@ -49,7 +49,7 @@ def test_lines_that_a_full_disk_does_not_take_wait(tmp_path: Path, caplog: pytes
     writer.write({"step": 2})
     assert "metrics.jsonl: 1 lines cannot be written yet: [Errno 28]" in caplog.text
     with pytest.raises(OSError, match="No space left"):
-        writer.sync()
+        writer.flush()
     writer.path.unlink()
     (tmp_path / "aside").rename(writer.path)
     writer.write({"step": 3})
