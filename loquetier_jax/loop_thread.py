@@ -1,4 +1,4 @@
-"""Threads that work for an engine, and end with the process."""
+"""Threads that work for an engine and end with the process."""
 
 import threading
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from loquetier_jax.errors import EngineError
 
 
 class EngineThread(threading.Thread):
-    """A thread that works for an engine, and wants nothing of it: it keeps no loop going.
+    """A thread that works for an engine. It does not need the loop, so it does not keep one running at exit.
 
-    No daemon, whoever starts it: an interpreter that ends while the device is read is aborted.
+    Never a daemon: the interpreter aborts if it exits while a daemon thread reads from the device.
 
     Args:
-        run: What it does; None where a subclass says it.
-        name: For debuggers.
+        run: The thread's work; None if a subclass overrides `run`.
+        name: The thread's name.
     """
 
     def __init__(self, run: Callable[[], None] | None, name: str) -> None:
@@ -23,14 +23,14 @@ class EngineThread(threading.Thread):
 
 
 class LoopThread(EngineThread):
-    """Drives an engine's loop until it is ended, the driver is dropped or fails, or the process ends.
+    """Drives an engine's loop until `end`, a failed step, the end of the process, or the driver is garbage-collected.
 
-    It holds the driver only during a step.
+    References the driver only during a step.
 
     Args:
         step: `Driver.step`.
-        seconds_to_rest: How long to wait for `changed` when a step had nothing to do.
-        changed: Notified when there may be something to do.
+        seconds_to_rest: Gives the seconds to wait for `changed` after a step without work.
+        changed: Notified when there may be work.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class LoopThread(EngineThread):
         super().__init__(None, "loquetier-loop")
         self._step, self._seconds, self._changed = WeakMethod(step), WeakMethod(seconds_to_rest), changed
         self._ending = False
-        self._resting = threading.Event()
+        self._resting = threading.Event()  # set once the thread has first waited
 
     def start(self) -> None:
-        """Returns once it rests, or has found something to do: from then on it does not keep the driver alive."""
+        """Starts the thread; returns once it waits or has ended, so that it no longer keeps the driver alive."""
         super().start()
         self._resting.wait()
 
     def run(self) -> None:
         """Called by `start`."""
         worked = False
-        with suppress(EngineError):  # those who wait are told
+        with suppress(EngineError):  # reported to the waiting threads by `Driver.wait`
             while not self._ending and _process_goes_on():
                 if not worked and not self._rest():
                     return
@@ -61,7 +61,7 @@ class LoopThread(EngineThread):
         self._resting.set()
 
     def _rest(self) -> bool:
-        """Waits for something to do, for a while; False when the driver is gone."""
+        """Waits a while for work; False when the driver is gone."""
         seconds_to_rest = self._seconds()
         if seconds_to_rest is None:
             return False
@@ -74,14 +74,14 @@ class LoopThread(EngineThread):
         return True
 
     def end(self, wake: Callable[[], None]) -> None:
-        """Returns once it has ended, between two steps."""
+        """Ends the thread between two steps; returns when it has ended."""
         self._ending = True
         wake()
         self.join()
 
 
 def _process_goes_on() -> bool:
-    """Whether anybody is left who may want something: at its end the interpreter waits for threads like this one."""
+    """Whether another thread may still need the loop; at exit the interpreter waits for threads like this one."""
     if threading.main_thread().is_alive():
         return True
     return any(t.is_alive() and not t.daemon and not isinstance(t, EngineThread) for t in threading.enumerate())

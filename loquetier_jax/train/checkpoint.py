@@ -1,9 +1,9 @@
-"""Checkpoints on disk that a kill at any moment cannot spoil: written aside, renamed, then marked committed.
+"""Crash-safe checkpoints on disk: written to a temporary folder, renamed, then marked as committed.
 
     folder/checkpoint-00000007/{arrays/ (orbax), state.json, COMMITTED}
 
-COMMITTED lists every file with its sha256: what a disk or a copy has changed is noticed, and never loaded. A folder
-without it does not exist for a reader, and is removed by the next save. One process writes to a folder at a time.
+COMMITTED lists every file with its sha256, so that corrupted files are detected and never loaded. Readers ignore a
+folder without it, and the next save removes it. Only one process may write to a folder at a time.
 """
 
 import hashlib
@@ -28,21 +28,21 @@ FORMAT = 2
 MARKER = "COMMITTED"
 PREFIX = "checkpoint-"
 ASIDE = ".writing-"
-CLEARS = 10  # orbax's writers of a save that failed may still be making files
+CLEARS = 10  # attempts; after a failed save, orbax's threads may still be creating files
 FAULT_POINTS = (
     *("before_rename", "after_rename", "before_commit", "after_commit"),
     *("before_prune", "during_prune", "after_prune"),
 )
-"""Where `CheckpointStore.save` calls its `fault` hook, in order; the prune ones once per pruned folder."""
+"""Where `CheckpointStore.save` calls its `fault` hook, in order; the prune points once per pruned folder."""
 
 
 class CheckpointStore:
-    """The checkpoints of one job in a folder, newest last.
+    """The checkpoints of one job, in a folder.
 
     Args:
-        folder: Made on the first save.
-        keep: Committed checkpoints that stay, at least 1.
-        fault: Called with each name of FAULT_POINTS as a save gets there; tests kill the process in it.
+        folder: Created by the first save.
+        keep: Committed checkpoints to keep, at least 1.
+        fault: Called with each name of FAULT_POINTS when a save reaches it; tests kill the process there.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CheckpointStore:
         self._fault = fault or (lambda point: None)
 
     def committed(self) -> list[Path]:
-        """All checkpoints whose save came to its end, oldest first; whether they are damaged is not looked at."""
+        """All committed checkpoints, oldest first; not checked for damage."""
         found = sorted(self.folder.glob(f"{PREFIX}*")) if self.folder.is_dir() else []
         return [path for path in found if (path / MARKER).is_file()]
 
@@ -69,19 +69,19 @@ class CheckpointStore:
         return found[-1]
 
     def save(self, arrays: dict[str, Any], state: dict[str, Any]) -> Path:
-        """Writes a checkpoint; when this returns it is on the disk and the newest, and old ones are gone.
+        """Writes a checkpoint; when this returns, it is on disk as the newest one, and old ones have been removed.
 
         Args:
             arrays: Pytrees of jax or numpy arrays by name, e.g. {"master", "opt_state", "grads"}; stored
-                bit by bit.
-            state: JSON data, e.g. `Job.state_dict()` and what identifies the base.
+                bit for bit.
+            state: JSON data, e.g. `Job.state_dict()` and the base's fingerprint.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: two arrays of one name, state that is not JSON; nothing is written. Or it cannot be written
-                (a full or a read-only disk): what there is of it is removed, the checkpoints before it stay.
+            CheckpointError: two arrays with the same name, or state that is not JSON: nothing is written. Or a write
+                fails (a full or read-only disk): the partial checkpoint is removed, and earlier ones are kept.
         """
         flat = _flatten(arrays)
         try:
@@ -90,13 +90,13 @@ class CheckpointStore:
             raise CheckpointError(f"state: {error}; expected JSON data") from error
         number = 1 + max((int(p.name.rpartition("-")[2]) for p in self._all()), default=0)
         aside, final = self.folder / f"{ASIDE}{number:08d}", self.folder / f"{PREFIX}{number:08d}"
-        for left in self.folder.glob(f"{ASIDE}*"):  # of a save that was killed, or that failed: room for this one
+        for left in self.folder.glob(f"{ASIDE}*"):  # of a killed or failed save: makes room for this one
             shutil.rmtree(left, ignore_errors=True)
         try:
             self._write(aside, final, flat, text)
         except BaseException as error:
             self._clear(aside, final)
-            if isinstance(error, Exception):  # orbax raises what its writers trip over
+            if isinstance(error, Exception):  # orbax raises many types
                 raise CheckpointError(f"{final}: cannot be written: {error!s:.500}") from error
             raise
         try:
@@ -119,7 +119,7 @@ class CheckpointStore:
 
     @staticmethod
     def _clear(aside: Path, final: Path) -> None:
-        """Removes what a save that failed has left: half a checkpoint would fill the disk that had no room for one."""
+        """Removes a partial checkpoint, which would otherwise keep a full disk full."""
         for _ in range(CLEARS):
             shutil.rmtree(aside, ignore_errors=True)
             if not aside.exists():
@@ -142,7 +142,7 @@ class CheckpointStore:
         keep = set(committed[-self.keep :])
         for path in sorted(set(self._all()) - keep):
             self._fault("before_prune")
-            if path in committed:  # not readable any more before its files go
+            if path in committed:  # uncommitted before its files are deleted
                 (path / MARKER).unlink()
                 _sync(path)
             self._fault("during_prune")
@@ -150,26 +150,26 @@ class CheckpointStore:
             self._fault("after_prune")
 
     def _all(self) -> list[Path]:
-        """Whatever saves have left here, committed or not."""
+        """All folders written by saves, committed or not."""
         names = (f"{kind}{'[0-9]' * 8}" for kind in (PREFIX, ASIDE))
         return [path for name in names for path in self.folder.glob(name)]
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """`path` itself if it is a committed checkpoint, else the newest one in it.
+    """`path` itself if it is a committed checkpoint, else the newest committed one in it.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: there is none.
     """
     path = Path(path)
     return path if (path / MARKER).is_file() else CheckpointStore(path).latest()
 
 
 def verify(path: str | Path, *names: str) -> None:
-    """Reads every file of a committed checkpoint once, or those of `names` alone.
+    """Checks the sha256 of every file of a committed checkpoint, or only of the files `names`.
 
     Raises:
-        CheckpointError: not committed, or a file is missing, unreadable or not what was written; names it.
+        CheckpointError: not committed, or a file is missing, unreadable or changed; names it.
     """
     path = Path(path)
     if not (path / MARKER).is_file():
@@ -182,14 +182,14 @@ def verify(path: str | Path, *names: str) -> None:
             where, why = f"{path / name!s:.500}", f"{error!s:.500}"
             raise CheckpointError(f"{where}: cannot be read ({why}): the checkpoint is damaged") from error
         if got != expected:
-            raise CheckpointError(f"{path / name}: is not what was written: the checkpoint is damaged")
+            raise CheckpointError(f"{path / name}: changed since it was written: the checkpoint is damaged")
 
 
 def read_state(path: str | Path, *, whole: bool = True) -> dict[str, Any]:
-    """The JSON state of a committed checkpoint; all of its files are verified first, or the state alone.
+    """The JSON state of a committed checkpoint, after verifying all of its files (`whole`) or only the state.
 
     Raises:
-        CheckpointError: see `verify`, which of the others in its folder is good then; or another format.
+        CheckpointError: see `verify`; names an intact checkpoint of the same folder, if any. Or another format.
     """
     path = Path(path)
     try:
@@ -206,13 +206,13 @@ def _digests(marker: Path) -> dict[str, str]:
     found = _object(marker)
     if "state.json" not in found or not all(isinstance(digest, str) for digest in found.values()):
         raise CheckpointError(
-            f"{marker}: does not list files with their sha256: the checkpoint is damaged, or of an older version"
+            f"{marker}: not a list of files with their sha256: the checkpoint is damaged, or of an older version"
         )
     return found
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The JSON object that a file holds."""
+    """The JSON object in a file."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -223,15 +223,15 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _offer(path: Path) -> str:
-    """What to take instead of a checkpoint that is damaged."""
+    """Advice on what to use instead of a damaged checkpoint."""
     for other in reversed(CheckpointStore(path.parent).committed()):
         if other.name != path.name:
             try:
                 verify(other)
             except CheckpointError:
                 continue
-            return f"the newest good one beside it is {other}: resume from that, or remove the damaged folder"
-    return "there is no good one beside it"
+            return f"the newest intact one in its folder is {other}: resume from that, or remove the damaged one"
+    return "there is no intact one in its folder"
 
 
 def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
@@ -239,19 +239,19 @@ def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         path: The checkpoint.
-        like: The structure they had when saved; leaves have a shape and a dtype (arrays, ShapeDtypeStructs).
+        like: Their structure when saved; leaves have a shape and a dtype (arrays, ShapeDtypeStructs).
 
     Returns:
         `like` with numpy arrays.
 
     Raises:
-        CheckpointError: an array is missing, left over, or of another shape or dtype, or they cannot be read.
+        CheckpointError: an array is missing, unexpected, or of another shape or dtype, or they cannot be read.
     """
     folder = Path(path).absolute() / "arrays"
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.restore(folder)
-    except Exception as error:  # its readers of files raise what they trip over
+    except Exception as error:  # orbax raises many types
         raise CheckpointError(f"{folder}: cannot be read: {error!s:.500}") from error
     if not isinstance(saved, dict) or not all(hasattr(array, "shape") for array in saved.values()):
         raise CheckpointError(f"{folder}: got {short(saved, 200)}, expected arrays by name")
@@ -259,7 +259,7 @@ def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
     expected = {_name(key): leaf for key, leaf in leaves}
     for name in sorted(expected.keys() | saved.keys()):
         if (name in saved) != (name in expected):
-            raise CheckpointError(f"{path}: array {name!r} is {'left over' if name in saved else 'missing'}")
+            raise CheckpointError(f"{path}: array {name!r} is {'unexpected' if name in saved else 'missing'}")
         got, want = saved[name], expected[name]
         if got.shape != tuple(want.shape) or got.dtype != want.dtype:
             found, asked = f"{got.dtype}{list(got.shape)}", f"{want.dtype}{list(want.shape)}"
@@ -280,7 +280,7 @@ def _flatten(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(arrays))
     flat = {_name(path): np.asarray(leaf) for path, leaf in leaves}
     if len(flat) != len(leaves):
-        raise CheckpointError("arrays: two of them have the same name")
+        raise CheckpointError("arrays: two arrays have the same name")
     return flat
 
 
@@ -291,7 +291,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """fsync of a file or a folder: a rename must not reach the disk before what it names."""
+    """fsync of a file or folder: a rename must not reach the disk before the contents."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""One job on the device: its masters, optimizer state, pages, and its place in the gradient pool."""
+"""One job on the device: its masters, optimizer state, adapter pages and gradient pages."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -29,28 +29,28 @@ from pallas_kernels.common import cpu_bits
 
 @dataclass(eq=False)
 class DeviceJob:
-    """What a job owns on the device. Its numbers depend on nothing else.
+    """A job's state on the device, independent of all other jobs.
 
     Attributes:
         job: The host side.
-        lora, shape: Its adapter.
-        master, opt_state: f32 at exact rank; donated through every optimizer step.
-        grads: Accumulators to start from (of a checkpoint or another engine), host arrays; None: zeros.
-        cast: What its pages begin with, on the host; None once it has started.
+        lora, shape: The adapter's configuration and shape.
+        master, opt_state: f32 at exact rank; donated to every optimizer step.
+        grads: Initial accumulators (from a checkpoint or another engine), host arrays; None: zeros.
+        cast: Initial contents of its pages, on the host; None once it has started.
         pages: Adapter pages its steps read; () until it starts.
         write_pages: Adapter pages its next optimizer step writes: `pages`, or fresh ones after a publish.
         grad_pages: Its pages of the gradient pool.
-        placeholder: The version that the name got when the job was started, if it got one: nothing that was trained.
-        best: The masters of the lowest evaluation loss, where the job keeps them; None before the first.
+        placeholder: The untrained version added under the job's name when the job started; None if the name existed.
+        best: The masters with the lowest evaluation loss, if the job keeps them; None before the first evaluation.
         published: The version that took over `pages`, until the next optimizer step; or None.
-        held: How many want it to rest between two packs, because its state is being looked at.
-        saving: The step whose state is being saved; None while none is. No other save begins, and the job is not
+        held: Number of holds; while positive, none of the job's work is dispatched, because its state is being read.
+        saving: The step whose state is being saved, or None. Meanwhile no other save begins, and the job is not
             retired.
         copying: Whether that state is being copied to the host: no optimizer step may overwrite it.
-        leaving: The thread in which it leaves the device; None before its end, and once somebody has waited for it.
+        leaving: The thread that moves an ended job to the host; None before that, and once it has been joined.
         latest: The version it published last; its weights may still be those of `master`.
         run_optimizer, copy_master: The compiled optimizer step and copy of the masters; None until compiled.
-        number: Of this device_job alone, in the whole process (an `id` may come again).
+        number: Unique in the process (an `id` may be reused).
     """
 
     job: Job
@@ -77,23 +77,23 @@ class DeviceJob:
 
     @property
     def name(self) -> str:
-        """Of the job and its adapter."""
+        """The name of the job and its adapter."""
         return self.job.name
 
     @property
     def awaits_save(self) -> bool:
-        """Whether a save is due that waits for the one before, and the next pack for it."""
+        """Whether a due save waits for the previous one; the next pack waits for it."""
         return self.saving is not None and self.saving != self.job.step and self.job.save_due
 
     @property
     def group(self) -> str:
-        """Jobs of equal group and pack length may ride one step: they need the same compiled functions."""
+        """Jobs of equal group and pack length may share a pass: they need the same compiled functions."""
         loss, extras = self.job.cfg.loss, self.job.extras
         own = f"{id(loss)}/{extras}" if callable(loss) else loss
         return f"{self.shape.num_pages}/{self.lora.lora_dropout > 0}/{own}"
 
     def key(self, packs: int) -> TrainKey:
-        """The compiled functions of a pass of `packs` packs."""
+        """Selects the compiled functions of a pass with `packs` packs."""
         loss = self.job.cfg.loss
         return TrainKey(
             packs=packs,
@@ -105,7 +105,7 @@ class DeviceJob:
         )
 
     def accept_evaluation(self, functions: StepFunctions, packs: Sequence[Pack], scores: Sequence[Scores]) -> None:
-        """Hands a scored evaluation to the job, and keeps the weights if they are the best so far."""
+        """Passes a scored evaluation to the job, and keeps the weights if they are the best so far."""
         key, job, losses = self.key(1), self.job, [None] * len(packs)
         if key.loss is not None:  # all dispatched before the first is read
             run = functions.loss_value(key)
@@ -124,7 +124,7 @@ class DeviceJob:
         return self.job.best_step == self.job.step
 
     def enter(self, state: DeviceState, pages: tuple[int, ...], grad_pages: tuple[int, ...]) -> None:
-        """Moves in: writes the cast of the masters and the accumulators into pages that are now the job's."""
+        """Takes over pages, and writes the cast masters and the accumulators into them."""
         self.pages = self.write_pages = pages
         self.grad_pages = grad_pages
         cast, self.cast = self.cast, None
@@ -133,17 +133,17 @@ class DeviceJob:
         state.write_gradients(grad_pages, self._zeros(state) if grads is None else grads)
 
     def _zeros(self, state: DeviceState) -> AdapterPages:
-        """Accumulators of a job that has accumulated nothing."""
+        """Zeroed accumulators, as host arrays."""
         count = self.shape.num_pages
         return jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), np.float32), state.grads)
 
     def compile_optimizer(self, state: DeviceState, spec: DecoderSpec, arrays: tuple[Any, Any]) -> None:
-        """Compiles the optimizer step ahead of time, and what keeps the best weights; jobs of one kind share it.
+        """Compiles the optimizer step and the copy of the best weights ahead of time.
 
         Args:
             state: A DeviceState of shapes.
             spec: The base.
-            arrays: Shapes of `master` and `opt_state`; the job may end, and let them go, while this compiles.
+            arrays: Shapes of `master` and `opt_state`; the job may end and free the arrays while this compiles.
         """
         step = build_optimizer_step(spec, self.shape, self.job.cfg.optim)
         ids = np.zeros(self.shape.num_pages, np.int32)
@@ -154,7 +154,7 @@ class DeviceJob:
             self.copy_master = jax.jit(partial(jax.tree.map, jnp.copy)).lower(arrays[0]).compile()
 
     def _numbers(self) -> tuple[Any, ...]:
-        """denom, max_grad_norm and hyperparameters of the step whose packs have all been dispatched."""
+        """Denominator, max_grad_norm and hyperparameters of the optimizer step that is due."""
         job = self.job
         hyper = hyperparams(job.cfg, job.step, job.total_steps)
         return (
@@ -164,13 +164,13 @@ class DeviceJob:
         )
 
     def optimize(self, state: DeviceState, store: AdapterStore, epoch: int) -> dict[str, jax.Array]:
-        """Dispatches the optimizer step that is due: masters, optimizer state, pages and pool move on.
+        """Dispatches the due optimizer step, which updates masters, optimizer state, adapter and gradient pages.
 
         Returns:
             {"grad_norm", "weight_norm", "finite"} on the device.
         """
         if self.best is not None and self._has_just_improved:
-            self.best = jax.tree.map(np.asarray, self.best)  # on the host by now: an iteration or more has passed
+            self.best = jax.tree.map(np.asarray, self.best)  # the copy has had at least an iteration
         if self.published is not None:
             store.weights(self.published)  # its own copy, before the masters it was published from change
         own = self.master, self.opt_state, self.grad_pages, self.write_pages
@@ -183,23 +183,23 @@ class DeviceJob:
 
     @property
     def serves_best(self) -> bool:
-        """Whether the job ends with other weights than its last ones."""
+        """Whether the job's result differs from its last weights."""
         return self.job.cfg.keeps_best and self.best is not None and not self._has_just_improved
 
     def result(self) -> LoraWeights:
-        """The weights that the job comes to, on the host: its last ones, or the best once it has succeeded."""
+        """The job's result, on the host: its last weights, or after success the best, if kept."""
         if self.job.status == "succeeded" and self.serves_best:
             return jax.tree.map(np.array, self.best)
         return self.host_weights()
 
     def host_weights(self) -> LoraWeights:
-        """The masters on the host, not to be written to: a copy while they are on the device."""
+        """The masters on the host, read-only: a copy while they are on the device."""
         return jax.tree.map(_off_device, self.master)
 
     def leave_device(self) -> None:
-        """Moves what an ended job still needs to the host, and lets the rest go; nothing else may be using it.
+        """Moves what an ended job still needs to the host and frees the rest; nothing else may be using it.
 
-        What has succeeded can be saved and checkpointed, what has not can only be saved.
+        A job that succeeded can still be saved and checkpointed; any other can only be saved.
         """
         self.master = self.host_weights()
         if self.job.status == "succeeded":
@@ -210,7 +210,7 @@ class DeviceJob:
         self.run_optimizer = self.copy_master = None
 
     def start_leaving(self) -> None:
-        """`leave_device` in a thread of its own: a second of copying would be a second in which no token comes."""
+        """Runs `leave_device` in a thread of its own, so that token generation does not wait for the copy."""
         self.leaving = EngineThread(self.leave_device, "job-to-host")
         self.leaving.start()
 
@@ -221,20 +221,20 @@ class DeviceJob:
             self.leaving = None
 
     def forget(self) -> None:
-        """Lets the weights and the optimizer state of a job that has left the device go."""
+        """Frees the weights and the optimizer state of an ended job."""
         self.settle()
         self.master = self.opt_state = self.best = self.grads = self.latest = None
 
     def accumulators(self, state: DeviceState) -> AdapterPages:
-        """What the gradient pool holds for this job: a copy on the device, or host arrays."""
+        """The job's accumulated gradients: a copy on the device, or host arrays."""
         if self.grads is not None:
             return self.grads
-        fresh = self.job.cursor == Cursor(self.job.step)  # nothing since the optimizer step, which zeroed them
-        if fresh or not self.grad_pages:  # without pages it has not started, or is over
+        fresh = self.job.cursor == Cursor(self.job.step)  # no pack since the optimizer step zeroed them
+        if fresh or not self.grad_pages:  # without pages, it has not started or has ended
             return self._zeros(state)
         return read_pages(state.grads, self.grad_pages)
 
 
 def _off_device(array: jax.Array | np.ndarray) -> np.ndarray:
-    """A copy: on the CPU a mere view would keep the device's buffer alive. Host arrays come back as they are."""
+    """A copy on the host (on CPU, a view would keep the device buffer alive). Host arrays are returned as they are."""
     return np.array(array) if isinstance(array, jax.Array) else array

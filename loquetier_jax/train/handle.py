@@ -1,4 +1,4 @@
-"""A fine-tuning job as its owner sees it: progress, publish, pause, checkpoint, migrate."""
+"""The handle of a fine-tuning job: progress, publish, pause, checkpoint, migrate."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +18,16 @@ from loquetier_jax.train.job_state import JobState
 
 @runtime_checkable
 class JobTaker(Protocol):
-    """What a job can move to: an `Engine`."""
+    """A migration target: an `Engine`."""
 
     driver: Driver
 
     def adopt_job(self, state: JobState, data: Dataset, eval_data: Dataset | None, loss: Any) -> "JobHandle":
-        """A job from its state."""
+        """Creates a job from its state."""
 
 
 class JobHandle:
-    """A fine-tuning job as its owner sees it; `Engine.finetune` returns one."""
+    """Controls and observes a fine-tuning job; returned by `Engine.finetune`."""
 
     def __init__(self, home: JobHome, device_job: DeviceJob) -> None:
         self._home, self.device_job = home, device_job
@@ -37,7 +37,7 @@ class JobHandle:
 
     @property
     def name(self) -> str:
-        """Of the job and of the adapter it trains."""
+        """The name of the job and of the adapter it trains."""
         return self.device_job.name
 
     @property
@@ -47,7 +47,7 @@ class JobHandle:
 
     @property
     def error(self) -> str | None:
-        """Why it failed."""
+        """Why it failed; None otherwise."""
         return self.device_job.job.error
 
     @property
@@ -62,38 +62,38 @@ class JobHandle:
 
     @property
     def data(self) -> Dataset:
-        """What it trains on; num_truncated, num_dropped and num_empty say what of the data is not in it."""
+        """The training data; num_truncated, num_dropped and num_empty count what was cut or left out."""
         return self.device_job.job.stream.data
 
     @property
     def eval_data(self) -> Dataset | None:
-        """What it is evaluated on, likewise."""
+        """The evaluation data, likewise; None without evaluation."""
         evaluation = self.device_job.job.evaluation
         return None if evaluation is None else evaluation.data
 
     @property
     def output_dir(self) -> Path | None:
-        """Where its metrics.jsonl and checkpoints/ are; None when it writes none."""
+        """The folder of its metrics.jsonl and checkpoints/; None when it writes none."""
         folder = self.device_job.job.cfg.output_dir
         return None if folder is None else Path(folder)
 
     @property
     def best_step(self) -> int | None:
-        """Steps before the evaluation with the lowest loss; its weights are the result with load_best_model_at_end."""
+        """The step with the lowest evaluation loss; with load_best_model_at_end, its weights are the result."""
         return self.device_job.job.best_step
 
     @property
     def serves_best(self) -> bool:
-        """Whether it has succeeded with other weights than its last ones, those of `best_step`."""
+        """Whether it succeeded and serves the weights of `best_step` instead of its last ones."""
         return self.status == "succeeded" and self.device_job.serves_best
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl since it started or was resumed: loss, grad_norm, eval_loss, ..."""
+        """The metrics.jsonl lines since it was started or resumed: loss, grad_norm, eval_loss, ..."""
         return list(self.device_job.job.record.lines)
 
     def wait(self) -> "JobHandle":
-        """Drives the engine until the job has ended and has left the device: the process may end right after.
+        """Drives the engine until the job has ended and left the device; the process may exit right after.
 
         Raises:
             JobError: it failed, or it is paused.
@@ -108,36 +108,36 @@ class JobHandle:
         return self
 
     def settle(self) -> None:
-        """Returns once what the device had of an ended job is on the host; at once while it has not ended."""
+        """Returns once the data of an ended job has been copied to the host; at once if the job has not ended."""
         self.device_job.settle()
 
     @property
     def released(self) -> bool:
-        """Whether it has ended and given its pages back."""
+        """Whether it has ended and returned its pages."""
         return self._home.runner.device_jobs.get(self.name) is not self.device_job
 
     def pause(self) -> None:
-        """No further pack is dispatched; raises JobError when it is not queued or running."""
+        """Stops dispatching packs; raises JobError unless it is queued or running."""
         with self._home.driver.entered():
             self.device_job.job.pause()
 
     def resume(self) -> None:
-        """Goes on; raises JobError when it is not paused."""
+        """Continues a paused job; raises JobError unless it is paused."""
         with self._home.driver.entered():
             self.device_job.job.resume()
 
     def cancel(self) -> None:
-        """Ends the job; what it published stays, a name that came with it and got nothing is free again.
+        """Ends the job. Published weights stay; if the job added its name and published nothing, the name is freed.
 
-        Raises JobError when it has ended.
+        Raises JobError if it has already ended.
         """
         with self._home.driver.entered():
             self.device_job.job.cancel()
 
     def forget(self) -> None:
-        """Takes the ended job off `Engine.jobs` and frees the weights and the optimizer state that are kept of it.
+        """Removes the ended job from `Engine.jobs` and frees its weights and optimizer state.
 
-        What it published goes on serving. The handle still tells how the job went; `save` and `checkpoint` are refused.
+        Published weights keep serving. The handle still reports results; `save` and `checkpoint` are refused.
 
         Raises:
             JobError: the job has not ended.
@@ -148,7 +148,7 @@ class JobHandle:
         home.driver.wait(lambda: self.released)
         with home.driver.lock:
             if device_job.latest in home.store.versions():
-                home.store.weights(device_job.latest)  # its own from here on
+                home.store.weights(device_job.latest)  # its own copy from now on
             if home.jobs.get(self.name) is self:
                 del home.jobs[self.name]
         device_job.forget()
@@ -158,10 +158,10 @@ class JobHandle:
             raise JobError(f"job {self.name!r}: its weights were freed by forget()")
 
     def publish(self) -> Version:
-        """Makes the present weights serve the next request under the job's name; copies nothing.
+        """Serves the current weights under the job's name from the next request on; copies nothing.
 
         Raises:
-            JobError: the job has not started, or has ended (a job that succeeds publishes by itself).
+            JobError: the job has not started, or has ended (a job that succeeds publishes its result automatically).
         """
         home, device_job = self._home, self.device_job
         with home.driver.entered():
@@ -170,9 +170,9 @@ class JobHandle:
             return home.runner.publish(device_job, home.epoch())
 
     def save(self, path: str | Path) -> Path:
-        """Writes the present weights as a PEFT folder; of a job that has succeeded, those that it serves.
+        """Writes the current weights as a PEFT folder; after success, the weights that it serves.
 
-        Raises JobError when it was forgotten.
+        Raises JobError after `forget`.
         """
         path = path_of(path, "path", "the folder to write", JobError)
         self._check_kept()
@@ -190,13 +190,13 @@ class JobHandle:
         return path
 
     def checkpoint(self, path: str | Path) -> Path:
-        """Writes all that the job needs to go on with the identical next loss; see `Engine.resume_job`.
+        """Writes everything needed to continue with identical losses; see `Engine.resume_job`.
 
-        Between two packs, even in the middle of gradient accumulation. The job rests until it is written, nobody else
-        does; a save of it that is being written comes first.
+        Taken between two packs, even in the middle of gradient accumulation, and after any save under way. Until it is
+        written, the job pauses; requests and other jobs continue.
 
         Raises:
-            JobError: the job has failed, was cancelled or forgotten.
+            JobError: the job failed, was cancelled or forgotten.
             CheckpointError: not a path.
         """
         path = path_of(path, "path", "the folder to write", CheckpointError)
@@ -205,16 +205,16 @@ class JobHandle:
             return store.save(state.arrays, state.host)
 
     def migrate(self, other: JobTaker) -> "JobHandle":
-        """Moves the job to another engine of the same base: adapter, optimizer, accumulators, cursor, RNG.
+        """Moves the job to another engine with the same base: adapter, optimizer, accumulators, cursor, RNG.
 
-        Here it ends as cancelled; there it goes on, bit for bit.
+        Here it ends as cancelled; there it continues, bit for bit.
 
         Args:
-            other: The engine.
+            other: The target engine.
 
         Raises:
-            JobError: it has ended, `other` is no engine, is this engine or has a job of that name.
-            CheckpointError: another base.
+            JobError: the job has ended, or `other` is not an engine, is this engine, or has a job of that name.
+            CheckpointError: `other` has another base.
         """
         if not isinstance(other, JobTaker):
             raise JobError(f"other: got {short(other, 200)}, expected another Engine")
@@ -232,13 +232,13 @@ class JobHandle:
 
     @contextmanager
     def _still(self) -> Iterator[JobState]:
-        """The job's state on the host, taken between two packs; the job rests until the end of the block.
+        """The job's state on the host, taken between two packs; the job pauses until the end of the block.
 
-        Nobody's lock is held in the block: others go on, and jobs may move in opposite directions at once.
+        No lock is held in the block: other work continues, and jobs may migrate in opposite directions at once.
 
         Raises:
-            JobError: it has failed, was cancelled or forgotten.
-            OSError: the disk does not take its metrics.
+            JobError: it failed, was cancelled or forgotten.
+            OSError: its metrics cannot be written.
         """
         home, device_job = self._home, self.device_job
         self._check_kept()
@@ -261,7 +261,7 @@ class JobHandle:
             home.driver.notify()
 
     def _take_state(self) -> JobState:
-        """The job's state, once nothing of it is on its way; the caller has it rest."""
+        """The job's state, once none of its work is in flight; the caller holds the job."""
         home, device_job = self._home, self.device_job
 
         def still() -> bool:
@@ -272,7 +272,7 @@ class JobHandle:
             with home.driver.lock:
                 self._check_kept()
                 self._check_goes_on()
-                if still():  # nobody was quicker
+                if still():  # checked again: another thread may have started a save
                     return home.saver.begin(device_job)
 
     def _check_goes_on(self) -> None:

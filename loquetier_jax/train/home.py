@@ -1,4 +1,4 @@
-"""Where the jobs of one engine live: what the manager and the handles of jobs share."""
+"""What the job manager and the job handles of one engine share."""
 
 import threading
 from collections.abc import Callable
@@ -25,11 +25,11 @@ class JobHome:
     Attributes:
         spec, state: The base, and the engine's arrays.
         store: Its adapters.
-        driver: Of its loop.
-        runner: Where jobs run.
-        epoch: Gives the last step dispatched.
-        base: What exported adapters name as their base model.
-        jobs: Handles by name, of ended jobs too until they are forgotten or their name is used again.
+        driver: The loop's driver.
+        runner: Runs the jobs.
+        epoch: Returns the epoch of the last dispatched step.
+        base: The base model named in exported adapters.
+        jobs: Handles by name; those of ended jobs too, until they are forgotten or their name is reused.
         hash_base: Hashes the base.
         saver: Writes the jobs' checkpoints.
     """
@@ -51,14 +51,14 @@ class JobHome:
         self._hashing = threading.Lock()
 
     def fingerprint(self) -> str:
-        """Of the base, which is read once; takes long the first time, so call it without the loop's lock first."""
+        """The base's fingerprint, computed once; slow the first time, so call it first without the loop's lock."""
         with self._hashing:
             if self._fingerprint is None:
                 self._fingerprint = self.hash_base(self.spec, self.state.params)
             return self._fingerprint
 
     def hash_for_saving(self, *data: Dataset | None) -> None:
-        """Hashes what a job's state names, the base and its data: once, in the caller's thread, without the lock.
+        """Hashes the base and a job's data, once, in the caller's thread; call it without the loop's lock.
 
         Raises:
             EngineError: the engine was closed.
@@ -69,5 +69,5 @@ class JobHome:
             data_identity(one)
 
     def take_state(self, device_job: DeviceJob) -> JobState:
-        """Refers to a job's state; the caller has the lock, and nothing of the job is in flight."""
+        """References a job's state; the caller holds the lock, and no work of the job is in flight."""
         return take_job_state(self.state, self.fingerprint(), device_job)

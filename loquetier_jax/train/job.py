@@ -1,4 +1,4 @@
-"""A fine-tuning job as a host state machine: which pack is next, when a step is due, how it ended. No jax."""
+"""A fine-tuning job as a host state machine: which pack is next, when a step is due, how it ended. Without jax."""
 
 import math
 import time
@@ -26,27 +26,27 @@ class Job(Lifecycle):
     """One job, driven by the engine.
 
     Each step: `next_pack` -> `pack_dispatched` -> (forward, backward) -> `pack_finished`, until `step_due`;
-    then the optimizer step, divided by `denominator_dispatched`, and `finish_step`. While `evaluating`, the same with
-    `next_eval_pack`, `eval_pack_dispatched` and `eval_pack_finished`. Packs finish in the order of dispatch.
-    The optimizer step is to be dispatched once: `step_due` stays true until `finish_step`.
+    then the optimizer step, with gradients divided by `denominator_dispatched`, and `finish_step`. While `evaluating`,
+    the same with `next_eval_pack`, `eval_pack_dispatched` and `eval_pack_finished`. Packs finish in dispatch order.
+    The optimizer step must be dispatched only once: `step_due` stays true until `finish_step`.
 
     Args:
-        name: Of the job and its adapter.
-        cfg: How it trains.
-        data: What it trains on.
+        name: The name of the job and its adapter.
+        cfg: The training configuration.
+        data: The training data.
         eval_data: Held-out data, or None.
-        metrics: Where its lines go, or None; they are in `record.lines` in any case.
-        clock: Wall-clock seconds.
-        tokenized_at: When its records were tokenized: the date in its samples, whatever day it is resumed. None: now.
-        untrained: Whether its adapter begins as one that changes nothing, so that what step 0 shows is the base.
+        metrics: Writer of its lines, or None; `record.lines` has them in any case.
+        clock: Returns wall-clock seconds.
+        tokenized_at: When its records were tokenized: the date that chat templates see, also after a resume. None: now.
+        untrained: Whether its adapter starts as a no-op, so that step 0 measures the base.
 
     Attributes:
         status, error: See `Lifecycle`.
         step: Optimizer steps done.
         cursor: The next pack to dispatch.
         record: Its losses and metrics.
-        extras: What its samples bring along for its loss.
-        saved_step: Of its last checkpoint.
+        extras: Names of the extras that its samples carry for its loss.
+        saved_step: The step of its last checkpoint.
     """
 
     def __init__(
@@ -87,17 +87,17 @@ class Job(Lifecycle):
 
     @property
     def best_step(self) -> int | None:
-        """Optimizer steps before the evaluation with the lowest loss; None before the first one."""
+        """The step with the lowest evaluation loss; None before the first evaluation."""
         return None if self.evaluation is None else self.evaluation.best_step
 
     @property
     def in_flight(self) -> int:
-        """Packs dispatched whose results have not come back; a checkpoint needs 0."""
+        """Packs dispatched whose results have not been read; must be 0 for a checkpoint."""
         return len(self._in_flight) + (0 if self.evaluation is None else self.evaluation.in_flight)
 
     @property
     def denominator_dispatched(self) -> int:
-        """What the losses of the step so far are divided by, packs in flight included: they need not be read first."""
+        """The denominator of the current step's loss, including packs in flight, so they need not be read first."""
         return self.record.tally.denominator + sum(map(self._denominator, self._in_flight))
 
     def _denominator(self, pack: Pack) -> int:
@@ -105,7 +105,7 @@ class Job(Lifecycle):
 
     @property
     def step_due(self) -> bool:
-        """Whether all packs of a step are accumulated and the optimizer may run."""
+        """Whether all packs of a step have been accumulated and the optimizer step may run."""
         return self.status == "running" and self._accumulated
 
     @property
@@ -120,7 +120,7 @@ class Job(Lifecycle):
         return due and self.saved_step != self.step and self.status not in ("failed", "cancelled")
 
     def tell_left_out(self) -> None:
-        """Writes what was cut or left out of its data as the line of step 0, if anything was."""
+        """Writes what was cut or left out of its data, if anything, as the line of step 0."""
         line: dict[str, Any] = dict(self.stream.data.left_out)
         if self.evaluation is not None:
             line |= {f"eval_{name}": count for name, count in self.evaluation.data.left_out.items()}
@@ -132,7 +132,7 @@ class Job(Lifecycle):
         self.saved_step = step
 
     def next_pack(self) -> Pack | None:
-        """The next training pack, the same one until `pack_dispatched`; None when there is none now."""
+        """The next training pack, the same until `pack_dispatched`; None if none can be dispatched now."""
         if self.status != "running" or self.evaluating or self.cursor.step > self.step:
             return None
         if self._pack is None:
@@ -140,7 +140,7 @@ class Job(Lifecycle):
         return self._pack
 
     def pack_dispatched(self, pack: Pack) -> None:
-        """Moves the cursor on.
+        """Advances the cursor.
 
         Raises:
             JobError: not the pack that `next_pack` returned.
@@ -160,16 +160,16 @@ class Job(Lifecycle):
         correct: Bool[np.ndarray, " L"] | None = None,
         loss: float | None = None,
     ) -> None:
-        """Adds a pack's loss; ignored when the job has ended meanwhile.
+        """Adds a pack's loss; ignored if the job has ended meanwhile.
 
         Args:
             pack: The oldest one in flight.
             logp: f32 log-probs of its targets.
-            correct: Whether each target was the model's first choice, if known.
-            loss: The pack's loss where the job has one of its own; None: cross-entropy.
+            correct: Whether each target was the model's most likely token, if known.
+            loss: The pack's loss if the job has its own loss function; None: cross-entropy.
 
         Raises:
-            JobError: another pack.
+            JobError: not the oldest one in flight.
         """
         if self.finished:
             return
@@ -181,14 +181,14 @@ class Job(Lifecycle):
         self.record.tally.add(pack, self._denominator(pack), logp, correct, loss)
 
     def finish_step(self, grad_norm: float, learning_rate: float, weight_norm: float) -> None:
-        """Closes an optimizer step: metrics, evaluation if one is due, the end of the job.
+        """Completes an optimizer step: writes metrics, starts a due evaluation, ends the job.
 
-        Ignored when the job has ended meanwhile.
+        Ignored if the job has ended meanwhile.
 
         Args:
-            grad_norm: Before clipping.
-            learning_rate: That the step used.
-            weight_norm: Of the weights that it came to, whose loss nobody may ever compute. Unless it, the gradient
+            grad_norm: Gradient norm before clipping.
+            learning_rate: Learning rate of the step.
+            weight_norm: Norm of the updated weights, whose loss may never be computed. Unless it, the gradient
                 norm and the loss are finite, the job fails.
 
         Raises:
@@ -215,19 +215,19 @@ class Job(Lifecycle):
             self.status = "succeeded"
 
     def _whose_fault(self, loss: float) -> str:
-        """What a step that is not finite shows beyond doubt."""
+        """The certain cause of a non-finite step, for the message; "" if there is none."""
         if not self.record.tally.finite and self.step == 0 and self.untrained:
-            return "; the base model's own log-probs of these tokens are not: nothing has been trained yet"
+            return "; the base model's own log-probs of these tokens are not finite (nothing has been trained yet)"
         if self.record.tally.finite and not math.isfinite(loss):
-            return "; the log-probs are: it is the loss function"
+            return "; the log-probs are finite, so the cause is the loss function"
         return ""
 
     def next_eval_pack(self) -> Pack | None:
-        """The next evaluation pack; None when there is none to dispatch now."""
+        """The next evaluation pack; None if none can be dispatched now."""
         return self.evaluation.next_pack() if self.status == "running" and self.evaluating else None
 
     def eval_pack_dispatched(self, pack: Pack) -> None:
-        """Moves on to the next evaluation pack; raises JobError if it was not that one's turn."""
+        """Advances to the next evaluation pack; raises JobError if `pack` was not the next one."""
         if not self.evaluating:
             raise JobError(f"job {self.name!r}: no evaluation is under way")
         self.evaluation.pack_dispatched(pack)
@@ -239,7 +239,7 @@ class Job(Lifecycle):
         correct: Bool[np.ndarray, " L"] | None = None,
         loss: float | None = None,
     ) -> None:
-        """Adds an evaluation pack; after the last one writes the line and decides whether the job goes on."""
+        """Adds an evaluation pack's loss; after the last one, writes the line and decides whether to continue."""
         if self.finished:
             return
         if not self.evaluation.pack_finished(pack, logp, correct, loss):
@@ -253,10 +253,10 @@ class Job(Lifecycle):
             self.status = "succeeded"
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the host knows, as JSON data (Python writes floats so that they read back exactly).
+        """The host state as JSON data (Python's floats survive the round trip exactly).
 
         Raises:
-            JobError: packs are in flight: their gradients may or may not be in the accumulators.
+            JobError: packs are in flight, so their gradients may or may not be in the accumulators.
         """
         if self.in_flight:
             raise JobError(f"job {self.name!r}: {self.in_flight} packs are in flight; wait for them first")

@@ -1,4 +1,4 @@
-"""All that a job is, between two packs: what a checkpoint holds and what a migration carries."""
+"""The complete state of a job between two packs, as checkpoints store it and migrations transfer it."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,27 +19,27 @@ from loquetier_jax.train.optimizer import init_state
 
 @dataclass
 class JobState:
-    """The arrays and the numbers of a job.
+    """A job's arrays and host state.
 
     Attributes:
-        arrays: {"master", "opt_state", "grads" (see `stored_pages`), "best" ({} where there is none)}: what the job
-            itself has, on the device; after `fetch`, as in a checkpoint, numpy.
-        host: JSON data: {"job", "lora", "shape", "base", "best"}, the last one whether there are best weights.
+        arrays: {"master", "opt_state", "grads" (see `stored_pages`), "best" ({} if there is none)}: the job's own
+            arrays, on the device; numpy arrays after `fetch` or from a checkpoint.
+        host: JSON data: {"job", "lora", "shape", "base", "best"}; "best" tells whether there are best weights.
     """
 
     arrays: dict[str, Any]
     host: dict[str, Any]
 
     def fetch(self) -> None:
-        """Copies the arrays to the host; none may be donated before this returns."""
+        """Copies the arrays to the host; none of them may be donated before this returns."""
         for leaf in jax.tree.leaves(self.arrays):
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()
-        self.arrays = jax.tree.map(np.array, self.arrays)  # on a CPU `asarray` would be a view of the device's buffer
+        self.arrays = jax.tree.map(np.array, self.arrays)  # on CPU, `asarray` would be a view of the device buffer
 
     @property
     def grads(self) -> AdapterPages:
-        """The accumulators."""
+        """The accumulated gradients."""
         layers = self.arrays["grads"]
         return AdapterPages([{group: LoraPages(*pair) for group, pair in layer.items()} for layer in layers])
 
@@ -52,7 +52,7 @@ class JobState:
         return shape_of(self.host)
 
     def check_base(self, fingerprint: str) -> None:
-        """Raises CheckpointError unless the job was trained on the base of this fingerprint."""
+        """Raises CheckpointError unless the job was trained on the base with this fingerprint."""
         if self.host["base"] != fingerprint:
             raise CheckpointError(
                 f"base: got {fingerprint[:12]}, expected {self.host['base'][:12]}: another base model"
@@ -60,26 +60,26 @@ class JobState:
 
 
 def shape_of(host: dict[str, Any]) -> LoraShape:
-    """The adapter's shape of a saved job."""
+    """The adapter shape of a saved job."""
     return LoraShape(modules=tuple(LoraModule(*module) for module in host["shape"]))
 
 
 def stored_pages(pages: AdapterPages) -> list[dict[str, tuple[Any, Any]]]:
-    """Pages in the tree that names them in a checkpoint: by layer, group, and 0 for A or 1 for B."""
+    """Pages as the pytree that names them in a checkpoint: by layer, group, and 0 for A or 1 for B."""
     return [{group: (pair.A, pair.B) for group, pair in layer.items()} for layer in pages.layers]
 
 
 def take_job_state(state: DeviceState, fingerprint: str, device_job: DeviceJob) -> JobState:
-    """Refers to a job's state, as it is now; `JobState.fetch` copies it.
+    """References a job's current state without copying it; `JobState.fetch` copies it.
 
     Args:
-        state: Of the engine.
-        fingerprint: Of the base.
+        state: The engine's arrays.
+        fingerprint: The base's fingerprint.
         device_job: The job.
 
     Raises:
-        JobError: packs of it are in flight.
-        OSError: the disk does not take its metrics.
+        JobError: packs of the job are in flight.
+        OSError: its metrics cannot be written.
     """
     host = {
         "job": device_job.job.state_dict(),
@@ -96,7 +96,7 @@ def read_job_state(spec: DecoderSpec, path: Path) -> JobState:
     """Reads a committed checkpoint.
 
     Raises:
-        CheckpointError: it is damaged, or holds other arrays than its own state says.
+        CheckpointError: it is damaged, or its arrays do not match its state.
     """
     host = read_state(path)
     shape = shape_of(host)

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: start one, resume one, see to its end."""
+"""Starts, resumes, migrates and ends fine-tuning jobs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -36,14 +36,14 @@ from loquetier_jax.train.run_folder import METRICS
 
 
 class JobManager:
-    """Starts jobs, resumes and moves them, and sees to their ends; in any thread.
+    """Starts, resumes, migrates and ends jobs. Thread-safe.
 
-    Data is read, tokenized and hashed, adapters are initialized and cast, and the base is hashed, in the caller's
-    thread and without the loop's lock.
+    Reading, tokenizing and hashing data, initializing and casting adapters, and hashing the base run in the caller's
+    thread, without the loop's lock.
 
     Args:
-        home: What jobs touch of the engine; its runner's `on_step` and `on_end` are set here.
-        cfg, tokenizer: Of the engine.
+        home: The parts of the engine that jobs use; its runner's `on_step` and `on_end` are set here.
+        cfg, tokenizer: The engine's.
     """
 
     def __init__(self, home: JobHome, cfg: EngineConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -62,30 +62,30 @@ class JobManager:
         init_from: str | None = None,
         replace: bool = False,
     ) -> JobHandle:
-        """Starts training an adapter beside whatever is served; returns once data and settings are checked.
+        """Starts training an adapter while requests are served; returns once data and settings are checked.
 
-        The name serves at once: the untrained adapter (or `init_from`), then what is published, at the end the
-        result. A name that was new is free again when the job fails or is cancelled before anything was published:
-        requests to it end with that error.
+        The name can be requested at once: it serves the untrained adapter (or `init_from`), then each published
+        version, finally the result. If the job fails or is cancelled before publishing, a name that it added is freed,
+        and requests to it end with that error.
 
         Args:
-            name: Of the job and the adapter.
+            name: The name of the job and the adapter.
             data: A file of JSON lines or of one JSON array, or any iterable of records (a list, a generator, a
-                `datasets.Dataset`); see `train.data.load_dataset`. `JobHandle.data` says what was cut or left out.
-            lora: Rank, targets, ...; with `init_from` those of that adapter.
+                `datasets.Dataset`); see `train.data.load_dataset`. `JobHandle.data` counts what was cut or left out.
+            lora: Rank, targets, ...; must be None with `init_from`, whose settings are used.
             train: Optimizer, schedule, batch, ...
             eval_data: Held-out data.
             init_from: Adapter whose current version training starts from.
-            replace: Whether an adapter of that name may be replaced (implied when init_from is name).
+            replace: Whether an adapter of that name may be replaced (implied if `init_from` equals `name`).
 
         Raises:
-            DataError: a malformed line, with its number; a token id outside the model's vocabulary; extras that no loss
-                reads; a group beyond a pack.
-            AdapterError: not a name, or one that is taken, nothing to adapt, or a rank too large.
-            ConfigError: settings of another type, `lora` beside `init_from`, eval_steps or load_best_model_at_end
-                without eval_data.
+            DataError: a malformed line, with its number; a token id outside the model's vocabulary; extras that the
+                loss does not use; a group longer than a pack.
+            AdapterError: an invalid name or one in use, nothing to adapt, or a rank too large.
+            ConfigError: settings of a wrong type, `lora` together with `init_from`, eval_steps or
+                load_best_model_at_end without eval_data.
             JobError: a job of that name has not ended, no score bucket holds its evaluation packs, or the
-                output_dir is that of another job, or cannot be written.
+                output_dir is in use by another job or cannot be written.
         """
         require(lora is None or init_from is None, "lora", lora, f"None: init_from {init_from!r} has its own")
         cfg, lora = train or TrainConfig(), lora or LoraConfig()
@@ -100,7 +100,7 @@ class JobManager:
         evaluates, replace = eval_data is not None, replace or init_from == name
         fits = partial(self._check_room, name, cfg=cfg, evaluates=evaluates, replace=replace)
         self._retire_ended(name)
-        with self.home.driver.entered():  # before anything is read or initialized, which may take minutes and gigabytes
+        with self.home.driver.entered():  # checked early: what follows may take minutes and gigabytes
             self._check_job(name)
             fits(shape=own or self.home.store.get(init_from).shape)
         now = datetime.now()
@@ -126,22 +126,22 @@ class JobManager:
         loss: Callable[..., Any] | None = None,
         train: Mapping[str, Any] | None = None,
     ) -> JobHandle:
-        """Goes on with a checkpointed job: the next losses are those it would have had, whatever day it is.
+        """Continues a checkpointed job with exactly the losses it would have had without the interruption.
 
         Args:
-            path: A checkpoint, or the folder of several (the newest counts), or a job's output_dir: it goes on
-                writing there, wherever that folder was when the job was started. A checkpoint that is not the newest
-                of its job's output_dir (an older one, a copy elsewhere) begins a branch, which writes to a new folder
-                beside that one, `<output_dir>-branch-1`: the log and `JobHandle.output_dir` name it.
+            path: A checkpoint, a folder of checkpoints (the newest is used), or a job's output_dir, where the job
+                continues to write even if the folder was moved. A checkpoint that is not the newest
+                of its job's output_dir (an older one, a copy elsewhere) starts a branch, which writes to a new folder
+                beside it, `<output_dir>-branch-1`: the log and `JobHandle.output_dir` name it.
             data, eval_data: The same data as before; hashes are compared.
-            loss: The loss function, if the job had one of its own.
-            train: Fields of TrainConfig that change from here on. {"max_steps": 1000} makes a finished run go on: with
+            loss: The loss function, if the job had its own.
+            train: Fields of TrainConfig to change from here on. {"max_steps": 1000} extends a finished run: with
                 its optimizer state, and the learning rate of that step of the longer schedule.
 
         Raises:
-            CheckpointError: no committed checkpoint, another base, other data.
-            ConfigError: a field that the job's past depends on (data, packs, optimizer, loss), or no steps left.
-            AdapterError, JobError: this engine has no room for it, or a job of its name that has not ended.
+            CheckpointError: no committed checkpoint, another base, or other data.
+            ConfigError: a field that cannot change during a job (data, packs, optimizer, loss), or no steps left.
+            AdapterError, JobError: this engine has no room for it, or a job of its name has not ended.
         """
         path = path_of(path, "path", "a checkpoint or a folder of them", CheckpointError)
         found = find_resumed(path)
@@ -156,10 +156,10 @@ class JobManager:
         return self.adopt_job(state, *data_sets, loss, go_on=bool(train))
 
     def forget_job(self, name: str) -> None:
-        """Takes a job that has ended off `jobs` and frees its weights and optimizer state; see `JobHandle.forget`.
+        """Removes an ended job from `jobs` and frees its weights and optimizer state; see `JobHandle.forget`.
 
         Raises:
-            JobError: no job of that name, or one that has not ended.
+            JobError: no job of that name, or it has not ended.
         """
         if name not in self.home.jobs:
             raise JobError(f"name: got {short(name)}, expected one of the jobs: {sorted(self.home.jobs)}")
@@ -168,7 +168,7 @@ class JobManager:
     def _read(
         self, data: Data, eval_data: Data | None, cfg: TrainConfig, now: datetime
     ) -> tuple[Dataset, Dataset | None]:
-        """Both data sets; without the lock, because tokenizing takes long and requests go on meanwhile."""
+        """Reads both data sets, without the lock: tokenizing takes long, and requests continue meanwhile."""
         read = partial(load_dataset, tokenizer=self.tokenizer, cfg=cfg, vocab_size=self.home.spec.vocab_size, now=now)
         own_loss, dataset = callable(cfg.loss), read(data)
         check_samples(dataset, cfg.pack_rows, own_loss=own_loss)
@@ -181,7 +181,7 @@ class JobManager:
     def _begin_with(
         self, init_from: str | None, own: LoraShape | None, lora: LoraConfig, seed: int
     ) -> tuple[LoraShape, LoraWeights, LoraConfig]:
-        """The adapter that training starts from: that of the name `init_from`, or a fresh one of the shape `own`."""
+        """The initial adapter: the current version of `init_from`, or a fresh one of shape `own`."""
         if own is not None:
             return own, init_weights(own, lora, self.home.spec, seed), lora
         with self.home.driver.entered():
@@ -194,12 +194,12 @@ class JobManager:
     def adopt_job(
         self, state: JobState, data: Dataset, eval_data: Dataset | None, loss: Any, *, go_on: bool = False
     ) -> JobHandle:
-        """A job from its state, here: what `resume_job` and `JobHandle.migrate` end in.
+        """Creates a job on this engine from its state; used by `resume_job` and `JobHandle.migrate`.
 
         Args:
-            state: Its state.
-            data, eval_data: What it trains on and is evaluated on; hashes are compared.
-            loss: Its loss function, if it has one of its own.
+            state: The job's state.
+            data, eval_data: Its training and evaluation data; hashes are compared.
+            loss: Its loss function, if it has its own.
             go_on: Whether to require remaining steps, even if the job had succeeded.
 
         Raises:
@@ -221,7 +221,7 @@ class JobManager:
             fits()
             job = restore_job(saved, data, eval_data, metrics=_metrics(cfg), loss=loss, go_on=go_on)
             if cfg.keeps_best and not state.host["best"] and job.evaluation is not None:
-                job.evaluation.forget_best()  # its weights were not kept, and cannot be had any more
+                job.evaluation.forget_best()  # its weights were not kept
             rest = {"grads": state.grads, "best": state.arrays["best"] or None, "cast": cast}
             return self._enlist(DeviceJob(job, state.lora, state.shape, *arrays, **rest), master)
 
@@ -232,11 +232,11 @@ class JobManager:
             raise JobError(f"job {name!r} has not ended: it is {self.home.jobs[name].status}")
 
     def _retire_ended(self, name: str) -> None:
-        """Waits, where a job of that name has ended, until it has given everything on the device back.
+        """If a job of that name has ended, waits until it has returned its pages.
 
         Raises:
             AdapterError: an invalid name.
-            EngineError: a step has failed, or the engine was closed.
+            EngineError: a step failed, or the engine was closed.
         """
         self.home.driver.check_alive()
         check_name(name)
@@ -244,11 +244,11 @@ class JobManager:
             self.home.driver.wait(lambda: name not in self.home.runner.device_jobs)
 
     def _check_room(self, name: str, shape: LoraShape, cfg: TrainConfig, evaluates: bool, *, replace: bool) -> None:
-        """Refuses a job that would wait for ever, or write into the folder of another."""
+        """Refuses a job that would wait forever, or write into another job's folder."""
         others = [t for t in self.home.runner.device_jobs.values() if cfg.output_dir and t.job.cfg.output_dir]
         for other in others:
             if Path(other.job.cfg.output_dir).resolve() == Path(cfg.output_dir).resolve():
-                raise JobError(f"output_dir: got {str(cfg.output_dir)!r}, the one of job {other.name!r}")
+                raise JobError(f"output_dir: {str(cfg.output_dir)!r} is in use by job {other.name!r}")
         self.home.store.check_new(name, shape, replace=replace)
         if shape.num_pages > self.cfg.train_pages:
             raise AdapterError(f"{name}: got rank {shape.max_rank}, expected <= {16 * self.cfg.train_pages}")
@@ -267,12 +267,12 @@ class JobManager:
         return handle
 
     def _job_ended(self, device_job: DeviceJob) -> None:
-        """A job that succeeded serves its result under its name; its masters go to the host."""
+        """If the job succeeded, serves its result under its name. Moves its state to the host."""
         if device_job.job.status != "succeeded":
             self._withdraw(device_job)
         elif device_job.pages and not device_job.serves_best:
             self.home.runner.publish(device_job, self.home.epoch(), fresh=False)
-        else:  # its best weights; or those of a checkpoint of a job that was over: it never had pages here
+        else:  # its best weights, or those of a finished job that was resumed and never had pages here
             result = device_job.result()
             self.home.store.add(device_job.name, result, device_job.shape, config=device_job.lora, replace=True)
         device_job.job.record.close()
@@ -280,7 +280,7 @@ class JobManager:
         self.home.driver.notify()
 
     def _withdraw(self, device_job: DeviceJob) -> None:
-        """Where nothing was published, the name answers with the job's end, not with an adapter that nobody trained."""
+        """If nothing was published, lets requests to the name fail instead of serving the untrained adapter."""
         job, version = device_job.job, device_job.placeholder
         if version is None or version.name != job.name or not self.home.store.is_current(version):
             return

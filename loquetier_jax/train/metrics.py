@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line of plain numbers per event, append only, cut back to a known length on resume."""
+"""metrics.jsonl: one JSON line per event, append-only, truncated to the checkpoint's position on resume."""
 
 import json
 import logging
@@ -14,13 +14,13 @@ log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends JSON lines to a file; each line is in the file (not only in a buffer) when `write` has not warned.
+    """Appends JSON lines to a file. After `write`, the line is in the file unless it logged a warning.
 
-    The file is open only during a call: a job that is dropped leaves nothing open. Its folder is locked
+    The file is open only during a call, so a dropped job leaves nothing open. Its folder is locked
     (`run_folder.RunLock`) until `close`.
 
     Args:
-        path: The file; it and its folder are made when missing, what it holds is kept.
+        path: The file; it and its folder are created if missing, and existing lines are kept.
 
     Raises:
         JobError: another process writes to that folder.
@@ -33,10 +33,10 @@ class MetricsWriter:
         self.path.touch()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one line. Where the disk does not take it, it waits for the next one, with a warning.
+        """Appends one line. If it cannot be written, logs a warning and retries with the next one.
 
         Raises:
-            ValueError: a number that JSON does not have (NaN, infinity); nothing is written.
+            ValueError: a number that JSON cannot represent (NaN, infinity); nothing is written.
             FileNotFoundError: the folder is gone.
         """
         self._waiting.append(json.dumps(line, allow_nan=False).encode() + b"\n")
@@ -48,7 +48,7 @@ class MetricsWriter:
             log.warning("%s: %d lines cannot be written yet: %s", self.path, len(self._waiting), error)
 
     def flush(self) -> None:
-        """Appends the lines that wait, all or none; raises OSError where the disk does not take them."""
+        """Appends all pending lines; raises OSError, with none of them in the file, if that fails."""
         if not self._waiting:
             return
         with self.path.open("ab") as file:
@@ -63,20 +63,20 @@ class MetricsWriter:
         self._waiting.clear()
 
     def close(self) -> None:
-        """Gives the folder back to other processes; nothing more is written."""
+        """Unlocks the folder for other processes; nothing may be written afterwards."""
         with suppress(OSError):
             self.flush()
         self._lock.release()
 
     def position(self) -> int:
-        """Length of the file in bytes: what a checkpoint remembers."""
+        """Length of the file in bytes, as stored in checkpoints."""
         return self.path.stat().st_size
 
     def truncate(self, position: int) -> None:
-        """Drops what was written after `position`: lines of steps that a resumed job runs again.
+        """Drops what was written after `position`: lines of steps that a resumed job repeats.
 
         Raises:
-            CheckpointError: the file is shorter than that, so it is not the file the checkpoint knew.
+            CheckpointError: the file is shorter than that, so it is not the job's file.
         """
         if not 0 <= position <= self.position():
             raise CheckpointError(
@@ -85,15 +85,15 @@ class MetricsWriter:
         os.truncate(self.path, position)
 
     def sync(self) -> None:
-        """Forces what is in the file to the disk, so that a checkpoint never remembers more than a crash leaves.
+        """Flushes the file to disk (fsync), so that a checkpoint's position is never beyond what survives a crash.
 
-        It may take long; another thread may write lines meanwhile. Raises OSError where the disk does not take them.
+        May take long; other threads may write lines meanwhile. Raises OSError if it fails.
         """
         with self.path.open("ab") as file:
             os.fsync(file.fileno())
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file; a last line that a kill cut short is left out."""
+    """All lines of a metrics file; an incomplete last line, as left by a kill, is skipped."""
     lines = Path(path).read_bytes().split(b"\n")
     return [json.loads(line) for line in lines[:-1]]

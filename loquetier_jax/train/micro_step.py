@@ -1,6 +1,6 @@
-"""One pass of a few packs: forward (fused with serving, or in slices), then the backward, slice by slice.
+"""One training pass over a few packs: forward (fused with serving, or in slices), then backward in slices.
 
-Also what has been dispatched for jobs and comes back to them.
+Also the records of passes and optimizer steps in flight.
 """
 
 from dataclasses import dataclass, field
@@ -22,17 +22,18 @@ from loquetier_jax.train.device_job import DeviceJob
 
 @dataclass
 class MicroStep:
-    """A training pass in flight, between the quanta that the scheduler grants it.
+    """A training pass in flight, advanced quantum by quantum as the scheduler allows.
 
-    It owns the kept activations: each backward slice drops its own, which frees them on the device.
+    It owns the kept activations: each backward slice drops its layers', which frees them on the device.
 
     Attributes:
         key: Selects the compiled functions.
         items: The packs, in order.
-        slice_layers: Layers of one quantum, 0 = all of them.
-        logp, correct: [G * L] on the device once the forward has been dispatched.
-        losses: [G] on the device, of jobs with a loss of their own; None for cross-entropy.
-        backward: Slices still to go, last layers first; empty and `started` means done.
+        slice_layers: Layers per quantum, 0 = all of them.
+        logp, correct: [G * L] on the device, once the forward has been dispatched.
+        losses: [G] on the device, for jobs with their own loss; None for cross-entropy.
+        forward: (start, stop) layers of the forward slices still to dispatch, in order.
+        backward: Backward slices still to dispatch, last layers first; empty before the forward is done.
     """
 
     key: TrainKey
@@ -51,7 +52,7 @@ class MicroStep:
 
     @property
     def tail(self) -> Float[Array, "T D"] | None:
-        """What the last dispatched quantum ends in: ready when that quantum has completed."""
+        """Output of the last dispatched quantum: ready when that quantum has completed."""
         return self._dx if self.forward_done else self._hidden
 
     @property
@@ -67,18 +68,18 @@ class MicroStep:
     def take_fused(
         self, out: ForwardOut, batch: SegmentBatch, functions: StepFunctions, state: DeviceState
     ) -> None:
-        """Takes over from a forward that carried these packs beside other rows; starts the backward.
+        """Takes over from a forward that ran these packs together with other rows; starts the backward.
 
         Args:
-            out: That forward's result; the caller must drop `out.kept` and `out.hidden` now.
-            batch: The host batch it ran; its first `len(items)` packs are this pass's.
+            out: That forward's result; the caller must drop its references to `out.kept` and `out.hidden`.
+            batch: The host batch of that forward; its first `len(items)` packs are this pass's.
         """
         self._kept, self._hidden = out.kept, out.hidden
         self.logp, self.correct = out.train["logp"], out.train["correct"]
         self._start_backward(batch, functions, state)
 
     def start_slices(self, cfg: EngineConfig, functions: StepFunctions, state: DeviceState) -> None:
-        """Begins a forward in slices, without any other row."""
+        """Begins a forward in slices, without other rows."""
         batch = pack_step(StepItems(train=list(self.items)), self.key.bucket, cfg).batch
         self._flat = jax.device_put(ravel(batch))
         self._flat_train = jax.device_put(ravel(batch.train))
@@ -86,7 +87,7 @@ class MicroStep:
         self.forward = functions.slices(self.slice_layers)
 
     def run_forward_slice(self, functions: StepFunctions, state: DeviceState) -> None:
-        """Dispatches the next slice of the forward; after the last one, the head and the start of the backward."""
+        """Dispatches the next forward slice; after the last one, also the head and the start of the backward."""
         start, stop = self.forward.pop(0)
         run = functions.forward_slice(self.key, start, stop)
         self._hidden, kept = run(
@@ -112,7 +113,7 @@ class MicroStep:
         self.backward = functions.slices(self.slice_layers)[::-1]
 
     def run_backward(self, count: int, functions: StepFunctions, state: DeviceState) -> bool:
-        """Dispatches the next `count` slices; all of an untouched backward are one call, and True is returned."""
+        """Dispatches the next `count` backward slices; returns whether it ran the whole backward as a single call."""
         whole = count >= len(self.backward) == len(functions.slices(self.slice_layers))
         if whole:
             self.backward = functions.slices(0)
@@ -121,7 +122,7 @@ class MicroStep:
         return whole
 
     def run_backward_slice(self, functions: StepFunctions, state: DeviceState) -> None:
-        """Dispatches the next slice of the backward, which adds to `state.grads`; frees the slice's activations."""
+        """Dispatches the next backward slice, which adds to `state.grads`; frees the slice's activations."""
         start, stop = self.backward.pop(0)
         run = functions.backward_slice(self.key, start, stop)
         kept = self._kept[start:stop]
@@ -141,7 +142,7 @@ class MicroStep:
 
 @dataclass
 class RunningPass:
-    """A MicroStep and whose packs it carries."""
+    """A MicroStep with its packs and the jobs they belong to."""
 
     run: MicroStep
     owners: list[DeviceJob]
@@ -150,7 +151,7 @@ class RunningPass:
 
 @dataclass
 class OptimizerResult:
-    """An optimizer step that has been dispatched."""
+    """A dispatched optimizer step."""
 
     device_job: DeviceJob
     metrics: dict[str, jax.Array]

@@ -1,4 +1,4 @@
-"""What a job has to report: sums of the step under way, lines of metrics, and where they are written."""
+"""A job's metrics: sums of the current step, and the lines written so far."""
 
 import math
 import time
@@ -11,16 +11,16 @@ from loquetier_jax.train.metrics import MetricsWriter
 
 
 class Record:
-    """The numbers of one job.
+    """The metrics of one job.
 
     Args:
-        writer: Where lines go, or None; they are in `lines` in any case.
-        clock: Wall-clock seconds.
+        writer: Writes lines to a file, or None; `lines` has them in any case.
+        clock: Returns wall-clock seconds.
 
     Attributes:
         lines: Lines written by this object.
-        tally: Of the optimizer step under way.
-        num_tokens: Tokens trained on so far, those without a target included.
+        tally: Sums of the current optimizer step.
+        num_tokens: Tokens trained on so far, including those without a target.
     """
 
     def __init__(self, writer: MetricsWriter | None = None, clock: Callable[[], float] = time.time) -> None:
@@ -29,12 +29,12 @@ class Record:
         self.tally = Tally()
         self.num_tokens = 0
         self._clock = clock
-        self._losses: list[float] = []  # of the steps since the last line, and their targets:
+        self._losses: list[float] = []  # of the steps since the last line, like the next two
         self._targets = 0
         self._correct: int | None = 0
 
     def close_step(self) -> None:
-        """Moves the step under way to those that the next line is about."""
+        """Adds the current step to the steps that the next line covers."""
         tally = self.tally
         self._losses.append(tally.loss)
         self._targets += tally.targets
@@ -52,26 +52,26 @@ class Record:
         return line
 
     def write(self, step: int, epoch: float, line: dict[str, Any]) -> None:
-        """Adds step, time and epoch to a line; appends it to `lines` and to the file."""
+        """Adds step, time and epoch to a line; appends it to `lines` and the file."""
         line = {"step": step, "time": self._clock(), "epoch": epoch} | line
         self.lines.append(line)
         if self.writer is not None:
             self.writer.write(line)
 
     def sync(self) -> None:
-        """Forces the file to the disk; in any thread. Raises OSError where that cannot be."""
+        """Flushes the file to disk (fsync); thread-safe. Raises OSError if that fails."""
         if self.writer is not None:
             self.writer.sync()
 
     def close(self) -> None:
-        """Nothing more will be written: other processes may use the folder."""
+        """Unlocks the folder for other processes; nothing may be written afterwards."""
         if self.writer is not None:
             self.writer.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON data; `position` promises so much of the file: `sync` it before a checkpoint counts.
+        """JSON data. `sync` the file before committing a checkpoint: `position` refers to its contents.
 
-        Raises OSError where the disk does not take the lines.
+        Raises OSError if pending lines cannot be written.
         """
         if self.writer is not None:
             self.writer.flush()
@@ -85,7 +85,7 @@ class Record:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; cuts the file back to where the state was taken.
+        """The inverse of `state_dict`; truncates the file to its length when the state was taken.
 
         Raises:
             CheckpointError: the file is shorter than it was.

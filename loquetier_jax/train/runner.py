@@ -1,4 +1,4 @@
-"""Jobs beside the requests: which packs may run, the pass in flight, and what happens when results come back."""
+"""Runs training jobs beside requests: which packs may run, the pass in flight, and the handling of results."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -27,10 +27,10 @@ class JobRunner:
     """All jobs of an engine.
 
     Attributes:
-        on_step: Called after a job closed an optimizer step or an evaluation (checkpoints hang here).
-        on_end: Called once when a job has ended and its last save has been written, before its pages go back.
+        on_step: Called after a job completes an optimizer step or an evaluation; checkpoints are saved here.
+        on_end: Called once, when a job has ended and its last save has been written, before its pages are returned.
         device_jobs: Jobs by name that have not been retired, in order of creation.
-        current: The pass in flight; only one is.
+        current: The pass in flight, at most one; or None.
     """
 
     cfg: EngineConfig
@@ -48,10 +48,10 @@ class JobRunner:
         self.grad_pool = IdPool(range(1, self.cfg.train_pages + 1), "train pages")
         self._optimizing: set[str] = set()
         self._evaluating: set[str] = set()
-        self._unread: Counter[str] = Counter()  # job -> passes dispatched and not read
+        self._unread: Counter[str] = Counter()  # job -> passes not read yet
 
     def add(self, device_job: DeviceJob) -> None:
-        """Queues a job; it starts as soon as there are pages for it. Compiling begins now, in the background."""
+        """Queues a job, which starts as soon as pages are free. Its functions are compiled in the background."""
         self.device_jobs[device_job.name] = device_job
         shapes, arrays = shapes_of(self.state), shapes_of((device_job.master, device_job.opt_state))
         self.compiler.request(
@@ -83,18 +83,18 @@ class JobRunner:
         if device_job.job.status == "queued":
             device_job.job.start()
 
-    # What the scheduler sees.
+    # For the scheduler.
 
     def pack_counts(self, pack_tokens: int) -> list[int]:
-        """Packs of a pass for which there are functions, for jobs of that pack length."""
+        """The numbers of packs a pass may have, for jobs of that pack length."""
         return sorted({1, *(b.packs for b in self.cfg.buckets if b.packs and b.pack_tokens == pack_tokens)})
 
     def keys(self, device_job: DeviceJob) -> list[TrainKey]:
-        """Every compiled pass shape the job may ride in."""
+        """The keys of every pass shape that may carry the job."""
         return [device_job.key(n) for n in self.pack_counts(device_job.job.cfg.pack_rows)]
 
     def buckets(self) -> list[Bucket]:
-        """Train buckets that some job may use now, those of passes alone included."""
+        """Train buckets that some job can use now, including those of train-only passes."""
         found: dict[Bucket, None] = {}
         for device_job in self.device_jobs.values():
             if self._ready(device_job):
@@ -111,7 +111,7 @@ class JobRunner:
             return all(self.compiler.ready(key) for key in keys) and bool(device_job.pages)
         except Exception as error:  # whatever the compiler raised in its thread
             if not device_job.job.finished:
-                own = isinstance(error, ConfigError)  # of its loss, see `step.loss`; it says all
+                own = isinstance(error, ConfigError)  # from its loss (`step.loss`), with a complete message
                 device_job.job.fail(f"{'' if own else 'compiling failed: '}{error}")
             return False
 
@@ -128,10 +128,10 @@ class JobRunner:
             if self.current is not None and device_job in self.current.owners:
                 status = "in_pass"
             elif not self._ready(device_job):
-                status = "waiting"  # one that came with its step due, from elsewhere, waits for its compile, too
+                status = "waiting"  # also a migrated or resumed job whose optimizer step is due
             elif job.cursor.step > job.step:
                 if not device_job.copying:  # else it would overwrite what is being copied
-                    status = "optimizer"  # all packs are dispatched; the host need not have read them
+                    status = "optimizer"  # all packs have been dispatched, though maybe not read
             elif not device_job.awaits_save and job.next_pack() is not None:
                 status = "ready"
         return JobView(
@@ -157,10 +157,10 @@ class JobRunner:
         riding = self.current is not None and any(t.job.name == name for t in self.current.owners)
         return riding or name in self._optimizing or name in self._evaluating or self._unread[name] > 0
 
-    # What the loop does.
+    # For the loop.
 
     def start_pass(self, names: Sequence[str], packs: int) -> RunningPass:
-        """Takes the next pack of each named job, in order, into a new pass of the shape `packs`."""
+        """Creates a pass of shape `packs` with the next pack of each named job, in order."""
         if self.current is not None:
             raise JobError(f"a pass of {len(self.current.packs)} packs is in flight, expected none")
         owners = [self.device_jobs[name] for name in names]
@@ -175,14 +175,14 @@ class JobRunner:
         return self.current
 
     def close_pass(self) -> RunningPass | None:
-        """Takes the pass out of flight if its last gradient has been dispatched; hand it to `accept_pass` later."""
+        """Returns the pass and clears `current` if its last gradient has been dispatched; for `accept_pass`."""
         if self.current is None or not self.current.run.done:
             return None
         done, self.current = self.current, None
         return done
 
     def accept_pass(self, done: RunningPass) -> None:
-        """Reads a closed pass's log-probs into its jobs."""
+        """Reads a closed pass's results and passes them to its jobs."""
         for device_job, pack, result in zip(done.owners, done.packs, done.run.results(), strict=True):
             with device_job.job.fail_on_error():
                 device_job.job.pack_finished(pack, **result)
@@ -200,7 +200,7 @@ class JobRunner:
         return results
 
     def accept_optimizer(self, result: OptimizerResult) -> None:
-        """Reads an optimizer step's norms; the job goes on, evaluates, ends or fails."""
+        """Reads an optimizer step's norms; the job then continues, evaluates, ends or fails."""
         job = result.device_job.job
         self._optimizing.discard(job.name)
         grad_norm, weight_norm = (float(result.metrics[key]) for key in ("grad_norm", "weight_norm"))
@@ -209,12 +209,12 @@ class JobRunner:
             self.on_step(result.device_job)
 
     def tick(self, epoch: int) -> None:
-        """Before each decision: retires jobs that have ended, starts others, and evaluations that are due.
+        """Called before each decision: retires ended jobs, starts queued ones, and starts due evaluations.
 
-        All that can happen happens in one call: whoever drives the loop may stop when nothing was left to decide.
+        Does all that is possible in one call: the loop's caller may stop when the scheduler finds no work.
         """
         for device_job in list(self.device_jobs.values()):
-            self._ready(device_job)  # what cannot be compiled fails, and is retired now
+            self._ready(device_job)  # a job that cannot be compiled fails here and is retired below
             saved = device_job.saving is None
             if device_job.job.finished and saved and not self.busy(device_job.name):
                 self._retire(device_job, epoch)
@@ -258,11 +258,11 @@ class JobRunner:
         device_job.pages = device_job.write_pages = device_job.grad_pages = ()
 
     def publish(self, device_job: DeviceJob, epoch: int, *, fresh: bool = True) -> Version:
-        """Points the job's name to its present weights; nothing is copied (see `AdapterStore.publish`)."""
+        """Points the job's name to its current weights without copying them (see `AdapterStore.publish`)."""
         name, shape, published = device_job.job.name, device_job.shape, device_job.published
         if published is not None and name in self.store and self.store.get(name) is published:
-            return published  # nothing has changed since the last time
-        if published is not None:  # the name was unloaded, renamed or replaced since; the pages are that version's
+            return published  # unchanged since the last publish
+        if published is not None:  # unloaded, renamed or replaced since; that version still owns the pages
             weights = device_job.host_weights()
             return self.store.add(name, weights, shape, config=device_job.lora, replace=True)
         more = {"epoch": epoch, "fresh": fresh, "config": device_job.lora}
@@ -275,9 +275,9 @@ class JobRunner:
         return made.version
 
     def complete(self, epoch: int) -> None:
-        """Steps up to `epoch` have completed."""
+        """Frees pages whose last use was up to `epoch`: those steps have completed."""
         self.grad_pool.complete(epoch)
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless train pages add up."""
+        """Raises IntegrityError unless the gradient pool's accounting is consistent."""
         self.grad_pool.check_integrity()

@@ -1,4 +1,4 @@
-"""Checkpoints that are due, written beside the loop: it refers to a job's state, and other threads do the rest."""
+"""Saves checkpoints in the background: the loop references a job's state, and threads copy and write it."""
 
 import logging
 import threading
@@ -16,22 +16,23 @@ from loquetier_jax.train.run_folder import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
-FOR_EVER = (NotADirectoryError, FileExistsError)
-"""A file where the folder should be: no later save could succeed."""
+PERMANENT = (NotADirectoryError, FileExistsError)
+"""A file is in the folder's place, so no later save can succeed."""
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of an engine's jobs, each in a thread of its own; at most one of a job at a time.
+    """Writes the checkpoints of an engine's jobs, each in its own thread; at most one per job at a time.
 
-    Until its arrays are on the host, a job's next optimizer step waits, which would overwrite them; a save that is due
-    while the one before is being written waits for it, and with it the job's next pack. Nobody else waits.
+    A job's next optimizer step, which would overwrite its arrays, waits until they have been copied to the host. A save
+    that is due while the previous one is being written waits for it, and so does the job's next pack. Requests and
+    other jobs never wait.
 
     Args:
-        driver: Of the loop; what becomes of a save is told in its lock.
-        take: Refers to a job's state: `JobHome.take_state`.
+        driver: The loop's driver; the outcome of a save is handled under its lock.
+        take: References a job's state: `JobHome.take_state`.
 
     Attributes:
-        store: Makes the CheckpointStore of (folder, keep=); another one may stand in for a disk that is slow or full.
+        store: Creates a CheckpointStore from (folder, keep=); tests replace it to simulate a slow or full disk.
     """
 
     def __init__(self, driver: Driver, take: Callable[[DeviceJob], JobState]) -> None:
@@ -42,34 +43,34 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way whose end the loop has not been told, or a job rests for one."""
+        """Whether the loop has yet to handle the end of a save, or a job is held."""
         with self._driver.lock:
             return bool(self._under_way or self._holds)
 
     def wait(self) -> bool:
-        """Returns when what is under way has been written, though the loop may not know yet; whether anything was."""
+        """Waits until the saves under way are written (the loop may not have handled them); False if there are none."""
         with self._driver.lock:
             saves = list(self._under_way.values())
         for written in saves:
             written.wait()
         return bool(saves)
 
-    # For who has the lock.
+    # The caller must hold the lock.
 
     def save_if_due(self, device_job: DeviceJob) -> None:
-        """Begins a job's save, if one is due and none is under way. The caller has the lock.
+        """Begins a job's save if one is due and none is under way.
 
-        A save that fails is told in a warning, and the next one that is due tries again.
+        A failed save logs a warning; the next due save tries again.
         """
         job = device_job.job
         if not job.save_due or job.in_flight or device_job.saving is not None:
             return
         try:
             state = self.begin(device_job)
-        except OSError as error:  # of its metrics
+        except OSError as error:  # from its metrics
             _tell_failure(job.name, job.step, error)
             return
-        if job.status == "paused":  # whoever takes it up goes on
+        if job.status == "paused":  # a resumed job runs
             state.host["job"]["status"] = job.paused_from
         try:
             EngineThread(partial(self._run, device_job, state), "checkpoint").start()
@@ -78,21 +79,21 @@ class CheckpointWriter:
             _tell_failure(job.name, job.step, error)
 
     def hold(self, device_job: DeviceJob) -> None:
-        """Lets a job rest between two packs, until `let_go` was called as often. The caller has the lock."""
+        """Stops a job between two packs until each `hold` has been matched by a `let_go`."""
         device_job.held += 1
         self._holds += 1
 
     def let_go(self, device_job: DeviceJob) -> None:
-        """Lets a job that rests go on. The caller has the lock."""
+        """Undoes one `hold`."""
         device_job.held -= 1
         self._holds -= 1
 
     def begin(self, device_job: DeviceJob) -> JobState:
-        """Refers to a job's state, none of which may change before `end`, or before what says so. Has the lock.
+        """References a job's state, and blocks optimizer steps until `end` or until `copying` is cleared.
 
         Raises:
-            JobError: packs of it are in flight.
-            OSError: the disk does not take its metrics.
+            JobError: packs of the job are in flight.
+            OSError: its metrics cannot be written.
         """
         state = self._take(device_job)
         device_job.saving, device_job.copying = device_job.job.step, True
@@ -100,17 +101,17 @@ class CheckpointWriter:
         return state
 
     def end(self, device_job: DeviceJob) -> None:
-        """Says that what was begun is over, however it went. The caller has the lock."""
+        """Ends what `begin` began, whether or not it succeeded."""
         device_job.saving, device_job.copying = None, False
         self._under_way.pop(device_job).set()
 
-    # In a thread of its own.
+    # In the save's thread.
 
     def _run(self, device_job: DeviceJob, state: JobState) -> None:
         step, written, found = device_job.saving, self._under_way[device_job], None
         try:
             self._write(device_job, state)
-        except Exception as error:  # handed to the loop: a thread has no caller to raise to
+        except Exception as error:  # raised in the loop by `_written`
             found = error
         self._driver.post(partial(self._written, device_job, step, found))
         written.set()
@@ -118,14 +119,14 @@ class CheckpointWriter:
     def _write(self, device_job: DeviceJob, state: JobState) -> None:
         cfg = device_job.job.cfg
         store = self.store(Path(cfg.output_dir) / CHECKPOINTS, keep=cfg.save_total_limit)
-        store.folder.mkdir(parents=True, exist_ok=True)  # first: where it cannot be, the job makes no further step
+        store.folder.mkdir(parents=True, exist_ok=True)  # first: if it fails, no further step runs
         state.fetch()
         self._driver.post(partial(setattr, device_job, "copying", False))
         device_job.job.record.sync()
         store.save(state.arrays, state.host)
 
     def _written(self, device_job: DeviceJob, step: int, error: Exception | None) -> None:
-        """What the loop does when a save has been written, or has failed."""
+        """Handles the outcome of a save, in the loop."""
         job = device_job.job
         self.end(device_job)
         with job.fail_on_error():
@@ -135,14 +136,14 @@ class CheckpointWriter:
                 _tell_failure(job.name, step, error)
             else:
                 raise error
-            if job.step != step:  # a step of which a save was due meanwhile
+            if job.step != step:  # a save of a later step may have become due meanwhile
                 self.save_if_due(device_job)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a later save may succeed where this one did not."""
+    """Whether a later save may succeed after this error."""
     of_the_disk = isinstance(error, OSError | CheckpointError)
-    return of_the_disk and not isinstance(error, FOR_EVER) and not isinstance(error.__cause__, FOR_EVER)
+    return of_the_disk and not isinstance(error, PERMANENT) and not isinstance(error.__cause__, PERMANENT)
 
 
 def _tell_failure(name: str, step: int, error: Exception) -> None:

@@ -268,6 +268,6 @@ def test_data_that_cannot_be_used_is_refused(small, tiny_engine, tmp_path):
         small.finetune("job", [{"text": "some text"}], train=quick())
     out = str(tmp_path / "run")
     tiny_engine.finetune("job", random_data(0), lora=LORA, train=quick(output_dir=out))
-    with pytest.raises(JobError, match="the one of job 'job'"):
+    with pytest.raises(JobError, match="is in use by job 'job'"):
         tiny_engine.finetune("other", random_data(0), lora=LORA, train=quick(output_dir=out + "/"))
     assert "other" not in tiny_engine.adapters

@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     assert read_arrays(path, good)["y"] == 3
     for bad, message in [
         (good | {"z": np.float32(0)}, "'z' is missing"),
-        ({"x": good["x"]}, "'y' is left over"),
+        ({"x": good["x"]}, "'y' is unexpected"),
         (good | {"x": np.zeros(2, np.float32)}, r"'x': got float32\[1\], expected float32\[2\]"),
         (good | {"y": np.float32(0)}, r"'y': got int32\[\], expected float32\[\]"),
     ]:
@@ -148,17 +148,17 @@ def test_damage_of_a_file_is_named_and_the_newest_good_one_offered(three, tmp_pa
             read_state(find_checkpoint(folder))
         named = newest if file.name == "COMMITTED" else folder / file  # a digest in it may now fit another file no more
         assert str(named) in str(refused.value)
-        assert f"newest good one beside it is {good}:" in str(refused.value)
+        assert f"newest intact one in its folder is {good}:" in str(refused.value)
         assert read_state(good) == {"i": 1}
         flip(good / "state.json")
-        with pytest.raises(CheckpointError, match=rf"newest good one beside it is {folder / PREFIX}0*1:"):
+        with pytest.raises(CheckpointError, match=rf"newest intact one in its folder is {folder / PREFIX}0*1:"):
             read_state(newest)
 
 
 def test_a_checkpoint_without_a_good_one_beside_it(tmp_path):
     path = CheckpointStore(tmp_path).save({"x": np.float32([1])}, {})
     flip(path / "state.json")
-    with pytest.raises(CheckpointError, match=r"state\.json: is not what was written.*no good one beside it"):
+    with pytest.raises(CheckpointError, match=r"state\.json: changed since it was written.*no intact one"):
         read_state(path)
 
 

@@ -211,7 +211,7 @@ def test_whose_nan_it_is(make_data, untrained):
         return job.error
 
     assert ("the base model's own log-probs" in failed(np.nan)) == untrained
-    assert failed(-1.0, np.nan).endswith("it is the loss function")
+    assert failed(-1.0, np.nan).endswith("the cause is the loss function")
 
 
 def test_a_finished_job_goes_on(make_data):
