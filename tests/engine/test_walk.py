@@ -14,9 +14,10 @@ MOST = 25  # files that somebody has to open who follows a request
 COMPILED = {"step/unified.py", "step/ops.py", "step/head.py", "step/sample.py", "models/decoder.py"}
 """Traced when a bucket is compiled; a request runs what they became."""
 ASIDE = {
-    "values": "adapters/lora borrowed config delegate errors sampling_params serve/output serve/prompts token_ids",
+    "values": "adapters/lora borrowed config delegate errors models/spec sampling_params serve/output token_ids",
+    "forms of a prompt": "serve/prompts",
     "locks and pools": "fair_lock interrupts pool",
-    "looked up": "adapters/registry adapters/version serve/views",
+    "looked up": "adapters/pages adapters/registry adapters/targets adapters/version serve/views",
     "weighed against": "schedule/buckets schedule/choose schedule/deadlines schedule/fairness schedule/latency",
     "others in the same step": "schedule/training schedule/types serve/scoring train/runner",
 }

@@ -38,7 +38,7 @@ def numbers(world: World, change: Callable[[jax.Array], jax.Array]) -> tuple[dic
     while not passing.done:
         passing.run_backward_slice(world.functions, world.state)
     pack = [item.pages for item in items.train].index((1,))
-    row = [item.served.pages for item in items.decode].index((1,))
+    row = sorted(request.adapter_pages for request in items.decode).index((1,))  # as `pack_step` groups them
     logp, grads = np.asarray(out.train["logp"]).reshape(-1, PACK), jax.tree.map(np.asarray, world.state.grads)
     sampled = {name: np.asarray(a) for name, a in drawn.items()}
     own = {
