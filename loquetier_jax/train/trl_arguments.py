@@ -127,7 +127,7 @@ TRL_ARGUMENTS: dict[str, Rule] = {
     "save_only_model": only(False, why="a checkpoint holds the whole job; JobHandle.save writes the adapter alone"),
     "enable_jit_checkpoint": only(False, why="save_steps says when"),
     "do_predict": only(False, why="Engine.generate does"),
-    "resume_from_checkpoint": only(None, False, why="Engine.resume_job goes on with a checkpoint"),
-    "ignore_data_skip": only(False, why="a resumed job goes on where it was in its data"),
+    "resume_from_checkpoint": only(None, False, why="use Engine.resume_job to continue from a checkpoint"),
+    "ignore_data_skip": only(False, why="a resumed job always continues at its position in the data"),
     **dict.fromkeys(_WITHOUT_EFFECT, anything),
 }  # fmt: skip
