@@ -44,7 +44,7 @@ def run(case: Case, config: SmlmConfig) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    "config", [*(pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS[:3]), *CONFIGS[3:]], ids=range(len(CONFIGS))
+    "config", [*(pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS[:4]), *CONFIGS[4:]], ids=range(len(CONFIGS))
 )
 def test_every_configuration_is_the_formula(config: SmlmConfig) -> None:
     case = CASES["long"]()

@@ -37,7 +37,11 @@ def run(world, smlm: str, keep: tuple[str, ...], hidden_act: str) -> tuple[jax.A
 
 @pytest.mark.parametrize(
     ("hidden_act", "keep"),
-    [("silu", ("gate_up_proj",)), ("silu", ()), pytest.param("gelu", ("gate_up_proj",), marks=pytest.mark.slow)],
+    [
+        ("silu", ("gate_up_proj",)),
+        pytest.param("silu", (), marks=pytest.mark.slow),
+        pytest.param("gelu", ("gate_up_proj",), marks=pytest.mark.slow),
+    ],
 )
 def test_fused_or_not_the_mlp_is_the_same(world, keep: tuple[str, ...], hidden_act: str) -> None:
     want, want_kept = run(world, "xla", keep, hidden_act)

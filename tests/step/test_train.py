@@ -65,9 +65,8 @@ def test_two_packs_of_one_job_add_up_and_nobody_elses_pages_move(spec):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, world.state.pages), pages_before)
 
 
-@pytest.mark.parametrize(
-    "keep", [(), pytest.param(("attention",), marks=SLOW), pytest.param(("qkv_proj", "o_proj"), marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [(), ("attention",), ("qkv_proj", "o_proj")])
 def test_any_subset_of_kept_activations_gives_the_gradient(keep):
     spec = tiny_spec(num_hidden_layers=2, sliding_window=(None,) * 2)  # two: a layer's dX is seen in the one below
     world, full = make_world(spec, tiny_config(keep=keep)), make_world(spec)
