@@ -30,7 +30,7 @@ def shapes(tree):
 
 def check_residuals(world, functions):
     """What the forward keeps for the backward: rows of training alone, and nothing that the base is made of."""
-    out = functions.forward(MIXED).out_info[2]
+    _, out = functions.forward(MIXED).out_info
     names = {"x", *world.cfg.keep, *map(shrunk, world.spec.group_shapes)}
     assert all(set(kept) == names for kept in out.kept)
     residuals = shapes((out.kept, out.hidden, out.train))

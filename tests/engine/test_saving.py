@@ -1,14 +1,10 @@
 """A disk that takes its time: it is waited for by the job whose next save is due, and by nobody else."""
 
-import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from loquetier_jax.engine import Engine
@@ -211,40 +207,3 @@ def test_the_base_is_hashed_once_and_not_in_the_loop(make_engine: Callable[..., 
     closing.join(PATIENCE)
     assert not closing.is_alive() and job.status == "cancelled"
     assert 2 in saved(engine, tmp_path) and len(threads) == 1
-
-
-@pytest.mark.slow  # timing; test_a_save_that_takes_long_holds_up_its_job_alone shows the same without a clock
-def test_streams_do_not_feel_a_disk_that_takes_a_second(
-    tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No gap between two tokens of sixteen streams is longer than three steps, beside a job that always saves.
-
-    Another job trains all the time, so that a step is one that trains, too.
-    """
-
-    def slow(point: str) -> None:
-        if point == "before_commit":
-            time.sleep(1)
-
-    engine, ratios = tiny_engine, []
-    monkeypatch.setattr(engine.job_manager.saver, "store", partial(CheckpointStore, fault=slow))
-    finetune(engine, "warm", tmp_path / "warm", max_steps=1, save_steps=1).wait()
-    other = finetune(engine, "other", max_steps=10_000)
-    engine.start()
-    try:
-        for run in range(5):
-            job = finetune(engine, "job", tmp_path / str(run), max_steps=1000, save_steps=1)
-            engine.wait(lambda job=job: min(job.step, other.step) >= 1)
-            times: list[list[float]] = [[] for _ in range(16)]
-            streams = [
-                engine.submit(p, params=greedy(100), listener=lambda _, at=at: at.append(time.perf_counter()))
-                for p, at in zip(prompts(run, *[9] * 16), times, strict=True)
-            ]
-            engine.wait(lambda streams=streams: all(s.finished for s in streams))
-            gaps = np.concatenate([np.diff(at)[5:] for at in times])
-            ratios.append(float(gaps.max() / np.median(gaps)))
-            job.cancel()
-            engine.wait(lambda job=job: job.released)
-    finally:
-        engine.stop()
-    assert statistics.median(ratios) <= 3, ratios
