@@ -11,7 +11,7 @@ from typing import Protocol
 from loquetier_jax.errors import EngineError
 from loquetier_jax.fair_lock import FairLock
 from loquetier_jax.interrupts import uninterrupted
-from loquetier_jax.loop_thread import LoopThread
+from loquetier_jax.loop_thread import LoopThread, Signal
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +54,20 @@ class Driver:
         self._inbox: deque[Callable[[], None]] = deque()
         self._driving = threading.Lock()
         self._driver: int | None = None  # id of the thread inside an iteration
-        self._changed = threading.Condition()
-        self._changes = 0
+        self._changed = Signal()
         self._thread: LoopThread | None = None
         self._failure: BaseException | None = None
+        self._closer: int | None = None  # id of the thread that closes the engine
         self.closed = False
+
+    def begin_closing(self) -> bool:
+        """From now on calls of other threads raise EngineError; False if another one closes: it has done so then."""
+        with self.lock:
+            mine = self._closer is None
+            self._closer = threading.get_ident() if mine else self._closer
+        while not (mine or self.closed):
+            self._changed.wait(self._changed.count, 0.1)
+        return mine
 
     def close(self) -> None:
         """Marks the engine as closed; calls that need it raise EngineError from now on."""
@@ -79,7 +88,8 @@ class Driver:
             command: Short; must not raise.
         """
         self._inbox.append(command)
-        if self.lock.acquire(blocking=False):
+        # A thread that holds the lock may be in the middle of a decision: of a listener, or of a collected iterator.
+        if not self.lock.owned and self.lock.acquire(blocking=False):
             try:
                 self.empty_inbox()
             finally:
@@ -89,7 +99,11 @@ class Driver:
     def empty_inbox(self) -> None:
         """Runs the queued commands; the caller holds the lock."""
         while self._inbox:
-            self._inbox.popleft()()
+            command = self._inbox.popleft()
+            try:
+                command()
+            except Exception:  # a bug of the command, which must not end the loop for all others
+                log.exception("a command to the loop has failed")
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -105,9 +119,7 @@ class Driver:
 
     def notify(self) -> None:
         """Wakes the threads waiting for a change."""
-        with self._changed:
-            self._changes += 1
-            self._changed.notify_all()
+        self._changed.notify()
 
     # Iterations.
 
@@ -118,7 +130,7 @@ class Driver:
 
     def check_open(self) -> None:
         """Raises EngineError if the engine has been closed."""
-        if self.closed:
+        if self.closed or self._closer not in (None, threading.get_ident()):
             raise EngineError("engine: already closed; create a new one, e.g. with Engine.from_pretrained")
 
     def check_alive(self) -> None:
@@ -163,9 +175,9 @@ class Driver:
                             raise
                         self.check_alive()
             finally:
-                self._driver = None
                 with self.lock:
                     self.empty_inbox()
+                self._driver = None
                 self.notify()
 
     def _lose(self, error: BaseException) -> None:
@@ -176,7 +188,7 @@ class Driver:
             self._loop.fail(f"a step of the engine has failed: {error!r}")
 
     def _refuse_inside(self) -> None:
-        if self._driver == threading.get_ident():
+        if self._driver == threading.get_ident() or self.lock.owned:
             raise RuntimeError("engine: called from a listener, which may submit and cancel but not wait for steps")
 
     def wait(self, done: Callable[[], bool]) -> None:
@@ -187,15 +199,12 @@ class Driver:
             RuntimeError: there is no work left and `done()` is still false, or called from inside a step.
         """
         while True:
-            with self._changed:
-                seen = self._changes
+            seen = self._changed.count
             if done():
                 return
             self._refuse_inside()
             if self._thread is not None and self._thread.is_alive():  # it may end before threads that outlive main
-                with self._changed:
-                    if self._changes == seen:
-                        self._changed.wait(0.1)
+                self._changed.wait(seen, 0.1)
                 if self._failure is not None or self.closed:  # before done(), which a failure makes true as well
                     self.check_alive()
                 continue
@@ -209,6 +218,7 @@ class Driver:
 
     def start(self) -> None:
         """Runs the loop in its own thread until `stop`, the end of the process, or the driver is garbage-collected."""
+        self._refuse_inside()
         with self.entered():
             begins = self._thread is None
             if begins:
@@ -220,7 +230,7 @@ class Driver:
         """Ends the thread of `start`; queued work stays queued."""
         self._refuse_inside()
         if self._thread is not None:
-            self._thread.end(self.notify)
+            self._thread.end()
             self._thread = None
 
     def _seconds_to_rest(self) -> float:

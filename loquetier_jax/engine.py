@@ -193,20 +193,22 @@ class Engine:
         """
         driver, loop = self.driver, self.loop
         driver.stop()
-        if driver.closed:
+        if driver.closed or not driver.begin_closing():
             return
-        with driver.entered():
-            loop.serving.end_all("the engine was closed", loop.clock())
-            for device_job in loop.training.device_jobs.values():
-                if not device_job.job.finished:
-                    device_job.job.cancel()
         saver = self.job_manager.saver
-        while driver.failure is None and (driver.step() or saver.wait()):
-            pass
-        driver.close()
+        try:
+            with driver.entered():
+                loop.serving.end_all("the engine was closed", loop.clock())
+                for device_job in loop.training.device_jobs.values():
+                    if not device_job.job.finished:
+                        device_job.job.cancel()
+            while driver.failure is None and (driver.step() or saver.wait()):
+                pass
+        finally:
+            driver.close()
         self.compiler.wait()
         saver.wait()
-        for job in self.jobs.values():
+        for job in list(self.jobs.values()):
             job.settle()
         self.state.free()
 
@@ -218,7 +220,7 @@ class Engine:
 
     def __repr__(self) -> str:
         live = len(self.loop.serving.waiting) + len(self.loop.serving.running)
-        unfinished = sum(job.status not in FINISHED for job in self.jobs.values())
+        unfinished = sum(job.status not in FINISHED for job in list(self.jobs.values()))
         held = f"{len(self.adapters.names())} adapters, {unfinished} jobs under way, {live} requests"
         state = "closed" if self.driver.closed else "failed" if self.driver.failure is not None else held
         return f"<Engine {self.name!r}: {state}>"

@@ -14,6 +14,11 @@ class FairLock:
         self._owner: int | None = None
         self._depth = 0
 
+    @property
+    def owned(self) -> bool:
+        """Whether this thread holds the lock."""
+        return self._owner == threading.get_ident()
+
     def acquire(self, blocking: bool = True) -> bool:
         """Acquires the lock, or with blocking=False only if it is free. Returns whether it was acquired."""
         me = threading.get_ident()

@@ -22,6 +22,26 @@ class EngineThread(threading.Thread):
         super().__init__(target=run, name=name, daemon=False)
 
 
+class Signal:
+    """Tells that something has changed: a condition with a count, so that no change is missed before a wait."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self.count = 0
+
+    def notify(self) -> None:
+        """Wakes the threads that wait."""
+        with self._condition:
+            self.count += 1
+            self._condition.notify_all()
+
+    def wait(self, seen: int, seconds: float) -> None:
+        """Waits for a change after the one that was number `seen`, for at most so many seconds."""
+        with self._condition:
+            if self.count == seen:
+                self._condition.wait(seconds)
+
+
 class LoopThread(EngineThread):
     """Drives an engine's loop until `end`, a failed step, the end of the process, or the driver is garbage-collected.
 
@@ -33,9 +53,7 @@ class LoopThread(EngineThread):
         changed: Notified when there may be work.
     """
 
-    def __init__(
-        self, step: Callable[[], bool], seconds_to_rest: Callable[[], float], changed: threading.Condition
-    ) -> None:
+    def __init__(self, step: Callable[[], bool], seconds_to_rest: Callable[[], float], changed: Signal) -> None:
         super().__init__(None, "loquetier-loop")
         self._step, self._seconds, self._changed = WeakMethod(step), WeakMethod(seconds_to_rest), changed
         self._ending = False
@@ -62,21 +80,20 @@ class LoopThread(EngineThread):
 
     def _rest(self) -> bool:
         """Waits a while for work; False when the driver is gone."""
-        seconds_to_rest = self._seconds()
+        seen, seconds_to_rest = self._changed.count, self._seconds()
         if seconds_to_rest is None:
             return False
         seconds = seconds_to_rest()
         del seconds_to_rest
         self._resting.set()
-        with self._changed:
-            if not self._ending:
-                self._changed.wait(seconds)
+        if not self._ending:
+            self._changed.wait(seen, seconds)
         return True
 
-    def end(self, wake: Callable[[], None]) -> None:
+    def end(self) -> None:
         """Ends the thread between two steps; returns when it has ended."""
         self._ending = True
-        wake()
+        self._changed.notify()
         self.join()
 
 

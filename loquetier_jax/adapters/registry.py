@@ -109,13 +109,17 @@ class Registry:
         self._pinned.discard(name)
         self._forget_unused(version)
 
-    def hold(self, name: str, count: int = 1) -> Version:
-        """Holds the current version for `count` waiting requests: it stays alive but may be evicted; see `drop`.
+    def hold(self, which: str | Version, count: int = 1) -> Version:
+        """Holds a version for `count` waiting requests: it stays alive but may be evicted; see `drop`.
+
+        Args:
+            which: A name (its current version), or a living version.
+            count: Of how many.
 
         Raises:
-            AdapterError: unknown name.
+            AdapterError: unknown name, or a version that has been unloaded.
         """
-        version = self.get(name)
+        version = self._alive(which) if isinstance(which, Version) else self.get(which)
         version.holds += count
         return version
 
@@ -128,6 +132,8 @@ class Registry:
         if version.holds < 1:
             raise IntegrityError(f"version {version.id} of {version.name!r} is dropped, but is not held")
         version.holds -= 1
+        if not version.holds and version.pages is None:  # nobody is about to need it
+            version.prepared = None
         self._forget_unused(version)
 
     def acquire(self, which: str | Version) -> Version:

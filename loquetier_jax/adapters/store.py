@@ -52,9 +52,8 @@ class AdapterStore(Registry):
         self.pool = IdPool(range(1, num_pages), "adapter pages")
         self._max_pages = min(max_pages, num_pages - 1)
         self._cast = cast
-        self._residency = Residency(
-            spec, self.pool, self._versions, cast, write, max_host_adapters, self.is_pinned
-        )
+        parts = self.pool, self._versions, cast, write
+        self._residency = Residency(spec, *parts, max_host_adapters, self.is_pinned)
 
     def add(
         self,
@@ -172,7 +171,7 @@ class AdapterStore(Registry):
     def prepare(self, version: Version) -> None:
         """Reads a version that is not on the device and casts it to pages, ready to be written.
 
-        Called by the thread that submits a request, so that the loop need not do it. The caller must hold the version.
+        For the thread that submits a request, so that the loop need not. The caller must hold the version.
 
         Raises:
             AdapterError: its weights cannot be read.
@@ -183,6 +182,7 @@ class AdapterStore(Registry):
         with self.lock:
             if version.pages is None:
                 version.prepared = prepared
+            self._residency.trim_host()
 
     def num_reclaimable(self) -> int:
         """Number of pages that are free or belong to versions that may be evicted."""

@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from loquetier_jax.batch.rows import MAX_BANNED
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.driver import Driver
-from loquetier_jax.errors import RequestError
+from loquetier_jax.errors import AdapterError
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.sampling_params import SamplingParams, refuse
-from loquetier_jax.schedule.admission import decode_limit
-from loquetier_jax.serve.handle import RequestHandle
+from loquetier_jax.serve.fits import check_fits
+from loquetier_jax.serve.handle import Accepted, RequestHandle
 from loquetier_jax.serve.output import RequestOutput, StreamPiece
 from loquetier_jax.serve.prompts import one_each, prompts_of
 from loquetier_jax.serve.queue import Listener, RequestQueue
-from loquetier_jax.serve.request import Request, make_requests
+from loquetier_jax.serve.request import make_requests
 from loquetier_jax.serve.score_requests import ScoreRequests, prompt_logprobs
 from loquetier_jax.serve.scoring import ScoreTask, Scoring
 from loquetier_jax.serve.tokenizer import Prompt, encode_prompt, end_token_ids
@@ -81,7 +80,8 @@ class RequestFrontend:
             tools: JSON schemas of the functions that the model may call; only for chat messages.
             chat_template_kwargs: Extra template variables, e.g. {"enable_thinking": False}; only for chat messages.
             request_id: Caller-chosen id; must be unique among live requests.
-            listener: Called with every StreamPiece, in the thread that drives the loop.
+            listener: Called with every StreamPiece, in the thread that drives the loop, or that cancels the request. It
+                may submit and cancel, which take effect after it has returned.
 
         Raises:
             RequestError: a prompt that is too long or refused by the chat template, bad parameters, or an id in use.
@@ -97,10 +97,9 @@ class RequestFrontend:
         prompt = plain_prompt(prompt)
         ids = self._encode(prompt, **chat)
         with self._seeding:
-            handle, adds = self._accept(prompt, ids, adapter, params, request_id, listener)
-        self._queue.prepare(handle.requests)
-        self._driver.post(adds)
-        return handle
+            accepted = self._accept(prompt, ids, adapter, params, request_id, listener)
+        self._queue_all([accepted])
+        return accepted.handle
 
     def _encode(self, prompt: Prompt, **chat: Any) -> Sequence[int]:
         return encode_prompt(self.tokenizer, prompt, self.spec.vocab_size, **chat)
@@ -113,8 +112,8 @@ class RequestFrontend:
         params: SamplingParams,
         request_id: str | None = None,
         listener: Listener | None = None,
-    ) -> tuple[RequestHandle, Callable[[], None]]:
-        """(handle, command that queues the requests); a refused prompt consumes no seed."""
+    ) -> Accepted:
+        """Registers a prompt's requests; a refused prompt consumes no seed."""
         before = self.rng.bit_generator.state
         try:
             requests = make_requests(
@@ -129,21 +128,43 @@ class RequestFrontend:
                 tokenizer=self.tokenizer,
                 eos_token_ids=end_token_ids(self.tokenizer, self.spec.eos_token_ids, self.spec.vocab_size),
             )
-            self._check(requests)
+            check_fits(requests[0], self.cfg, self.spec, self._queue.kv, self._scores.rows)
             self._queue.announce(requests)
         except BaseException:
             self.rng.bit_generator.state = before
             raise
-        handle = RequestHandle(requests)
-        task = self._prompt_scores(handle, ids, adapter, params.prompt_logprobs)
+        accepted = Accepted(RequestHandle(requests), listener)
+        try:
+            accepted.scores = self._prompt_scores(accepted.handle, ids, params.prompt_logprobs)
+        except BaseException:
+            self._withdraw([accepted])
+            raise
+        return accepted
 
-        def adds() -> None:
-            if task is not None:
-                self._scoring.add(task)
-            for request in requests:
-                self._queue.add(request, listener)
+    def _queue_all(self, accepted: Sequence[Accepted]) -> None:
+        """Queues prompts in one command: no step runs between the first and the last."""
 
-        return handle, adds
+        def add() -> None:
+            for one in accepted:
+                if one.scores is not None:
+                    self._scoring.add(one.scores)
+                for request in one.handle.requests:
+                    self._queue.add(request, one.listener)
+
+        try:
+            for one in accepted:
+                self._queue.prepare(one.handle.requests)
+        except BaseException:  # Ctrl-C: reading adapters may take long
+            self._withdraw(accepted)
+            raise
+        self._driver.post(add)
+
+    def _withdraw(self, accepted: Sequence[Accepted]) -> None:
+        """Undoes `_accept` of prompts that are not queued after all."""
+        for one in accepted:
+            self._queue.withdraw(one.handle.requests)
+            if one.scores is not None and one.scores.packs:
+                one.scores.on_error(AdapterError("withdrawn"))
 
     @property
     def _room(self) -> int:
@@ -156,7 +177,7 @@ class RequestFrontend:
         return next(name for name in map("request-{}".format, self._ids) if not self._queue.is_live(name))
 
     def _prompt_scores(
-        self, handle: RequestHandle, ids: Sequence[int], adapter: str | None, count: int | None
+        self, handle: RequestHandle, ids: Sequence[int], count: int | None
     ) -> ScoreTask | None:
         """The task that fills in prompt_logprobs; None if they were not requested."""
         if count is None:
@@ -168,7 +189,8 @@ class RequestFrontend:
                 request.prompt_logprobs = result
 
         # If the adapter's weights cannot be read, the request itself ends with that error, so it is ignored here.
-        return self._scores.task([ids] if len(ids) > 1 else [], adapter, done, on_error=lambda error: None)
+        version = self._queue.version(handle.requests[0])
+        return self._scores.task([ids] if len(ids) > 1 else [], version, done, on_error=lambda error: None)
 
     def cancel(self, request_id: str) -> bool:
         """Ends all completions of a request before the next step is scheduled; returns whether any was live."""
@@ -227,22 +249,20 @@ class RequestFrontend:
         every: Sequence[SamplingParams | None],
         chat: Mapping[str, Any],
     ) -> list[RequestHandle]:
-        """Queues all prompts or none, in one command: no step runs between the first and the last."""
+        """Queues all prompts or none."""
         encoded = [self._encode(prompt, **chat) for prompt in prompts]
-        ready: list[tuple[RequestHandle, Callable[[], None]]] = []
+        accepted: list[Accepted] = []
         with self._seeding:
             before = self.rng.bit_generator.state
             try:
                 for prompt, ids, name, one in zip(prompts, encoded, adapters, every, strict=True):
-                    ready.append(self._accept(prompt, ids, name, one or SamplingParams()))
+                    accepted.append(self._accept(prompt, ids, name, one or SamplingParams()))
             except BaseException:
                 self.rng.bit_generator.state = before
-                self._queue.withdraw([r for handle, _ in ready for r in handle.requests])
+                self._withdraw(accepted)
                 raise
-        for handle, _ in ready:
-            self._queue.prepare(handle.requests)
-        self._driver.post(lambda: [adds() for _, adds in ready] and None)
-        return [handle for handle, _ in ready]
+        self._queue_all(accepted)
+        return [one.handle for one in accepted]
 
     def stream(
         self,
@@ -271,22 +291,3 @@ class RequestFrontend:
                     yield pieces.popleft()
         finally:
             self.cancel(handle.request_id)
-
-    def _check(self, requests: Sequence[Request]) -> None:
-        """Refuses requests that this engine cannot run, before anything is queued."""
-        request, cfg, params = requests[0], self.cfg, requests[0].params
-        pages, room = self._queue.kv.pages_for(request.num_tokens), self._queue.kv.num_pages
-        refuse(pages <= room, "prompt", f"{request.num_tokens} tokens with max_tokens ({pages} KV pages)", f"<= {room}")
-        params.check(
-            vocab_size=self.spec.vocab_size, max_logprobs=cfg.max_logprobs, max_logit_bias=cfg.max_logit_bias
-        )
-        held = len(request.stop_ids) if params.min_tokens else 0
-        refuse(held <= MAX_BANNED, "stop_token_ids", f"{held} ids with min_tokens", f"<= {MAX_BANNED}")
-        always = tuple(b for b in cfg.buckets if not b.packs)
-        expected = "prefill and decode rows in buckets without training packs"
-        refuse(decode_limit(always) > 0, "buckets", [b.name for b in always], expected)
-        if params.prompt_logprobs is not None and len(request.prompt_ids) - 1 > self._scores.rows:
-            raise RequestError(
-                f"prompt_logprobs: got a prompt of {len(request.prompt_ids)} tokens, expected at most "
-                f"{self._scores.rows + 1} (the largest score bucket)"
-            )

@@ -49,7 +49,8 @@ class RequestQueue:
         self._versions: dict[str, Version] = {}  # request id -> version, held while waiting, acquired while running
         self._live: dict[str, list[Request]] = {}  # request_id -> its live completions
         self._live_ids: set[str] = set()  # ids of all live completions
-        self._names = threading.Lock()  # guards the previous two, which other threads read
+        self._ended: str | None = None  # why no request can run any more
+        self._names = threading.RLock()  # guards the previous two, which other threads read
 
     def announce(self, requests: Sequence[Request]) -> None:
         """Registers the completions of one prompt: reserves their ids and holds their adapter version.
@@ -62,8 +63,8 @@ class RequestQueue:
         """
         first = requests[0]
         with self._names:
-            free = first.request_id not in self._live and not any(r.id in self._live_ids for r in requests)
-            free = free and first.request_id not in self._live_ids
+            names = (first.request_id, *(r.id for r in requests))
+            free = not any(name in self._live or name in self._live_ids for name in names)
             refuse(free, "request_id", first.request_id, "an id not used by a live request")
             if first.adapter is not None:
                 version = self.store.hold(first.adapter, len(requests))
@@ -90,9 +91,15 @@ class RequestQueue:
 
     def add(self, request: Request, listener: Listener | None = None) -> None:
         """Queues an announced request; `listener` is called with every StreamPiece."""
-        self.waiting[request.id] = request
+        if request.finished:  # cancelled before the loop has seen it
+            return
         if listener is not None:
             self.listeners[request.id] = listener
+        if self._ended is None:
+            self.waiting[request.id] = request
+            return
+        self._leave_queue(request)
+        self._tell(request, request.fail(self._ended, request.metrics.arrival_time))
 
     def is_live(self, name: str) -> bool:
         """Whether a live request or completion has this id. Thread-safe."""
@@ -153,34 +160,29 @@ class RequestQueue:
         return slot, kv_pages
 
     def _leave_queue(self, request: Request) -> None:
-        del self.waiting[request.id]
+        self.waiting.pop(request.id, None)
         self._end(request)
         self._drop(request)
 
     def _drop(self, request: Request) -> None:
-        version = self._versions.pop(request.id, None)
-        if version is not None:
+        if (version := self._versions.pop(request.id, None)) is not None:
             self.store.drop(version)
 
     def _end(self, request: Request) -> None:
         with self._names:
             self._live_ids.discard(request.id)
-            live = self._live[request.request_id]
-            live.remove(request)
+            live = self._live.get(request.request_id, [])
+            if request in live:
+                live.remove(request)
             if not live:
-                del self._live[request.request_id]
+                self._live.pop(request.request_id, None)
 
     def version(self, request: Request) -> Version | None:
         """The adapter version of a live request; None for the base."""
         return self._versions.get(request.id)
 
     def items(self, decode: Collection[str], prefill: Sequence[tuple[str, int]]) -> StepItems[Request]:
-        """The inference items of a scheduling decision.
-
-        Args:
-            decode: Ids of running requests that get their next token.
-            prefill: (id, number of prompt tokens) of running requests.
-        """
+        """Inference rows of a decision: `decode` get their next token, `prefill` so many tokens of their prompts."""
         return StepItems(
             prefill=[(self.running[name], count) for name, count in prefill],
             decode=[r for r in self.decoding() if r.id in decode],
@@ -258,8 +260,7 @@ class RequestQueue:
         self.kv.free(request.kv_pages, epoch)
         self.slots.give_back([request.slot], epoch)
         request.adapter_pages = ()
-        version = self._versions.pop(request.id, None)
-        if version is not None:
+        if (version := self._versions.pop(request.id, None)) is not None:
             self.store.release(version, epoch)
 
     def _tell(self, request: Request, piece: StreamPiece | None) -> None:
@@ -269,12 +270,13 @@ class RequestQueue:
                 listener(piece)
             except Exception:  # caller's code; the other requests of this step must still get their tokens
                 log.exception("the listener of request %s failed and will not be called again", request.id)
-                del self.listeners[request.id]
+                self.listeners.pop(request.id, None)
         if request.finished:
             self.listeners.pop(request.id, None)
 
     def fail_all(self, message: str, now: float) -> None:
-        """Ends every live request with an error, without returning its resources: the engine has failed."""
+        """Ends every request, later ones too, with an error; resources stay taken: the engine has failed."""
+        self._ended = message
         for request in [*self.waiting.values(), *self.running.values()]:
             self._tell(request, request.fail(message, now))
 
@@ -285,7 +287,7 @@ class RequestQueue:
             kept.clear()
 
     def complete(self, epoch: int) -> None:
-        """Records that all steps up to `epoch` have completed, so that their resources may be reused."""
+        """Lets the resources of all steps up to `epoch` be reused: they have completed."""
         self.kv.complete(epoch)
         self.slots.complete(epoch)
         self.store.complete(epoch)

@@ -134,9 +134,9 @@ class Request:
         if self.params.logprobs is not None:
             self.logprobs.append(self._logprobs_of(token, logprob, alternatives or (), rank))
         text = self._advance(token)
-        if self.finish_reason is not None:
-            self._close(now)
         self.text += text
+        if self.finish_reason is not None:  # last: a thread that polls `finished` then reads all of it
+            self._close(now)
         return StreamPiece(text, (token,), self.finish_reason, self.index)
 
     def _logprobs_of(

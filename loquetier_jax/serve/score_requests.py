@@ -89,11 +89,13 @@ class ScoreRequests:
     def task(
         self,
         sequences: Sequence[Sequence[int]],
-        adapter: str | None,
+        adapter: str | Version | None,
         on_done: Callable[[list[Scores]], None],
         on_error: Callable[[AdapterError], None],
     ) -> ScoreTask:
-        """A task that scores `sequences` under the current version of `adapter`; on_done gets one Scores per sequence.
+        """A task that scores `sequences` under the current version of `adapter`, or the version that it is.
+
+        on_done gets one Scores per sequence.
 
         on_error is called instead if the adapter's weights can no longer be read.
 
@@ -103,8 +105,10 @@ class ScoreRequests:
         """
         packs, places = pack_sequences(sequences, self.rows)
         version = None
-        if adapter is not None:  # a task without packs is never opened and would never drop the hold
-            version = self._store.hold(adapter) if packs else self._store.get(adapter)
+        if adapter is not None:
+            version = self._store.hold(adapter)
+            if not packs:  # such a task is never opened and would never drop the hold
+                self._store.drop(version)
 
         def done(scores: list[Scores]) -> None:
             if version is not None and packs:

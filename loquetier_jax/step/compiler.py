@@ -52,7 +52,7 @@ class BackgroundCompiler:
     @property
     def busy(self) -> bool:
         """Whether something is being compiled."""
-        return any(thread.is_alive() for thread in self._threads.values())
+        return any(thread.is_alive() for thread in list(self._threads.values()))
 
     def wait(self) -> None:
         """Waits until nothing is being compiled."""

@@ -265,7 +265,7 @@ class JobHandle:
         home, device_job = self._home, self.device_job
 
         def still() -> bool:
-            return device_job.saving is None and not home.runner.busy(self.name)
+            return device_job.saving is None and (self.released or not home.runner.busy(self.name))
 
         while True:
             home.driver.wait(still)

@@ -15,8 +15,8 @@ COMPILED = {"step/unified.py", "step/ops.py", "step/head.py", "step/sample.py", 
 """Traced when a bucket is compiled; a request runs what they became."""
 ASIDE = {
     "values": "adapters/lora borrowed config delegate errors models/spec sampling_params serve/output token_ids",
-    "forms of a prompt": "serve/prompts",
-    "locks and pools": "fair_lock interrupts pool",
+    "forms of a prompt, and whether it fits": "serve/fits serve/prompts",
+    "locks and pools": "fair_lock interrupts loop_thread pool",
     "looked up": "adapters/pages adapters/registry adapters/targets adapters/version serve/views",
     "weighed against": "schedule/buckets schedule/choose schedule/deadlines schedule/fairness schedule/latency",
     "others in the same step": "schedule/training schedule/types serve/scoring train/runner",
