@@ -14,8 +14,9 @@ from loquetier_jax.driver import Driver
 from loquetier_jax.errors import AdapterError
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.sampling_params import SamplingParams, refuse
+from loquetier_jax.serve.accepted import Accepted
 from loquetier_jax.serve.fits import check_fits
-from loquetier_jax.serve.handle import Accepted, RequestHandle
+from loquetier_jax.serve.handle import RequestHandle
 from loquetier_jax.serve.output import RequestOutput, StreamPiece
 from loquetier_jax.serve.prompts import one_each, prompts_of
 from loquetier_jax.serve.queue import Listener, RequestQueue

@@ -1,11 +1,9 @@
 """The caller's handle to a submitted prompt."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from loquetier_jax.serve.output import RequestOutput, StreamPiece
+from loquetier_jax.serve.output import RequestOutput
 from loquetier_jax.serve.request import Request, collect
-from loquetier_jax.serve.scoring import ScoreTask
 
 
 @dataclass
@@ -29,12 +27,3 @@ class RequestHandle:
     def output(self) -> RequestOutput:
         """The output so far."""
         return collect(self.requests)
-
-
-@dataclass
-class Accepted:
-    """A prompt whose requests are registered and not queued yet, and the task of its prompt log-probs, if any."""
-
-    handle: RequestHandle
-    listener: Callable[[StreamPiece], None] | None
-    scores: ScoreTask | None = None
