@@ -1,7 +1,8 @@
 """Engine configuration: frozen dataclasses that validate themselves on construction. Imports no jax."""
 
 import math
-from dataclasses import dataclass, field, fields
+import warnings
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from loquetier_jax.errors import ConfigError, short
@@ -69,6 +70,7 @@ class Bucket:
         prefill: Prompt rows, a multiple of BLOCK; every chunk starts on a block.
         chunks: Maximum number of prompt chunks (sequences) sharing the prefill rows.
         decode: Maximum number of sequences decoding one token each.
+        sampling: Deprecated, without effect: every bucket supports all sampling parameters.
     """
 
     packs: int = 0
@@ -78,10 +80,16 @@ class Bucket:
     prefill: int = 0
     chunks: int = 0
     decode: int = 0
+    sampling: InitVar[str | None] = None
 
     removed: ClassVar[dict[str, str]] = {"sampling": "every bucket supports all sampling parameters"}
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, sampling: str | None) -> None:
+        if sampling is not None:
+            known = ("greedy", "plain", "full")
+            require(sampling in known, "Bucket.sampling", sampling, f"none (deprecated; one of {known} has no effect)")
+            message = f"Bucket.sampling has no effect any more: {self.removed['sampling']}"
+            warnings.warn(message, DeprecationWarning, stacklevel=3)
         for name in ("packs", "pack_tokens", "score_packs", "score_tokens", "prefill", "chunks", "decode"):
             value = getattr(self, name)
             require(is_int(value) and value >= 0, f"Bucket.{name}", value, "an integer >= 0")

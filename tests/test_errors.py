@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loquetier_jax.adapters.lora import LoraConfig
-from loquetier_jax.config import EngineConfig
+from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.errors import ConfigError, DataError, LoquetierError, RequestError, short
 from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.tokenizer import encode_prompt
@@ -86,3 +86,12 @@ def test_columns_that_are_arrays_are_lists():
         parse_record({"text": "some", "tools": np.array([1, 2])} | {"prompt": "a", "completion": "b"}, "here")
     with pytest.raises(DataError, match="completion"):
         check_records([{"prompt": "a", "completion": np.array(["b", "c"])}])
+
+
+def test_a_bucket_that_says_how_it_samples_warns() -> None:
+    """Configurations in Python that were written for 0.1's first buckets still work."""
+    with pytest.warns(DeprecationWarning, match="sampling has no effect any more: every bucket supports all"):
+        old = Bucket(decode=8, sampling="full")
+    assert old == Bucket(decode=8) and old.name == "decode8"
+    with pytest.raises(ConfigError, match="sampling: got 'loud'"):
+        Bucket(decode=8, sampling="loud")
