@@ -30,6 +30,7 @@ def start_or_resume(engine: Engine, folder: Path) -> JobHandle:
     """What somebody does after a crash: resume if there is a checkpoint, else begin."""
     if CheckpointStore(folder / "checkpoints").committed():
         return engine.resume_job(folder, DATA, eval_data=HELD_OUT)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first save was written
     train = TrainConfig(
         max_steps=STEPS,
         pack_tokens=64,
