@@ -22,6 +22,8 @@ IDLE_S = 0.25  # poll interval, when idle, for the end of the engine or the proc
 class Drivable(Protocol):
     """What a Driver drives; `runtime.loop.Loop` is one."""
 
+    lock: FairLock
+
     def iterate(self) -> bool:
         """Runs one iteration, releasing the lock while the device works; returns whether there was work."""
 
@@ -43,14 +45,14 @@ class Driver:
     few milliseconds of host work, never for a step. `post` does not wait even for those.
 
     Args:
-        lock: The loop's lock.
+        loop: What is driven.
         background: Whether other threads are at work that the loop may be waiting for: a compile, a save.
     """
 
-    def __init__(self, lock: FairLock, background: Callable[[], bool]) -> None:
-        self.lock = lock
+    def __init__(self, loop: Drivable, background: Callable[[], bool]) -> None:
+        self.lock = loop.lock
         self._background = background
-        self._loop: Drivable | None = None
+        self._loop = loop
         self._inbox: deque[Callable[[], None]] = deque()
         self._driving = threading.Lock()
         self._driver: int | None = None  # id of the thread inside an iteration
@@ -74,10 +76,6 @@ class Driver:
         with self.lock:
             self.closed = True
         self.notify()
-
-    def drive(self, loop: Drivable) -> None:
-        """Sets the loop to drive; called once, before anything else."""
-        self._loop = loop
 
     # Commands.
 
@@ -149,9 +147,7 @@ class Driver:
         with self._iteration():
             with self.lock:
                 self.empty_inbox()
-            worked = self._loop.iterate()
-            with self.lock:
-                return worked or bool(self._inbox)
+            return self._loop.iterate() or bool(self._inbox)
 
     def drain(self) -> None:
         """Reads the results of everything dispatched, leaving the device idle. Raises what `step` raises."""

@@ -89,8 +89,7 @@ class Engine:
             max_host_adapters=cfg.max_host_adapters,
         )
         self.loop = self._new_loop(policy or PolicyConfig())
-        self.driver = Driver(self.loop.lock, lambda: self.compiler.busy or self.job_manager.saver.busy)
-        self.driver.drive(self.loop)
+        self.driver = Driver(self.loop, lambda: self.compiler.busy or self.job_manager.saver.busy)
         self._compose()
         compile_serving(self.functions, self.state, cfg, self.latency, progress)
 

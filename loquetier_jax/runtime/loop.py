@@ -88,8 +88,9 @@ class Loop:
         self.scoring.open()
         decision = decide(self.snapshot(), self.latency, self.policy)
         self.fairness = decision.fairness
-        admitted = [r for r in decision.admit if self._admit(self.serving.waiting[r])]
-        decision = replace(decision, prefill=self._admitted_only(decision, admitted))
+        refused = [r for r in decision.admit if not self._admit(self.serving.waiting[r])]
+        prefill = tuple((name, count) for name, count in decision.prefill if name not in refused)
+        decision = replace(decision, prefill=prefill)
         sent = self._dispatch(decision)
         # A failed admission is not progress, or a caller waiting for that request would wait forever.
         return sent, sent or any(r not in self.serving.waiting for r in decision.admit)
@@ -144,17 +145,14 @@ class Loop:
             self.state.admit(self.functions.admit(), request.slot, request.prompt_ids, self.cfg.max_model_len)
         return True
 
-    def _admitted_only(self, decision: Decision, admitted: list[str]) -> tuple[tuple[str, int], ...]:
-        refused = set(decision.admit) - set(admitted)
-        return tuple((name, count) for name, count in decision.prefill if name not in refused)
-
     def _dispatch(self, decision: Decision) -> bool:
         pending = Pending(self.epoch + 1, self.clock())
         self.epoch += 1  # this iteration may use anything released from here on
         if decision.bucket is not None and (
             decision.decode or decision.prefill or decision.packs or decision.score
         ):
-            self._forward(pending, decision)
+            items = self.serving.items(set(decision.decode), decision.prefill)
+            self._forward(pending, decision.bucket, items, decision.packs, decision.score)
         for quantum in decision.quanta:
             self._quantum(pending, quantum)
             pending.done = pending.done or self.training.close_pass()
@@ -164,12 +162,7 @@ class Loop:
         self._pending.append(pending)
         return True
 
-    def _forward(self, pending: Pending, decision: Decision) -> None:
-        """Dispatches one forward with all rows of the decision."""
-        items = self.serving.items(set(decision.decode), decision.prefill)
-        self._run_forward(pending, decision.bucket, items, decision.packs, decision.score)
-
-    def _run_forward(
+    def _forward(
         self,
         pending: Pending,
         bucket: Bucket,
@@ -177,6 +170,7 @@ class Loop:
         packs: tuple[str, ...],
         score: tuple[str, ...],
     ) -> None:
+        """Dispatches one forward: inference rows, the next packs of jobs, packs to score."""
         started = self.training.start_pass(packs, bucket.packs) if packs else None
         if started is not None:
             items.train = started.run.items
@@ -213,7 +207,7 @@ class Loop:
         """Dispatches one quantum: a piece of training or scoring without inference rows."""
         training = self.training
         if quantum.kind == "forward":
-            self._run_forward(pending, quantum.bucket, StepItems(), quantum.packs, quantum.score)
+            self._forward(pending, quantum.bucket, StepItems(), quantum.packs, quantum.score)
             return
         if quantum.kind == "optimizer":
             pending.optimizers = training.optimize(quantum.jobs, pending.epoch)

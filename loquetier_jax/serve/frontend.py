@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -115,8 +116,7 @@ class RequestFrontend:
         listener: Listener | None = None,
     ) -> Accepted:
         """Registers a prompt's requests; a refused prompt consumes no seed."""
-        before = self.rng.bit_generator.state
-        try:
+        with self._seeds_kept():
             requests = make_requests(
                 request_id or self._new_id(),
                 ids,
@@ -131,9 +131,6 @@ class RequestFrontend:
             )
             check_fits(requests[0], self.cfg, self.spec, self._queue.kv, self._scores.rows)
             self._queue.announce(requests)
-        except BaseException:
-            self.rng.bit_generator.state = before
-            raise
         accepted = Accepted(RequestHandle(requests), listener)
         try:
             accepted.scores = self._prompt_scores(accepted.handle, ids, params.prompt_logprobs)
@@ -141,6 +138,16 @@ class RequestFrontend:
             self._withdraw([accepted])
             raise
         return accepted
+
+    @contextmanager
+    def _seeds_kept(self) -> Iterator[None]:
+        """Returns seeds drawn inside if what they were drawn for is refused: later requests are not affected."""
+        before = self.rng.bit_generator.state
+        try:
+            yield
+        except BaseException:
+            self.rng.bit_generator.state = before
+            raise
 
     def _queue_all(self, accepted: Sequence[Accepted]) -> None:
         """Queues prompts in one command: no step runs between the first and the last."""
@@ -253,13 +260,11 @@ class RequestFrontend:
         """Queues all prompts or none."""
         encoded = [self._encode(prompt, **chat) for prompt in prompts]
         accepted: list[Accepted] = []
-        with self._seeding:
-            before = self.rng.bit_generator.state
+        with self._seeding, self._seeds_kept():
             try:
                 for prompt, ids, name, one in zip(prompts, encoded, adapters, every, strict=True):
                     accepted.append(self._accept(prompt, ids, name, one or SamplingParams()))
             except BaseException:
-                self.rng.bit_generator.state = before
                 self._withdraw(accepted)
                 raise
         self._queue_all(accepted)

@@ -129,8 +129,7 @@ class Nothing:
 
 def test_commands_run_in_order_and_under_the_lock() -> None:
     lock, seen = FairLock(), []
-    driver = Driver(lock, lambda: False)
-    driver.drive(Nothing(lock))
+    driver = Driver(Nothing(lock), lambda: False)
     other = threading.Thread(target=lambda: [driver.post(lambda i=i: seen.append(i)) for i in range(3)])
     with lock:  # they are left, and the thread that leaves them does not wait
         other.start()
@@ -142,8 +141,8 @@ def test_commands_run_in_order_and_under_the_lock() -> None:
 
 def test_what_is_left_for_an_idle_thread_wakes_it() -> None:
     lock, done = FairLock(), threading.Event()
-    driver, loop = Driver(lock, lambda: False), Nothing(lock)
-    driver.drive(loop)
+    loop = Nothing(lock)
+    driver = Driver(loop, lambda: False)
     driver.start()
     try:
         assert loop.asked.wait(LIMIT)
