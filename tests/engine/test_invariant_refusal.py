@@ -307,5 +307,5 @@ def test_a_page_freed_while_a_step_may_use_it_would_be_seen(engine, monkeypatch)
         free(self, pages, epoch)
 
     monkeypatch.setattr(KVPages, "free", eager)
-    with pytest.raises((IntegrityError, EngineError), match="KV pages|slots: got 0 in use"):
+    with pytest.raises((IntegrityError, EngineError), match=r"KV pages|slots: got 0 in use"):
         random_game(engine, 0, 40)
