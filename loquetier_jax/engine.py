@@ -13,6 +13,7 @@ from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.delegate import delegate
 from loquetier_jax.driver import Driver
+from loquetier_jax.executables import executables_in
 from loquetier_jax.models.load import load_hf
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.pool import IdPool
@@ -74,10 +75,11 @@ class Engine:
         name: str = "",
     ) -> None:
         enable_compilation_cache(cfg.compilation_cache_dir)
-        tell_of_broken_bits()
+        executables = executables_in(cfg.compilation_cache_dir)
+        tell_of_broken_bits(executables)
         self.spec, self.cfg, self.tokenizer, self.name = spec, cfg, tokenizer, name
-        self.state = new_state(spec, cfg, params)
-        self.functions = StepFunctions(spec, cfg, self.state)
+        self.state = new_state(spec, cfg, params, executables)
+        self.functions = StepFunctions(spec, cfg, self.state, executables)
         self.latency = LatencyModel()
         self.compiler = BackgroundCompiler()
         self.adapters = AdapterStore(
@@ -142,7 +144,7 @@ class Engine:
         if not isinstance(config, EngineConfig):
             config = engine_config(config or ("cpu" if jax.default_backend() == "cpu" else "gpu"))
         cfg = overridden(config, overrides)
-        spec, params = load_hf(path, jnp.dtype(cfg.dtype))
+        spec, params = load_hf(path, jnp.dtype(cfg.dtype), executables_in(cfg.compilation_cache_dir))
         cfg = fitted(cfg, spec.max_position_embeddings, asked="max_model_len" in overrides)
         return cls(spec, params, cfg, load_tokenizer(path), policy=policy, progress=progress, name=str(path))
 

@@ -6,7 +6,7 @@ fused output. The scaling is folded into B: the delta is the sum over an adapter
 never written.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -142,7 +142,9 @@ def take_pages(pages: AdapterPages, page_ids: Int[Array, " k"]) -> AdapterPages:
     return jax.tree.map(lambda leaf: leaf[page_ids], pages)
 
 
-def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages) -> AdapterPages:
+def write_pages(
+    pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages, write: Callable[..., AdapterPages] | None = None
+) -> AdapterPages:
     """Writes an adapter's pages into the device stacks in place; `pages` is donated, use the result instead.
 
     Writes one page per dispatch, with a traced id, so that one compile serves adapters of all shapes. Inside jit,
@@ -152,6 +154,7 @@ def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages)
         pages: Device stacks, donated.
         page_ids: Distinct, in 1 .. P-1.
         new: Leading axis len(page_ids); preferably numpy, as `pages_of` returns for host weights.
+        write: `write_page`, compiled for these shapes; None compiles it when it is first called.
 
     Raises:
         IntegrityError: invalid page ids; nothing is written.
@@ -162,7 +165,7 @@ def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages)
         raise IntegrityError(f"page_ids: got {ids}, expected {count} distinct ids between 1 and {total - 1}")
     for position, page_id in enumerate(ids):
         page = jax.tree.map(lambda leaf, at=position: leaf[at], new)
-        pages = write_page(pages, np.int32(page_id), page)
+        pages = (write or write_page)(pages, np.int32(page_id), page)
     return pages
 
 
@@ -173,6 +176,7 @@ def read_pages(pages: AdapterPages, page_ids: Sequence[int]) -> AdapterPages:
 
 @partial(jax.jit, donate_argnums=0)
 def write_page(pages: AdapterPages, page_id: Int[Array, ""], page: AdapterPages) -> AdapterPages:
+    """Writes one page, without a leading axis, at `page_id`; `pages` is donated."""
     return jax.tree.map(lambda old, one: old.at[page_id].set(one), pages, page)
 
 

@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,8 @@ from rich.progress import (
 
 from loquetier_jax.batch.rows import empty_batch, empty_sample, ravel
 from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.executables import NOWHERE, Executables, cache_folder
+from loquetier_jax.runtime.parallel import run_in_parallel
 from loquetier_jax.sampling_params import LEVELS, Level
 from loquetier_jax.schedule.latency import FORWARD, LatencyModel, sampler_run
 from loquetier_jax.step.compiled import StepFunctions
@@ -32,25 +33,30 @@ log = logging.getLogger(__name__)
 
 
 def enable_compilation_cache(folder: str | None) -> None:
-    """Enables the persistent XLA cache, so that a second start compiles nothing.
+    """Enables jax's compilation cache, for what is not in the store of executables beside it.
 
     Args:
         folder: Cache folder; "" leaves jax's setting alone, None is ~/.cache/loquetier_jax/xla.
     """
     if folder == "":
         return
-    path = Path(folder) if folder else Path.home() / ".cache" / "loquetier_jax" / "xla"
+    path = cache_folder(folder)
     path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", os.fspath(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@functools.cache
-def tell_of_broken_bits() -> None:
+def tell_of_broken_bits(executables: Executables = NOWHERE) -> None:
     """Warns once per process if rows are not bit-identical across batches (see `pallas_kernels.common.cpu_bits`)."""
-    if not cpu_bits.rows_keep_their_bits():
-        log.warning(cpu_bits.BROKEN)
+    if not cpu_bits.rows_keep_their_bits(executables.get):
+        warn_of_broken_bits()
+
+
+@functools.cache
+def warn_of_broken_bits() -> None:
+    """Warns once per process."""
+    log.warning(cpu_bits.BROKEN)
 
 
 def serving_first(buckets: Iterable[Bucket]) -> list[Bucket]:
@@ -61,9 +67,12 @@ def serving_first(buckets: Iterable[Bucket]) -> list[Bucket]:
 def compile_serving(
     functions: StepFunctions, state: DeviceState, cfg: EngineConfig, latency: LatencyModel, progress: bool
 ) -> None:
-    """Compiles and measures all samplers and all forwards without train rows; the engine can serve after that."""
+    """Compiles and measures all samplers and all forwards without train rows; the engine can serve after that.
+
+    Everything is compiled, or loaded, in parallel, and then measured one by one: nothing compiles meanwhile.
+    """
     buckets = [b for b in serving_first(cfg.buckets) if not b.packs]
-    sizes = cfg.sample_sizes
+    samplers = [(rows, level) for rows in cfg.sample_sizes for level in LEVELS]
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -71,19 +80,24 @@ def compile_serving(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
+    jobs = [
+        *(functools.partial(functions.forward, bucket) for bucket in reversed(buckets)),  # the longest ones first
+        *(functools.partial(functions.sampler, *sampler) for sampler in reversed(samplers)),
+        *(functools.partial(functions.page_writer, stack) for stack in ("pages", "grads")),
+        functions.admit,
+    ]
     with Progress(*columns, disable=not progress, transient=True) as bar:
-        task = bar.add_task("compiling", total=1 + len(buckets) + len(sizes))
-        functions.admit()
-        state.warm_page_writes()
-        bar.advance(task)
+        task = bar.add_task("compiling", total=len(jobs))
+        run_in_parallel(jobs, lambda: bar.advance(task))
+        task = bar.add_task("measuring", total=len(buckets) + len(samplers))
+        state.warm_page_writes(functions.page_writer("pages"), functions.page_writer("grads"))
         for bucket in buckets:
-            bar.update(task, description=f"compiling {bucket.name}")
+            bar.update(task, description=f"measuring {bucket.name}")
             measure_forward(functions, state, cfg, latency, bucket)
             bar.advance(task)
-        for rows in sizes:
-            bar.update(task, description=f"compiling samplers of {rows} rows")
-            for level in LEVELS:
-                measure_sampler(functions, state, cfg, latency, rows, level)
+        for rows, level in samplers:
+            bar.update(task, description=f"measuring samplers of {rows} rows")
+            measure_sampler(functions, state, cfg, latency, rows, level)
             bar.advance(task)
 
 

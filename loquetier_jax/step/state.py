@@ -1,7 +1,7 @@
 """The device arrays of an engine, each with exactly one owner, and all code that writes them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from loquetier_jax.adapters.lora import LoraWeights
-from loquetier_jax.adapters.pages import AdapterPages, write_pages
+from loquetier_jax.adapters.pages import AdapterPages, write_page, write_pages
 from loquetier_jax.config import EngineConfig
+from loquetier_jax.executables import NOWHERE, Executables
 from loquetier_jax.models.decoder import Params
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.compile_key import compile_key
 from loquetier_jax.step.kv_cache import KVCache
 from loquetier_jax.step.sample import SlotState, empty_slots
 from loquetier_jax.step.unified import ForwardOut, Kept
@@ -33,6 +35,7 @@ class DeviceState:
         grads: The gradient pool, TP + 1 pages, f32; page 0 is trash.
         kv: KV cache per layer; page 0 is trash.
         slots: Per-request state, see SlotState.
+        page_writer, gradient_writer: `adapters.pages.write_page` for `pages` and for `grads`, compiled or not.
     """
 
     params: Params
@@ -40,6 +43,8 @@ class DeviceState:
     grads: AdapterPages
     kv: list[KVCache]
     slots: SlotState
+    page_writer: Callable[..., Any] = field(default=write_page, metadata={"static": True}, repr=False)
+    gradient_writer: Callable[..., Any] = field(default=write_page, metadata={"static": True}, repr=False)
 
     def free(self) -> None:
         """Drops all arrays; no other method may be called afterwards."""
@@ -84,14 +89,21 @@ class DeviceState:
 
     def write_adapter(self, page_ids: Sequence[int], pages: AdapterPages) -> None:
         """Writes an adapter's pages in place; see `adapters.pages.write_pages` for arguments and errors."""
-        self.pages = write_pages(self.pages, page_ids, pages)
+        self.pages = write_pages(self.pages, page_ids, pages, self.page_writer)
 
     def write_gradients(self, page_ids: Sequence[int], grads: AdapterPages) -> None:
         """Writes f32 accumulators into pages of the gradient pool in place; otherwise like `write_adapter`."""
-        self.grads = write_pages(self.grads, page_ids, grads)
+        self.grads = write_pages(self.grads, page_ids, grads, self.gradient_writer)
 
-    def warm_page_writes(self) -> None:
-        """Compiles page writes ahead of time, by writing zeros to page 1 of each stack, which must still be zeros."""
+    def warm_page_writes(self, page_writer: Callable[..., Any], gradient_writer: Callable[..., Any]) -> None:
+        """Uses compiled page writes from now on.
+
+        Loads them by writing zeros to page 1 of each stack, which must still be zeros.
+
+        Args:
+            page_writer, gradient_writer: `StepFunctions.page_writer` of "pages" and "grads".
+        """
+        self.page_writer, self.gradient_writer = page_writer, gradient_writer
         zeros = [jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), p) for p in (self.pages, self.grads)]
         self.write_adapter((1,), zeros[0])
         self.write_gradients((1,), zeros[1])
@@ -148,16 +160,28 @@ class DeviceState:
         return master, opt_state, metrics
 
 
-def new_state(spec: DecoderSpec, cfg: EngineConfig, params: Params) -> DeviceState:
-    """Allocates the state of an engine; `params` is kept by reference."""
+def new_state(
+    spec: DecoderSpec, cfg: EngineConfig, params: Params, executables: Executables = NOWHERE
+) -> DeviceState:
+    """Allocates the state of an engine; `params` is kept by reference.
+
+    Args:
+        spec, cfg, params: The engine's.
+        executables: Where the function is kept that makes the zeros, hundreds of arrays;
+    """
     dtype = jnp.dtype(cfg.dtype)
-    return DeviceState(
-        params=params,
-        pages=AdapterPages.empty(spec, cfg.adapter_pages, dtype),
-        grads=AdapterPages.empty(spec, cfg.train_pages + 1, jnp.float32),
-        kv=[KVCache.empty(spec, cfg, dtype) for _ in range(spec.num_hidden_layers)],
-        slots=empty_slots(cfg.max_num_seqs, spec.vocab_size),
-    )
+
+    def zeros() -> dict[str, Any]:
+        return {
+            "pages": AdapterPages.empty(spec, cfg.adapter_pages, dtype),
+            "grads": AdapterPages.empty(spec, cfg.train_pages + 1, jnp.float32),
+            "kv": [KVCache.empty(spec, cfg, dtype) for _ in range(spec.num_hidden_layers)],
+            "slots": empty_slots(cfg.max_num_seqs, spec.vocab_size),
+        }
+
+    key = ("zeros", compile_key(spec, cfg))
+    make = executables.get(key, lambda: (jax.jit(zeros).lower(), {}))
+    return DeviceState(params=params, **make())
 
 
 def head_params(params: Params) -> Params:

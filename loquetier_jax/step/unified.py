@@ -96,7 +96,7 @@ def jit_unified_step(
         batch = unravel(template, flat)
         return unified_step(spec, cfg, bucket, use_dropout, params, pages, kv, last_token, batch)
 
-    return jax.jit(unified_step_of_buffer, donate_argnums=(2,))
+    return jax.jit(unified_step_of_buffer, donate_argnums=(2,), keep_unused=True)
 
 
 def tokens_of(batch: SegmentBatch, last_token: Int[Array, " S"]) -> Int[Array, " T"]:
