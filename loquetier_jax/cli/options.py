@@ -1,9 +1,11 @@
 """Options shared by several commands: engine, KEY=VALUE settings, adapters, consoles."""
 
 import argparse
+import gc
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +133,20 @@ def check_adapters(adapters: Sequence[tuple[str, Path | None]]) -> None:
         paths[name] = path
 
 
+@contextmanager
+def forever() -> Iterator[None]:
+    """What is made inside is taken to stay until the process ends.
+
+    For imports: the collector would walk hundreds of thousands of objects again and again, the last time at the exit.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def build_engine(args: argparse.Namespace, console: Console, cfg: EngineConfig | None = None) -> "Engine":
     """Loads the model and compiles the serving buckets; prints the time it took on `console`.
 
@@ -147,7 +163,8 @@ def build_engine(args: argparse.Namespace, console: Console, cfg: EngineConfig |
     path = model_path(args.model)
     check_adapters(getattr(args, "adapter", ()))
     start = time.perf_counter()
-    from loquetier_jax.engine import Engine  # late: jax and transformers take seconds to import
+    with forever():
+        from loquetier_jax.engine import Engine  # late: jax and transformers take seconds to import
 
     fixed = {}
     if cfg is None:

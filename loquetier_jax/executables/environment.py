@@ -16,7 +16,7 @@ import numpy as np
 PACKAGES = ("loquetier_jax", "pallas_kernels")
 """Whose source decides what is traced."""
 
-DISTRIBUTIONS = re.compile(r"(jax|nvidia|optax|flax|ml_dtypes)[^/]*\.dist-info", re.IGNORECASE)
+DISTRIBUTIONS = re.compile(r"(jax|nvidia|optax|ml_dtypes)[^/]*\.dist-info", re.IGNORECASE)
 """Installed wheels that trace, compile, or are called by compiled code (cuDNN, cuBLAS, ptxas)."""
 
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "TENSORFLOW_USE_CUSTOM_CONTRACTION_KERNEL")

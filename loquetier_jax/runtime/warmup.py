@@ -31,6 +31,8 @@ from pallas_kernels.common import cpu_bits
 
 log = logging.getLogger(__name__)
 
+ENOUGH_MS = 100.0
+
 
 def enable_compilation_cache(folder: str | None) -> None:
     """Enables jax's compilation cache, for what is not in the store of executables beside it.
@@ -134,10 +136,15 @@ def measure_sampler(
 
 
 def _times(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Milliseconds until the results of each call are ready, excluding the first, which loads the executable."""
-    times = []
-    for _ in range(repeats + 1):
+    """Milliseconds until the results of each call are ready, excluding the first on a GPU, where it loads code.
+
+    At most `repeats`; no more once they have taken ENOUGH_MS in all, because long runs vary little.
+    """
+    if jax.default_backend() != "cpu":
+        jax.block_until_ready(call())
+    times: list[float] = []
+    while len(times) < repeats and sum(times) < ENOUGH_MS:
         start = time.perf_counter()
         jax.block_until_ready(call())
         times.append(1e3 * (time.perf_counter() - start))
-    return times[1:]
+    return times

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from loquetier_jax import struct
 from loquetier_jax.adapters.pages import AdapterPages
 from loquetier_jax.batch.rows import SegmentBatch, empty_batch, positions_of, shapes_of, unravel
 from loquetier_jax.config import Bucket, EngineConfig
@@ -21,7 +21,7 @@ Kept = list[dict[str, Array]]
 """Per layer, for the train rows: {"x": [G * L, D], its input; every group's S; the names in `cfg.keep`}."""
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class ForwardOut:
     """The result of a forward, besides the KV cache. Hidden states are final ones, before the norm.
 
