@@ -40,7 +40,6 @@ MAX_BYTES = 4 << 30  # about a hundred sets of a large model's functions
 MAX_AGE_S = 30 * 24 * 3600.0
 
 MAGIC = b"loquetier executable 1\n"
-CACHE_HITS = "/jax/compilation_cache/cache_hits"
 
 
 class DamagedError(Exception):
@@ -109,7 +108,7 @@ class Executables:
         if content is None:
             return None
         name = content.decode("ascii", "replace")
-        if len(name) == len(alias) - len(".key") + len(".executable") and name.endswith(".executable"):
+        if re.fullmatch(r"[0-9a-f]{64}\.executable", name):
             return name
         self._report(alias, DamagedError("not the name of a program"))
         return None
@@ -119,24 +118,24 @@ class Executables:
         if content is None:
             return None
         try:
-            parts = pickle.loads(_unsealed(name, content))
+            parts = pickle.loads(unsealed(name, content))
             return serialize_executable.deserialize_and_load(*parts, execution_devices=[default_device()])
         except Exception as error:  # of pickle, jax or XLA, which have one for every kind of damage
             self._report(name, error)
             return None
 
     def _compile(self, name: str, lowered: jax.stages.Lowered, options: dict[str, Any]) -> Callable[..., Any]:
-        before = _hits.count
-        compiled = lowered.compile(options)
-        if _hits.count > before:
-            # XLA cannot write again what it has read: on a CPU the copy has lost its code, and fails when it is called.
-            compiled = lowered.compile(options | _unheard_of())
+        compiled, fresh = compiled_afresh(lowered, options)
+        if not fresh:
+            compiled, fresh = compiled_afresh(lowered, options | _unheard_of())
         try:
+            if not fresh:
+                raise ValueError("jax does not say whether it compiled it")
             content = pickle.dumps(serialize_executable.serialize(compiled))
         except (ValueError, TypeError, NotImplementedError, pickle.PicklingError, jax.errors.JaxRuntimeError) as error:
             log.info("a compiled function cannot be kept on disk: %s", error)
         else:
-            self._write(name, _sealed(name, content))
+            self._write(name, sealed(name, content))
         return compiled
 
     def _read(self, name: str) -> bytes | None:
@@ -195,41 +194,65 @@ def _digest(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def _sealed(name: str, content: bytes) -> bytes:
+def sealed(name: str, content: bytes) -> bytes:
+    """A program's file: `content` with its name and checksum before it."""
     return MAGIC + name.encode() + hashlib.sha256(content).digest() + content
 
 
-def _unsealed(name: str, sealed: bytes) -> bytes:
+def unsealed(name: str, file: bytes) -> bytes:
+    """The content of a program's file.
+
+    Raises:
+        DamagedError: it is not the file that was written under this name.
+    """
     head = MAGIC + name.encode()
-    if not sealed.startswith(head):
+    if not file.startswith(head):
         raise DamagedError("not the program of this name")
-    checksum, content = sealed[len(head) : len(head) + 32], sealed[len(head) + 32 :]
+    checksum, content = file[len(head) : len(head) + 32], file[len(head) + 32 :]
     if hashlib.sha256(content).digest() != checksum:
         raise DamagedError("wrong checksum")
     return content
 
 
+def compiled_afresh(lowered: jax.stages.Lowered, options: dict[str, Any]) -> tuple[jax.stages.Compiled, bool]:
+    """The compiled function, and whether XLA has compiled it just now, in this thread.
+
+    Else it comes from jax's compilation cache on disk, or from this process, which may have it from there. XLA cannot
+    write again what it has read: on a CPU the copy is without its code, loads, and fails when it is called.
+    """
+    before = _seen.compiles, _seen.hits
+    compiled = lowered.compile(options)
+    return compiled, _seen.compiles > before[0] and _seen.hits == before[1]
+
+
 def _unheard_of() -> dict[str, str]:
-    """An option without effect that jax's compilation cache has never seen: no pass of XLA has such a name."""
-    given = [flag.split("=", 1)[1] for flag in os.environ.get("XLA_FLAGS", "").split() if flag.startswith(PASSES)]
+    """An option without effect that makes a program new to every cache: no pass of XLA has such a name."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    given = [flag.removeprefix(PASSES) for flag in flags if flag.startswith(PASSES)]
     return {PASSES.strip("-="): ",".join([*given[-1:], f"no-such-pass-{uuid.uuid4().hex}"])}
 
 
 PASSES = "--xla_disable_hlo_passes="
 
 
-class _Hits(threading.local):
-    """Number of programs that this thread took from jax's compilation cache."""
+class _Seen(threading.local):
+    """What jax has told this thread: how often it got a program from XLA, and how often it was one from disk."""
 
-    count = 0
-
-
-_hits = _Hits()
+    compiles = hits = 0
 
 
-def _count(event: str, **_: Any) -> None:
-    if event == CACHE_HITS:
-        _hits.count += 1
+_seen = _Seen()
 
 
-jax.monitoring.register_event_listener(_count)
+def _on_event(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _seen.hits += 1
+
+
+def _on_duration(event: str, seconds: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _seen.compiles += 1
+
+
+jax.monitoring.register_event_listener(_on_event)
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
