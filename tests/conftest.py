@@ -39,7 +39,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 TESTS = Path(__file__).parent
-PLAIN = {TESTS / folder for folder in ("adapters", "train", "kernels", "models", "step")}
+PLAIN = {TESTS / folder for folder in ("adapters", "executables", "train", "kernels", "models", "step")}
 """Where most time goes into compiling what no user runs: references, kernels in interpret mode."""
 PARITY = {"test_parity_families", "test_parity_peft", "test_parity_training"}
 EMBEDDED = {"test_examples", "test_demo"}

@@ -1,6 +1,7 @@
 """Runs jobs in a few threads, as compiling wants it: XLA works without the interpreter lock, tracing does not."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
@@ -29,9 +30,17 @@ def run_in_parallel(jobs: Sequence[Callable[[], Any]], finished: Callable[[], No
     threads = threads or min(MOST_THREADS, _cores())
     device, precision = jax.config.jax_default_device, jax.config.jax_default_matmul_precision
 
+    ended = threading.Event()
+
     def run(job: Callable[[], Any]) -> None:
-        with jax.default_device(device), jax.default_matmul_precision(precision):
-            job()
+        if ended.is_set():
+            return
+        try:
+            with jax.default_device(device), jax.default_matmul_precision(precision):
+                job()
+        except BaseException:
+            ended.set()
+            raise
 
     with ThreadPoolExecutor(max(1, min(threads, len(jobs))), "compile") as pool:
         futures: list[Future[None]] = [pool.submit(run, job) for job in jobs]
@@ -40,8 +49,7 @@ def run_in_parallel(jobs: Sequence[Callable[[], Any]], finished: Callable[[], No
                 future.result()
                 finished()
         finally:
-            for future in futures:
-                future.cancel()
+            ended.set()
 
 
 def _cores() -> int:
