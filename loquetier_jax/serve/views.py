@@ -16,6 +16,7 @@ def decoding(request: Request, expected: float) -> Decoding:
         num_output=request.num_dispatched,
         remaining=request.params.max_tokens - request.num_dispatched,
         pages=len(request.kv_pages),
+        context=len(request.prompt_ids) + request.num_dispatched,
     )
 
 
@@ -26,6 +27,7 @@ def prefilling(request: Request) -> Prefilling:
         adapter=request.adapter or "",
         arrival=request.metrics.arrival_time,
         remaining=request.num_remaining,
+        done=request.num_prefilled,
     )
 
 
