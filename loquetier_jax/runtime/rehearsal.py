@@ -24,7 +24,7 @@ class Understudy:
 
     slot: int
     adapter_pages: AdapterPages
-    kv_pages: Sequence[int]
+    kv_pages: tuple[int, ...]
     prompt_ids: Sequence[int]
     num_prefilled: int
     num_dispatched: int
@@ -46,7 +46,7 @@ def prompt_chunk(cfg: EngineConfig, index: int, start: int, tokens: int) -> tupl
 
 def _understudy(cfg: EngineConfig, index: int, prompt: np.ndarray, prefilled: int, dispatched: int) -> Understudy:
     per, total = -(-(len(prompt) + 1) // cfg.kv_page_size), cfg.kv_pages - 1
-    kv_pages = [1 + (index * per + j) % total for j in range(per)]
+    kv_pages = tuple(1 + (index * per + j) % total for j in range(per))
     adapters = min(ADAPTERS, cfg.adapter_pages - 1)
     pages = (1 + index % adapters,) if adapters else ()
     return Understudy(cfg.max_num_seqs, pages, kv_pages, prompt, prefilled, dispatched)
