@@ -1,6 +1,7 @@
 """Chooses among compiled buckets: the cheapest that covers a needed shape."""
 
 import functools
+from collections.abc import Sequence
 
 from loquetier_jax.config import BLOCK, Bucket
 from loquetier_jax.schedule.latency import (
@@ -43,6 +44,12 @@ def forward_late(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, read
     """Milliseconds by which one in a hundred exceeds `forward_ms`."""
     samplers = sum(s.late for s in snapshot.samplers if s.rows == bucket.samples)
     return latency.late(*_forward_key(bucket), reads) + samplers
+
+
+def prefill_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Buckets with prefill rows and no train or score rows, or all with prefill rows if there are none."""
+    able = [b for b in buckets if b.prefill]
+    return [b for b in able if not b.packs and not b.score_packs] or able
 
 
 def decode_reads(snapshot: Snapshot) -> Reads:
