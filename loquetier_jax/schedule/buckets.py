@@ -57,6 +57,11 @@ def decode_reads(snapshot: Snapshot) -> Reads:
     return Reads(kv_tokens=sum(r.context for r in snapshot.running))
 
 
+def decode_context(snapshot: Snapshot) -> int:
+    """Most tokens that a running request's next row attends to; 0 if none runs."""
+    return max((r.context for r in snapshot.running), default=0)
+
+
 def cheapest(snapshot: Snapshot, need: Bucket, latency: LatencyModel) -> Bucket | None:
     """The fastest bucket that covers `need`, the smallest among equals; None if none covers it."""
     able = _covering(snapshot.buckets, need)
@@ -64,11 +69,11 @@ def cheapest(snapshot: Snapshot, need: Bucket, latency: LatencyModel) -> Bucket 
 
 
 @functools.lru_cache(maxsize=4096)
-def serving_need(decode: int, prefill: int = 0, chunks: int = 0) -> Bucket | None:
-    """The shape of a step with only inference rows; None if there are none."""
+def serving_need(decode: int, prefill: int = 0, chunks: int = 0, context: int = 1) -> Bucket | None:
+    """The shape of a step with only inference rows, which attend to `context` tokens; None if there are none."""
     if not decode and not prefill:
         return None
-    return Bucket(decode=decode, prefill=prefill, chunks=chunks)
+    return Bucket(decode=decode, prefill=prefill, chunks=chunks, context=max(1, context))
 
 
 @functools.lru_cache(maxsize=1024)

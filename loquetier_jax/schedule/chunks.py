@@ -52,6 +52,7 @@ class PrefillBuilder:
         prefill: (id, tokens) in order.
         finishing: Requests whose prompt ends in this step.
         pairs: As in Reads.
+        context: Most tokens that a row attends to.
         long: Whether one of them is long.
         share: Prompt tokens served per adapter, including this step.
         admission: Room left, and admitted requests.
@@ -80,11 +81,12 @@ class PrefillBuilder:
         for candidate in (*snapshot.prefilling, *snapshot.waiting):
             if not (without_long and is_long(candidate, rows)):
                 self._queues.setdefault(candidate.adapter, deque()).append(candidate)
-        self._step_rows, self._most_pairs = rows, most_pairs
+        self._step_rows, self._most_pairs, self._bucket = rows, most_pairs, bucket
         self._rows = bucket.prefill
         self.prefill: list[tuple[str, int]] = []
         self.finishing: list[str] = []
         self.pairs = 0
+        self.context = 0
         self.long = False
         self.share = FairShare(snapshot.fairness.adapters, self._queues)
         self.admission = Admission(snapshot, max_overtakes)
@@ -103,15 +105,18 @@ class PrefillBuilder:
         waits = isinstance(candidate, Waiting)
         left, start = (candidate.prompt_tokens, 0) if waits else (candidate.remaining, candidate.done)
         tokens = min(left, self._rows)
+        if not self._bucket.holds(start + tokens):
+            tokens = (self._bucket.context - start) // BLOCK * BLOCK
         if self.pairs + chunk_pairs(start, tokens) > self._most_pairs:
             tokens = min(tokens, int(affordable(start, self._most_pairs - self.pairs)))
-        if not tokens:
+        if tokens <= 0:
             return False
         if waits:
             self.admission.take(candidate)
         self._rows -= blocks(tokens)
         self.prefill.append((candidate.id, tokens))
         self.pairs += chunk_pairs(start, tokens)
+        self.context = max(self.context, start + tokens)
         self.long |= is_long(candidate, self._step_rows)
         self.share.charge(candidate.adapter, tokens)
         if tokens == left:
@@ -120,7 +125,9 @@ class PrefillBuilder:
         return True
 
     def _can_go_on(self, candidate: Candidate) -> bool:
-        return isinstance(candidate, Prefilling) or self.admission.fits(candidate)
+        if isinstance(candidate, Prefilling):
+            return self._bucket.holds(candidate.done + min(candidate.remaining, BLOCK))
+        return self.admission.fits(candidate)
 
     def _note_heads(self) -> None:
         """Shows admission the first waiting request of every adapter, so that those without room count as overtaken."""

@@ -9,6 +9,7 @@ from loquetier_jax.errors import CapacityError
 from loquetier_jax.schedule.buckets import (
     blocks,
     cheapest,
+    decode_context,
     decode_reads,
     forward_late,
     forward_ms,
@@ -31,6 +32,7 @@ class Plan:
         finishing: Requests whose prompt ends in this step, and which get their first token.
         bucket: The cheapest bucket that covers the rows; None without rows.
         reads: What their attention reads.
+        context: Most tokens that one of them attends to.
         ms: Its predicted time.
         late: Milliseconds by which one such forward in a hundred exceeds the prediction.
         share: Prompt tokens served per adapter, after this step.
@@ -44,6 +46,7 @@ class Plan:
     finishing: tuple[str, ...] = ()
     bucket: Bucket | None = None
     reads: Reads = NOTHING
+    context: int = 0
     ms: float = 0.0
     late: float = 0.0
     share: dict[str, float] = field(default_factory=dict)
@@ -63,7 +66,7 @@ class Plan:
     def need(self) -> Bucket | None:
         """The shape of the rows."""
         rows = sum(blocks(tokens) for _, tokens in self.prefill)
-        return serving_need(len(self.decode), rows, len(self.prefill))
+        return serving_need(len(self.decode), rows, len(self.prefill), self.context)
 
 
 def plan_inference(
@@ -111,7 +114,7 @@ def _plan_prompts(
     without_long: bool,
 ) -> Plan:
     able = prefill_buckets(snapshot.buckets)
-    mixed = [b for b in able if b.decode >= len(snapshot.running)]
+    mixed = [b for b in able if b.decode >= len(snapshot.running) and b.holds(decode_only.context)]
     waits = snapshot.fairness.prefill_waits
     headroom = math.inf if decode_only.ms > first_gap_ms(snapshot.slo) else step_headroom(snapshot)
     base, usable = decode_only, mixed
@@ -121,8 +124,9 @@ def _plan_prompts(
         headroom -= decode_only.ms  # the decodes run after it
 
     def plans(limit: Callable[[Bucket], float]) -> list[Plan]:
-        found = [_fill(snapshot, b, latency, base, max_overtakes, without_long, limit(b)) for b in usable]
-        return [plan for plan in found if plan.prefill]
+        return _serving_the_first(
+            [(b, _fill(snapshot, b, latency, base, max_overtakes, without_long, limit(b))) for b in usable]
+        )
 
     in_time = [p for p in plans(lambda b: _most_pairs(snapshot, b, latency, base, headroom)) if p.ms <= headroom]
     if in_time:
@@ -131,6 +135,13 @@ def _plan_prompts(
     if late and (not snapshot.running or waits >= max_prefill_waits):
         return min(late, key=lambda p: p.ms)
     return replace(decode_only, prefill_waits=waits + 1) if late or not mixed else replace(decode_only)
+
+
+def _serving_the_first(plans: list[tuple[Bucket, Plan]]) -> list[Plan]:
+    """The plans with prompts; without those that pass over the first in fair order, as its context exceeds theirs."""
+    first = next((plan.prefill[0][0] for bucket, plan in plans if plan.prefill and not bucket.context), None)
+    able = [plan for _, plan in plans if plan.prefill]
+    return [plan for plan in able if any(name == first for name, _ in plan.prefill)] or able
 
 
 def _most_pairs(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan, headroom: float) -> float:
@@ -154,7 +165,7 @@ def _decode_plan(snapshot: Snapshot, latency: LatencyModel) -> Plan:
         overtaken={i: n for i, n in snapshot.fairness.overtaken.items() if i in waiting},
     )
     if plan.decode:
-        plan.reads = decode_reads(snapshot)
+        plan.reads, plan.context = decode_reads(snapshot), decode_context(snapshot)
         plan.predict(snapshot, latency)
         if plan.bucket is None:
             raise CapacityError(
@@ -184,6 +195,7 @@ def _fill(
         overtaken=builder.admission.overtaken(),
         reads=base.reads._replace(pairs=builder.pairs),
         long=builder.long,
+        context=max(base.context, builder.context),
     )
     if plan.prefill:
         plan.predict(snapshot, latency)

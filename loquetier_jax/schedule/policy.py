@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from loquetier_jax.config import BLOCK, Bucket, require
 from loquetier_jax.schedule.buckets import (
     cheapest,
+    decode_context,
     decode_reads,
     forward_late,
     forward_ms,
@@ -167,12 +168,13 @@ def _next_forward(snapshot: Snapshot, plan: Plan, pending: bool, latency: Latenc
     """The bucket of the next forward, or of the next two if prompts and decodes alternate."""
     running = len(snapshot.running) + len(plan.finishing)
     chunk = (BLOCK, 1) if pending else (0, 0)
-    need = serving_need(running, *chunk)
+    context = max(decode_context(snapshot), plan.context) + 1
+    need = serving_need(running, *chunk, context)
     if need is None:
         return []
     bucket = cheapest(snapshot, need, latency)
     if bucket is not None:
         return [bucket]
-    halves = [serving_need(running), serving_need(0, *chunk)]  # they alternate
+    halves = [serving_need(running, context=context), serving_need(0, *chunk, context)]  # they alternate
     found = [cheapest(snapshot, h, latency) for h in halves if h is not None]
     return [b for b in found if b is not None]
