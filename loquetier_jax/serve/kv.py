@@ -111,12 +111,12 @@ class KVPages:
         pages = (*shared, *self._pool.take(count))
         self._users.update(pages)
         if prefix:
-            prefix.entered = len(shared)
+            prefix.shared = prefix.entered = len(shared)
         return pages
 
     def shared_tokens(self, prefix: Prefix | None) -> int:
         """Number of prompt tokens on the shared pages of a request, after `reserve`."""
-        return 0 if prefix is None else prefix.entered * self.page_size
+        return 0 if prefix is None else prefix.shared * self.page_size
 
     def enter(self, prefix: Prefix | None, pages: Sequence[int], prompt: Sequence[int], output: Sequence[int]) -> None:
         """Caches the full pages of a request whose latest output token has been read and is a number.

@@ -50,13 +50,15 @@ class Prefix:
         keys: Token ids of its full blocks, as far as known; at first those of its prompt.
         readable: Maximum number of blocks that it may read.
         path: The cached blocks of its tokens, from the first on, as of the last call of the cache.
-        entered: Number of blocks found or entered.
+        shared: Number of blocks that it reads, once it is admitted.
+        entered: Number of blocks found at admission or entered since.
     """
 
     scope: Scope
     keys: list[bytes]
     readable: int
     path: list[Block] = field(default_factory=list)
+    shared: int = 0
     entered: int = 0
 
 

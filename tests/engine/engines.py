@@ -97,6 +97,13 @@ def random_prompt(rng: np.random.Generator, length: int, vocab: int = 272) -> li
     return rng.integers(3, vocab, length).tolist()
 
 
+def kindred_prompt(rng: np.random.Generator, length: int, families: int = 2) -> list[int]:
+    """A prompt that begins like others, for a random part of its length: the prefix cache holds it now and then."""
+    beginning = random_prompt(np.random.default_rng(int(rng.integers(families))), 128)
+    shared = int(rng.integers(length + 1))
+    return beginning[:shared] + random_prompt(rng, length - shared)
+
+
 def random_data(seed: int, count: int = 20, low: int = 5, high: int = 40, vocab: int = 272) -> Dataset:
     """`count` samples of low to high tokens, of which about three quarters are learnt."""
     rng = np.random.default_rng(seed)
