@@ -164,7 +164,9 @@ class Soak:
             self.jobs[0].cancel()
 
     def add(self) -> None:
-        name = str(self.rng.choice([*RANKS, SICK]))
+        self.put(str(self.rng.choice([*RANKS, SICK])))
+
+    def put(self, name: str) -> None:
         shape, weights = random_adapter(self.engine.spec, self.steps, RANKS.get(name, 8))
         if name == SICK:
             weights = jax.tree.map(lambda a: np.full_like(a, np.nan), weights)
@@ -222,9 +224,8 @@ def test_nothing_compiles_and_the_books_are_right(
     engine = busy_engine(make_engine)
     kinds = range(len(KINDS)) if steps >= 2000 else (0, 3)  # fewer to compile
     player = Soak(engine, 1, tmp_path, kinds)
-    for name in RANKS:
-        shape, weights = random_adapter(engine.spec, 1, RANKS[name])
-        engine.add_adapter(name, weights, shape)
+    for name in (*RANKS, SICK):
+        player.put(name)
     for kind in kinds:  # warm-up
         player.start_job(kind, 2)
         player.finish()
@@ -243,7 +244,7 @@ def test_nothing_compiles_and_the_books_are_right(
     record_property("actions", dict(player.done))
     assert min(player.done.values()) > steps // 400 and len(player.done) >= (12 if steps >= 2000 else 8), player.done
     record_property("cached tokens, errors", (player.cached, player.errors))
-    assert player.cached > 2 * steps and (player.errors or steps < 2000)
+    assert player.cached > (steps if steps >= 2000 else 0) and player.errors
     statuses = Counter(job.status for job in engine.jobs.values())
     assert statuses["succeeded"] > steps // 400 and not statuses["failed"], statuses
     pools = engine.loop.serving.kv, engine.loop.serving.slots, engine.loop.training.grad_pool
