@@ -94,23 +94,27 @@ def test_a_hit_has_the_bits_of_a_miss(tiny_engine, without, monkeypatch, chunk):
 
 
 def test_what_else_a_request_asks_for_is_not_changed_by_a_hit(tiny_engine, without):
-    """Penalties count the whole prompt; seeds, stops and min_tokens follow positions of the output."""
+    """Penalties count the whole prompt; seeds, stops and min_tokens follow positions of the output.
+
+    What is said next finds the tokens up to a stop, and nothing that was computed ahead of it.
+    """
     rng = np.random.default_rng(1)
     told, prompt = Told(tiny_engine), random_prompt(rng, 70)
     told.ask(prompt)
-    some = tuple(random_prompt(rng, 90))
+    some = tuple(range(3, 200))
     for params in (
         {"repetition_penalty": 1.5, "presence_penalty": 0.5, "temperature": 0},
         {"frequency_penalty": 1.0, "seed": 5},
         {"seed": 7, "top_p": 0.9, "top_k": 40},
         {"seed": 8, "stop_token_ids": some[:16], "min_tokens": 3},
         {"seed": 9, "stop_token_ids": some, "ignore_eos": False},
-        {"seed": 10, "stop": ["e", "a", "\x00"]},
+        {"seed": 10, "stop": list("abcdefghijklmnopqrstuvwxyz 0123456789")},
     ):
         rest = {"max_tokens": 12, "logprobs": 0, "ignore_eos": True}
-        told.ask(prompt + random_prompt(rng, 9), SamplingParams(**(rest | params)))
+        said = told.ask(prompt + random_prompt(rng, 9), SamplingParams(**(rest | params)))
+        told.ask(said.prompt_token_ids + said.outputs[0].token_ids + random_prompt(rng, 9))
     told.check(without)
-    assert [out.outputs[0].finish_reason for out in told.outs[-2:]] == ["stop"] * 2, "what was ahead is not found"
+    assert [out.outputs[0].finish_reason for out in told.outs[-4::2]] == ["stop"] * 2
 
 
 def add(engine: Engine, name: str, seed: int) -> None:
