@@ -3,7 +3,16 @@
 import functools
 
 from loquetier_jax.config import BLOCK, Bucket
-from loquetier_jax.schedule.latency import BACKWARD, BACKWARD_SLICE, FORWARD, FORWARD_SLICE, Key, LatencyModel
+from loquetier_jax.schedule.latency import (
+    BACKWARD,
+    BACKWARD_SLICE,
+    FORWARD,
+    FORWARD_SLICE,
+    NOTHING,
+    Key,
+    LatencyModel,
+    Reads,
+)
 from loquetier_jax.schedule.types import Snapshot
 
 
@@ -19,17 +28,26 @@ def _forward_key(bucket: Bucket) -> tuple[Key, int]:
 
 @functools.lru_cache(maxsize=4096)
 def _covering(buckets: tuple[Bucket, ...], need: Bucket) -> tuple[Bucket, ...]:
-    return tuple(b for b in buckets if b.covers(need))
+    """The buckets that cover `need` and no other such bucket, which is never slower, whatever noise has measured."""
+    able = [b for b in buckets if b.covers(need)]
+    return tuple(b for b in able if not any(b.covers(other) and not other.covers(b) for other in able))
 
 
-def forward_ms(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel) -> float:
-    """Predicted milliseconds of a forward and its sampler."""
-    return latency.predict(*_forward_key(bucket)) + sum(s.ms for s in snapshot.samplers if s.rows == bucket.samples)
+def forward_ms(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, reads: Reads = NOTHING) -> float:
+    """Predicted milliseconds of a forward that reads so much, and of its sampler."""
+    samplers = sum(s.ms for s in snapshot.samplers if s.rows == bucket.samples)
+    return latency.predict(*_forward_key(bucket), reads) + samplers
 
 
-def forward_late(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel) -> float:
+def forward_late(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, reads: Reads = NOTHING) -> float:
     """Milliseconds by which one in a hundred exceeds `forward_ms`."""
-    return latency.late(*_forward_key(bucket)) + sum(s.late for s in snapshot.samplers if s.rows == bucket.samples)
+    samplers = sum(s.late for s in snapshot.samplers if s.rows == bucket.samples)
+    return latency.late(*_forward_key(bucket), reads) + samplers
+
+
+def decode_reads(snapshot: Snapshot) -> Reads:
+    """What one decode of all running requests reads."""
+    return Reads(kv_tokens=sum(r.context for r in snapshot.running))
 
 
 def cheapest(snapshot: Snapshot, need: Bucket, latency: LatencyModel) -> Bucket | None:

@@ -9,10 +9,17 @@ from itertools import islice
 from loquetier_jax.config import Bucket
 from loquetier_jax.errors import CapacityError
 from loquetier_jax.schedule.admission import Admission
-from loquetier_jax.schedule.buckets import blocks, cheapest, forward_late, forward_ms, serving_need
+from loquetier_jax.schedule.buckets import (
+    blocks,
+    cheapest,
+    decode_reads,
+    forward_late,
+    forward_ms,
+    serving_need,
+)
 from loquetier_jax.schedule.deadlines import first_gap_ms, step_headroom
 from loquetier_jax.schedule.fairness import FairShare
-from loquetier_jax.schedule.latency import LatencyModel
+from loquetier_jax.schedule.latency import NOTHING, LatencyModel, Reads, chunk_pairs
 from loquetier_jax.schedule.types import Prefilling, Snapshot, Waiting
 
 
@@ -24,6 +31,7 @@ class Plan:
         decode, admit, prefill: As in Decision.
         finishing: Requests whose prompt ends in this step, and which get their first token.
         bucket: The cheapest bucket that covers the rows; None without rows.
+        reads: What their attention reads.
         ms: Its predicted time.
         late: Milliseconds by which one such forward in a hundred exceeds the prediction.
         share: Prompt tokens served per adapter, after this step.
@@ -35,11 +43,19 @@ class Plan:
     prefill: tuple[tuple[str, int], ...] = ()
     finishing: tuple[str, ...] = ()
     bucket: Bucket | None = None
+    reads: Reads = NOTHING
     ms: float = 0.0
     late: float = 0.0
     share: dict[str, float] = field(default_factory=dict)
     overtaken: dict[str, int] = field(default_factory=dict)
     prefill_waits: int = 0
+
+    def predict(self, snapshot: Snapshot, latency: LatencyModel) -> None:
+        """Chooses the bucket and sets its predicted time."""
+        self.bucket = cheapest(snapshot, self.need, latency)
+        if self.bucket is not None:
+            self.ms = forward_ms(snapshot, self.bucket, latency, self.reads)
+            self.late = forward_late(snapshot, self.bucket, latency, self.reads)
 
     @property
     def need(self) -> Bucket | None:
@@ -109,13 +125,13 @@ def _decode_plan(snapshot: Snapshot, latency: LatencyModel) -> Plan:
         overtaken={i: n for i, n in snapshot.fairness.overtaken.items() if i in waiting},
     )
     if plan.decode:
-        plan.bucket = cheapest(snapshot, plan.need, latency)
+        plan.reads = decode_reads(snapshot)
+        plan.predict(snapshot, latency)
         if plan.bucket is None:
             raise CapacityError(
                 f"decode: got {len(plan.decode)} running requests, which fit no bucket of "
                 f"{[b.name for b in snapshot.buckets]}"
             )
-        plan.ms, plan.late = forward_ms(snapshot, plan.bucket, latency), forward_late(snapshot, plan.bucket, latency)
     return plan
 
 
@@ -129,10 +145,10 @@ def _fill(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan,
         finishing=tuple(builder.finishing),
         share=builder.share.state(),
         overtaken=builder.admission.overtaken(),
+        reads=base.reads._replace(pairs=builder.pairs),
     )
     if plan.prefill:
-        plan.bucket = cheapest(snapshot, plan.need, latency)
-        plan.ms, plan.late = forward_ms(snapshot, plan.bucket, latency), forward_late(snapshot, plan.bucket, latency)
+        plan.predict(snapshot, latency)
     return plan
 
 
@@ -146,6 +162,7 @@ class PrefillBuilder:
     Attributes:
         prefill: (id, tokens) in order.
         finishing: Requests whose prompt ends in this step.
+        pairs: As in Reads.
         share: Prompt tokens served per adapter, including this step.
         admission: Room left, and admitted requests.
     """
@@ -158,6 +175,7 @@ class PrefillBuilder:
         self._rows = bucket.prefill
         self.prefill: list[tuple[str, int]] = []
         self.finishing: list[str] = []
+        self.pairs = 0
         self.share = FairShare(snapshot.fairness.adapters, self._queues)
         self.admission = Admission(snapshot, max_overtakes)
         queues = dict(self._queues)
@@ -178,6 +196,7 @@ class PrefillBuilder:
             self.admission.take(candidate)
         self._rows -= blocks(tokens)
         self.prefill.append((candidate.id, tokens))
+        self.pairs += chunk_pairs(candidate.done, tokens)
         self.share.charge(candidate.adapter, tokens)
         if tokens == left:
             self.finishing.append(candidate.id)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loquetier_jax.config import BLOCK, Bucket, require
-from loquetier_jax.schedule.buckets import cheapest, forward_late, forward_ms, serving_need
+from loquetier_jax.schedule.buckets import cheapest, decode_reads, forward_late, forward_ms, serving_need
 from loquetier_jax.schedule.choose import Budget, choose
 from loquetier_jax.schedule.deadlines import arrival_budget, first_token_budget, step_headroom, token_budget
 from loquetier_jax.schedule.inference import Plan, plan_inference, prefill_buckets
@@ -112,7 +112,7 @@ def _decision(
         packs=riding.packs if riding else (),
         score=riding.score if riding else (),
         quanta=tuple(option.quantum for option in chosen if option.quantum is not None),
-        forward_ms=forward_ms(snapshot, riding.fused, latency) if riding else plan.ms,
+        forward_ms=forward_ms(snapshot, riding.fused, latency, plan.reads) if riding else plan.ms,
         fairness=fairness,
     )
 
@@ -123,7 +123,8 @@ def _budget(snapshot: Snapshot, plan: Plan, latency: LatencyModel, config: Polic
     pending += [r for r in snapshot.waiting if served.get(r.id, 0) < r.prompt_tokens]
     idle = not snapshot.running and not plan.prefill and not pending
     following = _next_forward(snapshot, plan, bool(pending), latency)
-    next_ms = sum(forward_ms(snapshot, b, latency) for b in following)
+    attention = latency.attention_ms(decode_reads(snapshot))
+    next_ms = sum(forward_ms(snapshot, b, latency) for b in following) + attention
     rows = max((b.prefill for b in following), default=0)
     at = snapshot.now + plan.ms / 1e3
     decoded = bool(plan.decode)

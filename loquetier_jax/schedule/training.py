@@ -144,8 +144,8 @@ def _forwards(
     both = Bucket(**rows, prefill=p.prefill, chunks=p.chunks, decode=p.decode)
     fused = cheapest(snapshot, both, latency)
     if fused is not None:
-        late = max(0.0, forward_late(snapshot, fused, latency) - plan.late)
-        yield True, fused, forward_ms(snapshot, fused, latency) - plan.ms, late
+        late = max(0.0, forward_late(snapshot, fused, latency, plan.reads) - plan.late)
+        yield True, fused, max(0.0, forward_ms(snapshot, fused, latency, plan.reads) - plan.ms), late
 
 
 def score_options(snapshot: Snapshot, plan: Plan, latency: LatencyModel) -> list[WorkOption]:

@@ -22,6 +22,7 @@ class Decoding:
         num_output: Tokens dispatched so far, >= 1.
         remaining: Maximum tokens still to come.
         pages: KV pages that it will return at its end; those that others use are not counted.
+        context: Tokens that its next row attends to.
     """
 
     id: str
@@ -30,16 +31,26 @@ class Decoding:
     num_output: int
     remaining: int = 1
     pages: int = 0
+    context: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefilling:
-    """An admitted request with prompt tokens left; `adapter` is the unit of fairness ("" for the base)."""
+    """An admitted request with prompt tokens left.
+
+    Attributes:
+        id: Id of the request.
+        adapter: The unit of fairness; "" for the base.
+        arrival: When it arrived.
+        remaining: Prompt tokens left.
+        done: Prompt tokens in the KV cache.
+    """
 
     id: str
     adapter: str = ""
     arrival: float
     remaining: int
+    done: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +59,8 @@ class Waiting:
 
     Attributes:
         id, adapter, arrival: As in Prefilling.
-        prompt_tokens: Tokens of its prompt to compute: those that are not cached.
+        prompt_tokens: Tokens of its prompt to compute: those that are not in the KV cache.
+        done: Tokens of its prompt in the KV cache.
         pages: Pages out of `Snapshot.free_pages` that it takes for prompt + max_tokens; fewer if it shares some.
         adapter_pages: Adapter pages that admitting it pins; 0 if a running request already pins its adapter.
     """
@@ -58,6 +70,7 @@ class Waiting:
     arrival: float
     prompt_tokens: int
     pages: int
+    done: int = 0
     adapter_pages: int = 0
 
 

@@ -220,6 +220,7 @@ class RequestQueue:
             now: Current time in seconds.
             epoch: The last step dispatched.
         """
+        tokens, logprobs = sampled["tokens"].tolist(), sampled["logprob"].tolist()
         for i, request in rows:
             if request.finished:
                 continue
@@ -229,7 +230,7 @@ class RequestQueue:
                     zip(sampled["top_ids"][i].tolist(), sampled["top_logp"][i].tolist(), strict=True)
                 )
                 rank = int(sampled["rank"][i])
-            token, logprob = int(sampled["tokens"][i]), float(sampled["logprob"][i])
+            token, logprob = tokens[i], logprobs[i]
             if math.isnan(logprob):  # confined to this row: its adapter or its KV cache
                 piece = request.fail(why_nan(self.store, self._versions.get(request.id)), now)
                 self.kv.drop(request.kv_pages)

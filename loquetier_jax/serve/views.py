@@ -17,6 +17,7 @@ def decoding(request: Request, expected: float, kv: KVPages) -> Decoding:
         num_output=request.num_dispatched,
         remaining=request.params.max_tokens - request.num_dispatched,
         pages=kv.returned(request.kv_pages),
+        context=len(request.prompt_ids) + request.num_dispatched,
     )
 
 
@@ -27,6 +28,7 @@ def prefilling(request: Request) -> Prefilling:
         adapter=request.adapter or "",
         arrival=request.metrics.arrival_time,
         remaining=request.num_remaining,
+        done=request.num_prefilled,
     )
 
 
@@ -45,6 +47,7 @@ def waiting(request: Request, version: Version | None, kv: KVPages) -> Waiting:
         adapter=request.adapter or "",
         arrival=request.metrics.arrival_time,
         prompt_tokens=len(request.prompt_ids) - cached,
+        done=cached,
         pages=kv.needed(request.num_tokens, request.prefix),
         adapter_pages=0 if stays else version.shape.num_pages,
     )

@@ -7,7 +7,7 @@ import pytest
 
 from loquetier_jax.config import Bucket, SLOConfig
 from loquetier_jax.errors import CapacityError, ConfigError
-from loquetier_jax.schedule.latency import FORWARD_SLICE, LatencyModel
+from loquetier_jax.schedule.latency import FORWARD, FORWARD_SLICE, LatencyModel
 from loquetier_jax.schedule.policy import PolicyConfig, decide
 from loquetier_jax.schedule.types import (
     Decision,
@@ -137,18 +137,47 @@ def test_nobody_is_admitted_where_nothing_prefills(case: Case) -> None:
 
 
 def test_a_step_takes_as_long_as_its_forward_and_the_sampler_behind_it(case: Case) -> None:
-    """4 rows at 5.08 ms and 16 at 5.32: a sampler that takes longer on few rows than on many turns the order round."""
-    times = SamplerTime(rows=4, ms=0.5), SamplerTime(rows=16, ms=0.1, late=9.0), SamplerTime(rows=20, ms=7.0)
+    times = SamplerTime(rows=4, ms=0.2), SamplerTime(rows=16, ms=0.1, late=9.0), SamplerTime(rows=20, ms=7.0)
     d = case(running=running(3), samplers=times)
-    assert (d.bucket.name, d.forward_ms) == ("decode16", pytest.approx(5.42))
-    d = case(running=running(3), samplers=times[:1])
-    assert (d.bucket.name, d.forward_ms) == ("decode16", pytest.approx(5.32))
+    assert (d.bucket.name, d.forward_ms) == ("decode4", pytest.approx(5.28))
+    assert case(running=running(5), samplers=times).forward_ms == pytest.approx(5.42)
     assert case(running=running(3), samplers=times[2:]).forward_ms == pytest.approx(5.08)
     fields = {"jobs": (job("a"),), "running": running(3, tokens=1, last=9.99), "now": 9.993}
     fields |= {"slo": SLOConfig(tpot_ms=30.0), "samplers": (SamplerTime(rows=4, ms=0.0),)}
     assert trains(case(**fields))
     late = SamplerTime(rows=4, ms=0.0, late=40.0)
     assert not trains(case(**fields | {"samplers": (late, SamplerTime(rows=16, ms=50.0))})), "its error is planned for"
+
+
+def test_a_bucket_that_covers_another_is_never_cheaper(
+    buckets: tuple[Bucket, ...], own_latency: LatencyModel
+) -> None:
+    """Noise may have measured it so: 128 requests once ran in a bucket of 256."""
+    noisy = own_latency
+    noisy.seed((FORWARD, "decode16"), [1.0], 16)
+    noisy.seed((FORWARD, "train1x256-decode4"), [1.0], 260)
+    case = Case(buckets, noisy)
+    assert case(running=running(3)).bucket.name == "decode4"
+    [quantum] = case(jobs=(job("a"),)).quanta
+    assert quantum.bucket.name == "train1x256"
+    fused = case(running=running(3), jobs=(job("a"),))
+    assert fused.forward_ms >= 1.0 and fused.predicted_ms >= fused.forward_ms
+
+
+def test_contexts_are_part_of_the_prediction(buckets: tuple[Bucket, ...], own_latency: LatencyModel) -> None:
+    own_latency.seed_attention(kv_token_ms=1e-3, pair_ms=1e-4)
+    case = Case(buckets, own_latency)
+    short = tuple(dataclasses.replace(r, context=10) for r in running(3))
+    long = tuple(dataclasses.replace(r, context=10_000) for r in running(3))
+    assert case(running=short).forward_ms == pytest.approx(5.08 + 0.03)
+    assert case(running=long).forward_ms == pytest.approx(5.08 + 30.0)
+    chunk = Prefilling(id="p", arrival=9.0, remaining=64, done=10_000)
+    deep = case(running=short, prefilling=(chunk,))
+    pairs = 64 * 10_000 + 64 * 65 / 2
+    assert deep.forward_ms == pytest.approx(5 + 0.02 * 80 + 0.03 + 1e-4 * pairs)
+    promised = {"slo": SLOConfig(itl_p99_ms=60.0), "running": short, "now": 9.99}
+    assert case(**promised, prefilling=(dataclasses.replace(chunk, done=0),)).prefill
+    assert not case(**promised, prefilling=(chunk,)).prefill, "it would make the running requests' tokens late"
 
 
 def test_prompts_and_decodes_take_turns_where_no_bucket_holds_both(case: Case) -> None:
