@@ -18,10 +18,11 @@ from loquetier_jax.sampling_params import SamplingParams, refuse
 from loquetier_jax.serve.accepted import Accepted
 from loquetier_jax.serve.fits import check_fits
 from loquetier_jax.serve.handle import RequestHandle
+from loquetier_jax.serve.listeners import Listener
 from loquetier_jax.serve.make_requests import make_requests
 from loquetier_jax.serve.output import RequestOutput, StreamPiece
 from loquetier_jax.serve.prompts import one_each, prompts_of
-from loquetier_jax.serve.queue import Listener, RequestQueue
+from loquetier_jax.serve.queue import RequestQueue
 from loquetier_jax.serve.score_requests import ScoreRequests
 from loquetier_jax.serve.scoring import Scoring
 from loquetier_jax.serve.tokenizer import Prompt, encode_prompt, end_token_ids

@@ -1,10 +1,9 @@
 """Live requests, from arrival to end: their device resources, the rows they need and the tokens they receive."""
 
 import itertools
-import logging
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,17 +17,12 @@ from loquetier_jax.pool import IdPool
 from loquetier_jax.schedule.types import Waiting
 from loquetier_jax.serve import views
 from loquetier_jax.serve.kv import KVPages
+from loquetier_jax.serve.listeners import Listener, Listeners
 from loquetier_jax.serve.live import LiveRequests
 from loquetier_jax.serve.nan import why_nan
-from loquetier_jax.serve.output import StreamPiece
 from loquetier_jax.serve.request import Request
 
-log = logging.getLogger(__name__)
-
 LOOKAHEAD = 256  # maximum waiting requests considered per scheduling decision
-
-Listener = Callable[[StreamPiece], None]
-
 
 SampledRows = list[tuple[int, Request]]
 """(row of a step's sampled tokens, the request it belongs to)."""
@@ -46,7 +40,7 @@ class RequestQueue:
         self.store, self.kv, self.slots = store, kv, slots
         self.waiting: dict[str, Request] = {}
         self.running: dict[str, Request] = {}
-        self.listeners: dict[str, Listener] = {}
+        self.listeners = Listeners()
         self._versions: dict[str, Version] = {}  # request id -> version, held while waiting, acquired while running
         self._live = LiveRequests()
         self._ended: str | None = None  # why no request can run any more
@@ -100,7 +94,7 @@ class RequestQueue:
             self.waiting[request.id] = request
             return
         self._leave_queue(request)
-        self._tell(request, request.fail(self._ended, request.metrics.arrival_time))
+        self.listeners.tell(request, request.fail(self._ended, request.metrics.arrival_time))
 
     def is_live(self, name: str) -> bool:
         """Whether a live request or completion has this id. Thread-safe."""
@@ -128,7 +122,7 @@ class RequestQueue:
             return False
         except AdapterError as error:
             self._leave_queue(request)
-            self._tell(request, request.fail(str(error), now))
+            self.listeners.tell(request, request.fail(str(error), now))
             return False
         del self.waiting[request.id]
         request.slot, request.kv_pages = slot, kv_pages
@@ -198,7 +192,7 @@ class RequestQueue:
     def _waiting_views(self) -> Iterator[Waiting]:
         for request in self.waiting.values():
             view = views.waiting(request, self._versions.get(request.id), self.kv)
-            first = request if request.params.n == 1 else self._live.completions(request.request_id)[0]
+            first = request if request.index == 0 else self._live.completions(request.request_id)[0]
             if not views.awaits_sibling(request, first):
                 yield view
 
@@ -239,7 +233,7 @@ class RequestQueue:
                 self.kv.enter(request.prefix, request.kv_pages, request.prompt_ids, request.output_ids)
             if request.finished:
                 self._release(request, epoch)
-            self._tell(request, piece)
+            self.listeners.tell(request, piece)
 
     def cancel(self, request: Request, now: float, epoch: int) -> None:
         """Aborts a request unless it has already ended."""
@@ -250,33 +244,22 @@ class RequestQueue:
             self._release(request, epoch)
         else:
             self._leave_queue(request)
-        self._tell(request, piece)
+        self.listeners.tell(request, piece)
 
     def _release(self, request: Request, epoch: int) -> None:
         del self.running[request.id]
         self._live.end(request)
         self.kv.free(request.kv_pages, epoch)
         self.slots.give_back([request.slot], epoch)
-        request.adapter_pages = ()
+        request.adapter_pages, request.prefix = (), None  # callers keep requests, not what they have read
         if (version := self._versions.pop(request.id, None)) is not None:
             self.store.release(version, epoch)
-
-    def _tell(self, request: Request, piece: StreamPiece | None) -> None:
-        listener = self.listeners.get(request.id)
-        if listener is not None and piece is not None:
-            try:
-                listener(piece)
-            except Exception:  # caller's code; the other requests of this step must still get their tokens
-                log.exception("the listener of request %s failed and will not be called again", request.id)
-                self.listeners.pop(request.id, None)
-        if request.finished:
-            self.listeners.pop(request.id, None)
 
     def fail_all(self, message: str, now: float) -> None:
         """Ends every request, later ones too, with an error; resources stay taken: the engine has failed."""
         self._ended = message
         for request in [*self.waiting.values(), *self.running.values()]:
-            self._tell(request, request.fail(message, now))
+            self.listeners.tell(request, request.fail(message, now))
 
     def end_all(self, message: str, now: float) -> None:
         """Ends every live request with an error and drops it: the engine is being closed."""

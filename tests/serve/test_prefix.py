@@ -138,10 +138,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.kv.free(asker.pages, self.dispatched)
         self.release(asker, self.dispatched)
 
-    @rule(version=st.sampled_from([1, 2, 2, 2]))
+    @rule(version=st.sampled_from([1, 2, 2, 2, 2, "all"]))
     def forget(self, version):
-        self.kv.drop_version(version)
-        for text in [text for text in self.cached if text[0][0] == version]:
+        if version == "all":
+            self.kv.clear_cache()
+        else:
+            self.kv.drop_version(version)
+        for text in [text for text in self.cached if version in (text[0][0], "all")]:
             self.remove(text)
 
     @rule()
