@@ -81,6 +81,7 @@ class EngineConfig:
         max_model_len: Maximum prompt + output tokens of one request.
         kv_page_size: Tokens per KV page, a multiple of BLOCK.
         num_kv_pages: Number of KV pages, including page 0 (the trash page); None fits max_num_seqs full sequences.
+        enable_prefix_caching: Whether requests of one adapter version share the KV of a common beginning.
         max_num_seqs: Slots, i.e. the maximum number of running requests.
         max_adapters: Adapter pages on the device, i.e. resident adapters of rank <= 16 (rank r takes ceil(r/16)).
         max_host_adapters: Host copies kept of adapters that can be reloaded from a PEFT folder; the least recently
@@ -105,6 +106,7 @@ class EngineConfig:
     max_model_len: int = 512
     kv_page_size: int = 16
     num_kv_pages: int | None = None
+    enable_prefix_caching: bool = True
     max_num_seqs: int = 64
     max_adapters: int = 32
     max_host_adapters: int | None = None
@@ -135,6 +137,8 @@ class EngineConfig:
             require(value in known, name, value, f"one of {known}")
         folder = self.compilation_cache_dir
         require(folder is None or isinstance(folder, str), "compilation_cache_dir", folder, "a path or null")
+        caching = self.enable_prefix_caching
+        require(isinstance(caching, bool), "enable_prefix_caching", caching, "true or false")
         require(isinstance(self.slo, SLOConfig), "slo", self.slo, "an SLOConfig")
         names = isinstance(self.keep, tuple) and set(self.keep) <= set(KEPT)
         require(names, "keep", self.keep, f"a subset of {KEPT}")

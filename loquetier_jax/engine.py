@@ -95,7 +95,8 @@ class Engine:
 
     def _new_loop(self, policy: PolicyConfig) -> Loop:
         cfg, scoring = self.cfg, Scoring()
-        kv, slots = KVPages(cfg.kv_pages, cfg.kv_page_size), IdPool(range(cfg.max_num_seqs), "slots")
+        kv = KVPages(cfg.kv_pages, cfg.kv_page_size, prefix_caching=cfg.enable_prefix_caching)
+        slots = IdPool(range(cfg.max_num_seqs), "slots")
         serving = RequestQueue(self.adapters, kv, slots)
         training = JobRunner(cfg, self.state, self.functions, self.adapters, self.compiler, scoring)
         return Loop(cfg, self.state, self.functions, serving, scoring, training, self.latency, policy, cfg.slo)
@@ -152,6 +153,7 @@ class Engine:
     cancel = delegate("requests", RequestFrontend.cancel)
     generate = delegate("requests", RequestFrontend.generate)
     stream = delegate("requests", RequestFrontend.stream)
+    reset_prefix_cache = delegate("requests", RequestFrontend.reset_prefix_cache)
     log_probs = delegate("scores", ScoreRequests.log_probs)
 
     # Adapters.

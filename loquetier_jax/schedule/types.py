@@ -21,7 +21,7 @@ class Decoding:
             flight.
         num_output: Tokens dispatched so far, >= 1.
         remaining: Maximum tokens still to come.
-        pages: KV pages that it will return at its end.
+        pages: KV pages that it will return at its end; those that others use are not counted.
         context: Tokens that its next row attends to.
     """
 
@@ -59,8 +59,9 @@ class Waiting:
 
     Attributes:
         id, adapter, arrival: As in Prefilling.
-        prompt_tokens: Length of its prompt.
-        pages: KV pages for prompt + max_tokens.
+        prompt_tokens: Tokens of its prompt to compute: those that are not in the KV cache.
+        done: Tokens of its prompt in the KV cache.
+        pages: Pages out of `Snapshot.free_pages` that it takes for prompt + max_tokens; fewer if it shares some.
         adapter_pages: Adapter pages that admitting it pins; 0 if a running request already pins its adapter.
     """
 
@@ -69,6 +70,7 @@ class Waiting:
     arrival: float
     prompt_tokens: int
     pages: int
+    done: int = 0
     adapter_pages: int = 0
 
 
@@ -175,7 +177,7 @@ class Snapshot:
         running: Requests that decode.
         prefilling: Admitted requests with prompt tokens left, in order of arrival.
         waiting: Requests not admitted, in order of arrival; may be a prefix of the queue.
-        free_slots, free_pages: Slots and KV pages that can be taken now.
+        free_slots, free_pages: Slots and KV pages that can be taken now, unreferenced cached pages included.
         free_adapter_pages: Adapter pages that are free or evictable, i.e. not pinned by a running request or a job.
         jobs: Fine-tuning jobs in order of creation.
         train_pass: The pass in flight, if any; there is at most one.
