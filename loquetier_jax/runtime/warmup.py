@@ -3,13 +3,9 @@
 import functools
 import logging
 import os
-import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,19 +15,17 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from loquetier_jax.batch.rows import empty_batch, empty_sample, ravel
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.executables import NOWHERE, Executables, cache_folder
+from loquetier_jax.runtime.measure import Measurer
 from loquetier_jax.runtime.parallel import run_in_parallel
-from loquetier_jax.sampling_params import LEVELS, Level
-from loquetier_jax.schedule.latency import FORWARD, LatencyModel, sampler_run
+from loquetier_jax.sampling_params import LEVELS
+from loquetier_jax.schedule.latency import LatencyModel
 from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.state import DeviceState
 from pallas_kernels.common import cpu_bits
 
 log = logging.getLogger(__name__)
-
-ENOUGH_MS = 100.0
 
 
 def enable_compilation_cache(folder: str | None) -> None:
@@ -75,6 +69,13 @@ def compile_serving(
     """
     buckets = [b for b in serving_first(cfg.buckets) if not b.packs]
     samplers = [(rows, level) for rows in cfg.sample_sizes for level in LEVELS]
+    measurer = Measurer(functions, state, cfg, latency)
+    jobs = [
+        *(functools.partial(functions.forward, bucket) for bucket in reversed(buckets)),  # the longest ones first
+        *(functools.partial(functions.sampler, *sampler) for sampler in reversed(samplers)),
+        *(functools.partial(functions.page_writer, stack) for stack in ("pages", "grads")),
+        functions.admit,
+    ]
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -82,69 +83,17 @@ def compile_serving(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    jobs = [
-        *(functools.partial(functions.forward, bucket) for bucket in reversed(buckets)),  # the longest ones first
-        *(functools.partial(functions.sampler, *sampler) for sampler in reversed(samplers)),
-        *(functools.partial(functions.page_writer, stack) for stack in ("pages", "grads")),
-        functions.admit,
-    ]
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("compiling", total=len(jobs))
         run_in_parallel(jobs, lambda: bar.advance(task))
-        task = bar.add_task("measuring", total=len(buckets) + len(samplers))
+        task = bar.add_task("measuring", total=1 + len(samplers) + len(buckets))
         state.warm_page_writes(functions.page_writer("pages"), functions.page_writer("grads"))
+        for rows, level in samplers:
+            measurer.sampler(rows, level)
+            bar.advance(task)
+        measurer.attention(buckets)
+        bar.advance(task)
         for bucket in buckets:
             bar.update(task, description=f"measuring {bucket.name}")
-            measure_forward(functions, state, cfg, latency, bucket)
+            measurer.forward(bucket)
             bar.advance(task)
-        for rows, level in samplers:
-            bar.update(task, description=f"measuring samplers of {rows} rows")
-            measure_sampler(functions, state, cfg, latency, rows, level)
-            bar.advance(task)
-
-
-def measure_forward(
-    functions: StepFunctions,
-    state: DeviceState,
-    cfg: EngineConfig,
-    latency: LatencyModel,
-    bucket: Bucket,
-    repeats: int = 3,
-) -> None:
-    """Measures a forward with only padding rows (it writes only trash pages) and records its time in `latency`."""
-    run = functions.forward(bucket)
-    flat = jax.device_put(ravel(empty_batch(bucket, cfg)))
-    times = _times(lambda: (state.run_forward(run, flat), state.kv), repeats)
-    latency.seed((FORWARD, bucket.name), times, bucket.rows)
-
-
-def measure_sampler(
-    functions: StepFunctions,
-    state: DeviceState,
-    cfg: EngineConfig,
-    latency: LatencyModel,
-    rows: int,
-    level: Level,
-    repeats: int = 3,
-) -> None:
-    """Measures a sampler on rows of zeros (it writes only the trash slot) and records its time in `latency`."""
-    run = functions.sampler(rows, level)
-    flat = jax.device_put(ravel(empty_sample(rows, cfg)))
-    x = jax.device_put(np.zeros((rows, functions.spec.hidden_size), jnp.dtype(cfg.dtype)))
-    times = _times(lambda: (state.sample(run, x, flat), state.slots), repeats)
-    latency.seed(sampler_run(rows, level)[0], times, rows)
-
-
-def _times(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Milliseconds until the results of each call are ready, excluding the first on a GPU, where it loads code.
-
-    At most `repeats`; no more once they have taken ENOUGH_MS in all, because long runs vary little.
-    """
-    if jax.default_backend() != "cpu":
-        jax.block_until_ready(call())
-    times: list[float] = []
-    while len(times) < repeats and sum(times) < ENOUGH_MS:
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(1e3 * (time.perf_counter() - start))
-    return times

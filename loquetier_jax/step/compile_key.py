@@ -8,7 +8,10 @@ import jax
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.models.spec import DecoderSpec
 
-NOT_COMPILED = ("buckets", "slo", "max_host_adapters", "compilation_cache_dir", "seed")
+NOT_COMPILED = {
+    *{"buckets", "slo", "max_host_adapters", "compilation_cache_dir", "seed", "enable_prefix_caching"},
+    *{"gpu_memory_utilization", "train_memory_gb"},
+}
 """Fields of EngineConfig that no traced function reads. A function's bucket is in its own key."""
 
 
