@@ -134,17 +134,15 @@ def check_adapters(adapters: Sequence[tuple[str, Path | None]]) -> None:
 
 
 @contextmanager
-def forever() -> Iterator[None]:
-    """What is made inside is taken to stay until the process ends.
-
-    For imports: the collector would walk hundreds of thousands of objects again and again, the last time at the exit.
-    """
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside: an import makes little, and hundreds of thousands of objects to walk each time."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 def build_engine(args: argparse.Namespace, console: Console, cfg: EngineConfig | None = None) -> "Engine":
@@ -163,7 +161,7 @@ def build_engine(args: argparse.Namespace, console: Console, cfg: EngineConfig |
     path = model_path(args.model)
     check_adapters(getattr(args, "adapter", ()))
     start = time.perf_counter()
-    with forever():
+    with uncollected():
         from loquetier_jax.engine import Engine  # late: jax and transformers take seconds to import
 
     fixed = {}

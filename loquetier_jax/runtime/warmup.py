@@ -4,6 +4,8 @@ import functools
 import logging
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any
 
 import jax
 from rich.progress import (
@@ -61,11 +63,24 @@ def serving_first(buckets: Iterable[Bucket]) -> list[Bucket]:
 
 
 def compile_serving(
-    functions: StepFunctions, state: DeviceState, cfg: EngineConfig, latency: LatencyModel, progress: bool
+    functions: StepFunctions,
+    state: DeviceState,
+    cfg: EngineConfig,
+    latency: LatencyModel,
+    progress: bool,
+    meanwhile: Future[Any] | None = None,
 ) -> None:
     """Compiles and measures all samplers and all forwards without train rows; the engine can serve after that.
 
-    Everything is compiled, or loaded, in parallel, and then measured one by one: nothing compiles meanwhile.
+    Everything is compiled, or loaded, in parallel, and then measured one by one, with nothing beside it.
+
+    Args:
+        functions, state, cfg, latency: The engine's.
+        progress: Whether to show a progress bar.
+        meanwhile: Other work under way, to be waited for before anything is measured.
+
+    Raises:
+        Exception: that of a function that cannot be compiled, or of `meanwhile`.
     """
     buckets = [b for b in serving_first(cfg.buckets) if not b.packs]
     samplers = [(rows, level) for rows in cfg.sample_sizes for level in LEVELS]
@@ -86,6 +101,8 @@ def compile_serving(
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("compiling", total=len(jobs))
         run_in_parallel(jobs, lambda: bar.advance(task))
+        if meanwhile is not None:
+            meanwhile.result()
         task = bar.add_task("measuring", total=1 + len(samplers) + len(buckets))
         state.warm_page_writes(functions.page_writer("pages"), functions.page_writer("grads"))
         for rows, level in samplers:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loquetier_jax.errors import ModelError, RequestError, short
 from loquetier_jax.serve.chat_template import ChatTemplate
 from loquetier_jax.serve.messages import ChatError, normalize_messages
+from loquetier_jax.serve.tokenizer_type import PreTrainedTokenizerBase
 from loquetier_jax.token_ids import are_token_ids, listed
 
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
@@ -29,6 +29,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"tokenizer: got {str(path)!r}, expected a local folder with tokenizer.json")
     try:
         if _is_generic(folder):
+            from transformers import PreTrainedTokenizerFast
+
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         from transformers import AutoTokenizer  # late: several seconds where torch is installed, which it imports
 
@@ -46,7 +48,7 @@ def _is_generic(folder: Path) -> bool:
     if not all(file.is_file() for file in files):
         return False
     tokenizer, model = (json.loads(file.read_text(encoding="utf-8")) for file in files[:2])
-    generic = tokenizer.get("tokenizer_class") == PreTrainedTokenizerFast.__name__ and "auto_map" not in tokenizer
+    generic = tokenizer.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in tokenizer
     return generic and model.get("model_type") == "llama"
 
 

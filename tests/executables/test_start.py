@@ -1,5 +1,8 @@
 """A second start: neither traces nor lowers nor compiles, and answers with the same tokens."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,3 +90,17 @@ def test_weights_are_loaded_without_tracing(tmp_path: Path, request: pytest.Fixt
     assert again == spec and jax.tree.all(jax.tree.map(np.array_equal, params, expected))
     with pytest.raises(RuntimeError, match="no_tracing"):
         load_hf(base_path(), "bfloat16", NOWHERE)
+
+
+@pytest.mark.slow
+def test_the_command_answers_at_once_the_second_time(tmp_path: Path) -> None:
+    """As a user starts it, twice: the second process may not trace."""
+    answers = []
+    for forbidden in ("False", "True"):
+        command = "import sys, jax; from loquetier_jax.cli import main"
+        command += f"; jax.config.update('jax_no_tracing', {forbidden})"
+        command += "; sys.exit(main(['generate', 'count: 3 4 5 6', '--max-tokens', '16']))"
+        environment = os.environ | {"HOME": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", command], env=environment, stdout=subprocess.PIPE, check=True)
+        answers.append(done.stdout)
+    assert answers[0] == answers[1] and b"7 8 9" in answers[0]
