@@ -115,6 +115,15 @@ class StepFunctions:
                 self._compiled[key] = executables.get((key, self._made_from), build)
         return self._compiled[key]
 
+    def kept(self, key: Any, build: Callable[[], Program]) -> Callable[..., Any]:
+        """A compiled function that the caller caches, kept on disk as those of steps are; see `Executables.get`.
+
+        Args:
+            key: What it is made from beside spec, cfg and the shapes of the engine's arrays.
+            build: Traces and lowers it.
+        """
+        return self._executables.get((key, self._made_from), build)
+
     def forward(self, bucket: Bucket, dropout: bool = False) -> Callable[..., Any]:
         """(params, pages, kv*, last_token, flat) -> (kv, ForwardOut); * donated."""
 

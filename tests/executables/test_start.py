@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import loquetier_jax.engine as engine_module
-from loquetier_jax import Bucket, Engine, SamplingParams
+from loquetier_jax import Bucket, Engine, SamplingParams, TrainConfig
 from loquetier_jax.executables import NOWHERE, Executables
 from loquetier_jax.models.load import load_hf
 from loquetier_jax.runtime import warmup
 from loquetier_jax.tiny import base_path
-from tests.engine.engines import add_random_adapter, base_params, build_engine, greedy, random_prompt
+from tests.engine.engines import add_random_adapter, base_params, build_engine, greedy, random_data, random_prompt
 from tests.step.cases import tiny_spec
 
 BUCKETS = (Bucket(prefill=16, chunks=1, decode=1),)
@@ -46,12 +46,12 @@ def base() -> Any:
     return spec, base_params(spec)
 
 
-def start(base: Any, folder: Path) -> Engine:
+def start(base: Any, folder: Path, buckets: tuple[Bucket, ...] = BUCKETS) -> Engine:
     """A new engine, which knows of the first start by the folder alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "executables_in", lambda _: Executables(folder))
         patch.setattr(warmup, "LEVELS", ("greedy", "full"))  # what is asked for below
-        return build_engine("", *base, share=False, buckets=BUCKETS, max_num_seqs=2, max_adapters=2)
+        return build_engine("", *base, share=False, buckets=buckets, max_num_seqs=2, max_adapters=2)
 
 
 def served(engine: Engine) -> list[Any]:
@@ -90,6 +90,25 @@ def test_weights_are_loaded_without_tracing(tmp_path: Path, request: pytest.Fixt
     assert again == spec and jax.tree.all(jax.tree.map(np.array_equal, params, expected))
     with pytest.raises(RuntimeError, match="no_tracing"):
         load_hf(base_path(), "bfloat16", NOWHERE)
+
+
+@pytest.mark.slow
+def test_a_job_of_a_second_start_compiles_nothing(base: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Its first arrays are made by `jnp` outside jit, which traces; its functions are loaded."""
+
+    def trained() -> list[float]:
+        engine = start(base, tmp_path / "x", (*BUCKETS, Bucket(packs=1, pack_tokens=64)))
+        job = engine.finetune("j", data=random_data(0), train=TrainConfig(max_steps=2, pack_tokens=64))
+        job.wait()
+        engine.close()
+        return [line["loss"] for line in job.metrics if "loss" in line]
+
+    losses, jax_compiles = trained(), []
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(lambda e, _, **k: jax_compiles.append(k.get("fun_name")))
+    assert trained() == losses and losses
+    ours = {"forward", "backward", "optimizer", "unified_step", "zeros", "sample", "admit", "write_page"}
+    assert not [name for name in jax_compiles if name and any(word in name for word in ours)]
 
 
 @pytest.mark.slow
