@@ -35,9 +35,8 @@ def environment(device: jax.Device) -> str:
     return repr((_constant(device), sorted(values.items(), key=lambda item: item[0]), variables))
 
 
-@functools.cache
 def default_device() -> jax.Device:
-    """Where jax puts arrays; found without tracing."""
+    """Where jax puts arrays, in this thread; found without tracing."""
     return next(iter(jax.device_put(np.zeros((), np.int8)).devices()))
 
 
