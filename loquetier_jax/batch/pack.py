@@ -168,7 +168,7 @@ def _fill_prefill(
     for c, (request, n) in enumerate(chunks):
         start = request.num_prefilled
         positions = np.arange(start, start + n, dtype=np.int32)
-        table = _table(request.kv_pages, cfg.max_pages_per_seq)
+        table = _table(request.kv_pages, cfg.table_columns(bucket))
         rows.tokens[at : at + n] = request.prompt_ids[start : start + n]
         rows.positions[at : at + n] = positions
         rows.kv_page[at : at + n] = table[positions // cfg.kv_page_size]
@@ -199,7 +199,8 @@ def _fill_decode(
     if not requests:
         return
     positions = np.array([len(r.prompt_ids) + r.num_dispatched - 1 for r in requests], np.int32)
-    tables = np.stack([_table(r.kv_pages, cfg.max_pages_per_seq) for r in requests])
+    columns = cfg.table_columns(bucket)
+    tables = np.stack([_table(r.kv_pages, columns) for r in requests])
     rows.slots[:n] = [r.slot for r in requests]
     rows.positions[:n] = rows.plan.block_pos[:n] = positions
     rows.kv_page[:n] = tables[np.arange(n), positions // cfg.kv_page_size]
@@ -215,9 +216,9 @@ def _fill_decode(
 
 @lru_cache(maxsize=4096)
 def _table(pages: tuple[int, ...], columns: int) -> np.ndarray:
-    """A row of the page table; a request's is the same in every step."""
+    """A row of the page table, without pages beyond the bucket's context; a request's is the same in every step."""
     row = np.zeros(columns, np.int32)
-    row[: len(pages)] = pages
+    row[: len(pages)] = pages[:columns]
     return row
 
 

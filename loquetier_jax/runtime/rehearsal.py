@@ -54,10 +54,11 @@ def _understudy(cfg: EngineConfig, index: int, prompt: np.ndarray, prefilled: in
 
 def full_step(bucket: Bucket, cfg: EngineConfig) -> StepItems[Understudy]:
     """Rows that fill a bucket without train packs."""
-    context = min(TYPICAL_CONTEXT, cfg.max_model_len // 2)
+    most = min(bucket.context or cfg.max_model_len, cfg.max_model_len)
+    context = min(TYPICAL_CONTEXT, cfg.max_model_len // 2, most)
     items = StepItems(decode=decode_rows(cfg, bucket.decode, context))
     if bucket.chunks:
-        tokens = max(1, min(bucket.prefill // bucket.chunks, cfg.max_model_len - 1) // BLOCK * BLOCK)
+        tokens = max(1, min(bucket.prefill // bucket.chunks, most - 1) // BLOCK * BLOCK)
         items.prefill = [prompt_chunk(cfg, bucket.decode + c, 0, tokens) for c in range(bucket.chunks)]
     if bucket.score_packs:
         pages = (1,) if cfg.adapter_pages > 1 else ()

@@ -1,6 +1,7 @@
 """Chooses among compiled buckets: the cheapest that covers a needed shape."""
 
 import functools
+from collections.abc import Sequence
 
 from loquetier_jax.config import BLOCK, Bucket
 from loquetier_jax.schedule.latency import (
@@ -45,9 +46,20 @@ def forward_late(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, read
     return latency.late(*_forward_key(bucket), reads) + samplers
 
 
+def prefill_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Buckets with prefill rows and no train or score rows, or all with prefill rows if there are none."""
+    able = [b for b in buckets if b.prefill]
+    return [b for b in able if not b.packs and not b.score_packs] or able
+
+
 def decode_reads(snapshot: Snapshot) -> Reads:
     """What one decode of all running requests reads."""
     return Reads(kv_tokens=sum(r.context for r in snapshot.running))
+
+
+def decode_context(snapshot: Snapshot) -> int:
+    """Most tokens that a running request's next row attends to; 0 if none runs."""
+    return max((r.context for r in snapshot.running), default=0)
 
 
 def cheapest(snapshot: Snapshot, need: Bucket, latency: LatencyModel) -> Bucket | None:
@@ -57,11 +69,11 @@ def cheapest(snapshot: Snapshot, need: Bucket, latency: LatencyModel) -> Bucket 
 
 
 @functools.lru_cache(maxsize=4096)
-def serving_need(decode: int, prefill: int = 0, chunks: int = 0) -> Bucket | None:
-    """The shape of a step with only inference rows; None if there are none."""
+def serving_need(decode: int, prefill: int = 0, chunks: int = 0, context: int = 1) -> Bucket | None:
+    """The shape of a step with only inference rows, which attend to `context` tokens; None if there are none."""
     if not decode and not prefill:
         return None
-    return Bucket(decode=decode, prefill=prefill, chunks=chunks)
+    return Bucket(decode=decode, prefill=prefill, chunks=chunks, context=max(1, context))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -151,6 +151,7 @@ class Fairness:
         credit_ms: Device time that training has earned; negative if inference is owed time.
         prefill_waits: Number of consecutive decisions that postponed prefill.
         score_turn: Whether scoring goes before training if both have work.
+        long_ms: Device time that long prompts may take before others; negative if they owe it to others.
     """
 
     adapters: Mapping[str, float] = field(default_factory=dict)
@@ -159,6 +160,7 @@ class Fairness:
     credit_ms: float = 0.0
     prefill_waits: int = 0
     score_turn: bool = True
+    long_ms: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

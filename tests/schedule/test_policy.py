@@ -177,7 +177,43 @@ def test_contexts_are_part_of_the_prediction(buckets: tuple[Bucket, ...], own_la
     assert deep.forward_ms == pytest.approx(5 + 0.02 * 80 + 0.03 + 1e-4 * pairs)
     promised = {"slo": SLOConfig(itl_p99_ms=60.0), "running": short, "now": 9.99}
     assert case(**promised, prefilling=(dataclasses.replace(chunk, done=0),)).prefill
-    assert not case(**promised, prefilling=(chunk,)).prefill, "it would make the running requests' tokens late"
+    assert case(**promised, prefilling=(chunk,)).prefill == (("p", 48),), "all 64 would make running requests late"
+    assert 48 * 10_048 * 1e-4 < 63.4 < 64 * 10_064 * 1e-4
+    deeper = dataclasses.replace(chunk, done=1_000_000)
+    assert not case(**promised, prefilling=(deeper,)).prefill, "not even a block is in time, so it waits"
+    patient = case(**promised, prefilling=(deeper,), fairness=Fairness(prefill_waits=8))
+    assert patient.prefill == (("p", 64),), "but not for ever"
+
+
+def test_a_long_prompt_owes_others_what_it_took(case: Case) -> None:
+    """The largest step has 256 prompt rows: more than eight of these are long."""
+    long = Prefilling(id="long", arrival=1.0, remaining=4000, done=96)
+    d = case(prefilling=(long,), running=running(3))
+    assert d.prefill == (("long", 256),)
+    assert d.fairness.long_ms == pytest.approx(-(5 + 0.02 * 272 - 5.08))
+    short = Prefilling(id="short", arrival=2.0, remaining=64)
+    owing = {"fairness": d.fairness, "running": running(3)}
+    assert case(prefilling=(long, short), **owing).prefill == (("short", 64),), "not behind it, though it came later"
+    d = case(prefilling=(long,), **owing)
+    assert d.prefill == () and d.decode and d.fairness.long_ms == pytest.approx(-(5 + 0.02 * 272 - 5.08) + 5.08)
+    d = case(prefilling=(long,), running=running(3), fairness=d.fairness)
+    assert (d.prefill, d.fairness.long_ms) == ((), 0.0), "paid back"
+    assert case(prefilling=(long,), running=running(3), fairness=d.fairness).prefill
+    assert case(prefilling=(long,), fairness=Fairness(long_ms=-100.0)).prefill, "nobody else is there"
+    blocked = waiting(0, pages=10_000)
+    d = case(prefilling=(long,), waiting=(blocked,), fairness=Fairness(long_ms=-100.0))
+    assert d.prefill == (("long", 256),), "the others have no room"
+    short = dataclasses.replace(long, remaining=1000)
+    assert case(prefilling=(short,), **owing).prefill, "eight steps are not long"
+
+
+def test_with_a_share_of_one_long_prompts_are_like_others(
+    buckets: tuple[Bucket, ...], latency: LatencyModel
+) -> None:
+    case = Case(buckets, latency, long_prompt_share=1.0)
+    long = Prefilling(id="long", arrival=1.0, remaining=4000)
+    d = case(prefilling=(long,), running=running(3))
+    assert d.prefill and d.fairness.long_ms == 0
 
 
 def test_prompts_and_decodes_take_turns_where_no_bucket_holds_both(case: Case) -> None:
