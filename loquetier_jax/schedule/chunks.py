@@ -23,11 +23,14 @@ def step_rows(buckets: tuple[Bucket, ...]) -> int:
     return max((b.prefill for b in prefill_buckets(buckets)), default=0)
 
 
+def tokens_left(candidate: Candidate) -> int:
+    """Prompt tokens that are not in the KV cache yet."""
+    return candidate.prompt_tokens if isinstance(candidate, Waiting) else candidate.remaining
+
+
 def is_long(candidate: Candidate, rows: int) -> bool:
     """Whether a prompt keeps steps of `rows` prompt rows busy for so long that others must not wait for all of it."""
-    waits = isinstance(candidate, Waiting)
-    tokens = candidate.prompt_tokens if waits else candidate.done + candidate.remaining
-    return 0 < LONG_STEPS * rows < tokens
+    return 0 < LONG_STEPS * rows < candidate.done + tokens_left(candidate)
 
 
 def affordable(start: int, pairs: float) -> float:
@@ -102,8 +105,7 @@ class PrefillBuilder:
         candidate = next((c for c in islice(queue, LOOKAHEAD) if self._can_go_on(c)), None)
         if candidate is None:
             return False
-        waits = isinstance(candidate, Waiting)
-        left, start = (candidate.prompt_tokens, 0) if waits else (candidate.remaining, candidate.done)
+        left, start = tokens_left(candidate), candidate.done
         tokens = min(left, self._rows)
         if not self._bucket.holds(start + tokens):
             tokens = (self._bucket.context - start) // BLOCK * BLOCK
@@ -111,7 +113,7 @@ class PrefillBuilder:
             tokens = min(tokens, int(affordable(start, self._most_pairs - self.pairs)))
         if tokens <= 0:
             return False
-        if waits:
+        if isinstance(candidate, Waiting):
             self.admission.take(candidate)
         self._rows -= blocks(tokens)
         self.prefill.append((candidate.id, tokens))
@@ -125,9 +127,8 @@ class PrefillBuilder:
         return True
 
     def _can_go_on(self, candidate: Candidate) -> bool:
-        if isinstance(candidate, Prefilling):
-            return self._bucket.holds(candidate.done + min(candidate.remaining, BLOCK))
-        return self.admission.fits(candidate)
+        holds = self._bucket.holds(candidate.done + min(tokens_left(candidate), BLOCK))
+        return holds and (isinstance(candidate, Prefilling) or self.admission.fits(candidate))
 
     def _note_heads(self) -> None:
         """Shows admission the first waiting request of every adapter, so that those without room count as overtaken."""
