@@ -175,7 +175,7 @@ def test_a_key_without_version_or_salt_would_be_seen(tiny_engine, without, monke
 def test_a_published_version_starts_anew(tiny_engine):
     """The job trains on in pages of its own; a version's are read by its requests alone."""
     engine, prompt = tiny_engine, random_prompt(np.random.default_rng(3), 40)
-    job = engine.finetune("job", random_data(0), lora=LORA, train=quick(max_steps=8, learning_rate=1e-2))
+    job = engine.finetune("job", random_data(0), lora=LORA, train=quick(max_steps=10_000, learning_rate=1e-2))
     found = []
     for step in (2, 4, 6):
         engine.wait(lambda step=step: job.step >= step)
@@ -184,6 +184,7 @@ def test_a_published_version_starts_anew(tiny_engine):
         assert numbers_of(outs[:1]) == numbers_of(outs[1:])
         found.append([out.num_cached_tokens for out in outs])
     assert found == [[0, 32]] * 3
+    job.cancel()
 
 
 def test_completions_of_one_prompt_share_it(tiny_engine, without):
