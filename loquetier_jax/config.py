@@ -80,7 +80,11 @@ class EngineConfig:
         dtype: Compute dtype of base, adapters and KV cache.
         max_model_len: Maximum prompt + output tokens of one request.
         kv_page_size: Tokens per KV page, a multiple of BLOCK.
-        num_kv_pages: Number of KV pages, including page 0 (the trash page); None fits max_num_seqs full sequences.
+        num_kv_pages: Number of KV pages, including page 0 (the trash page); None takes what `gpu_memory_utilization`
+            leaves, at most max_num_seqs full sequences, or exactly these where the device does not tell its memory.
+        gpu_memory_utilization: Share of the memory that jax may use to be filled, in (0, 1]; see `step.memory`.
+        train_memory_gb: Memory to leave for training if num_kv_pages is None; None: one pass of the largest training
+            bucket and 8 jobs of rank 16; 0: serve only.
         enable_prefix_caching: Whether requests of one adapter version share the KV of a common beginning.
         max_num_seqs: Slots, i.e. the maximum number of running requests.
         max_adapters: Adapter pages on the device, i.e. resident adapters of rank <= 16 (rank r takes ceil(r/16)).
@@ -106,6 +110,8 @@ class EngineConfig:
     max_model_len: int = 512
     kv_page_size: int = 16
     num_kv_pages: int | None = None
+    gpu_memory_utilization: float = 0.92
+    train_memory_gb: float | None = None
     enable_prefix_caching: bool = True
     max_num_seqs: int = 64
     max_adapters: int = 32
@@ -139,6 +145,10 @@ class EngineConfig:
         require(folder is None or isinstance(folder, str), "compilation_cache_dir", folder, "a path or null")
         caching = self.enable_prefix_caching
         require(isinstance(caching, bool), "enable_prefix_caching", caching, "true or false")
+        share, train = self.gpu_memory_utilization, self.train_memory_gb
+        require(is_number(share) and 0 < share <= 1, "gpu_memory_utilization", share, "a number in (0, 1]")
+        ok = train is None or (is_number(train) and 0 <= train < math.inf)
+        require(ok, "train_memory_gb", train, "a number >= 0 or null")
         require(isinstance(self.slo, SLOConfig), "slo", self.slo, "an SLOConfig")
         names = isinstance(self.keep, tuple) and set(self.keep) <= set(KEPT)
         require(names, "keep", self.keep, f"a subset of {KEPT}")

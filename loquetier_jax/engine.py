@@ -29,6 +29,7 @@ from loquetier_jax.serve.scoring import Scoring
 from loquetier_jax.serve.tokenizer import load_tokenizer
 from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.compiler import BackgroundCompiler
+from loquetier_jax.step.memory import sized
 from loquetier_jax.step.state import new_state
 from loquetier_jax.train.handle import JobHandle
 from loquetier_jax.train.home import JobHome
@@ -75,6 +76,7 @@ class Engine:
     ) -> None:
         enable_compilation_cache(cfg.compilation_cache_dir)
         tell_of_broken_bits()
+        cfg = sized(spec, cfg)
         self.spec, self.cfg, self.tokenizer, self.name = spec, cfg, tokenizer, name
         self.state = new_state(spec, cfg, params)
         self.functions = StepFunctions(spec, cfg, self.state)
