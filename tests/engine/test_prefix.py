@@ -93,6 +93,25 @@ def test_a_hit_has_the_bits_of_a_miss(tiny_engine, without, monkeypatch, chunk):
     assert sum(len(one) for one in told.seen) < tiny_engine.cfg.kv_pages * PAGE, "nothing was evicted"
 
 
+def chat_over_page_ends(engine: Engine, without: Engine) -> None:
+    """A chat whose first answer ends with a page: its last token was never fed, so the page is not full."""
+    told, rng = Told(engine), np.random.default_rng(11)
+    said = told.ask(random_prompt(rng, 12), greedy(4, logprobs=0))
+    told.ask(said.prompt_token_ids + said.outputs[0].token_ids + random_prompt(rng, 3))
+    told.check(without)
+
+
+def test_a_page_is_full_when_its_last_token_was_fed(tiny_engine, without):
+    chat_over_page_ends(tiny_engine, without)
+
+
+def test_a_token_that_was_not_fed_would_be_seen(tiny_engine, without, monkeypatch):
+    enter = KVPages.enter
+    monkeypatch.setattr(KVPages, "enter", lambda self, prefix, pages, p, out: enter(self, prefix, pages, p, [*out, 0]))
+    with pytest.raises(AssertionError):
+        chat_over_page_ends(tiny_engine, without)
+
+
 def test_what_else_a_request_asks_for_is_not_changed_by_a_hit(tiny_engine, without):
     """Penalties count the whole prompt; seeds, stops and min_tokens follow positions of the output.
 
