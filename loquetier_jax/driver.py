@@ -47,11 +47,14 @@ class Driver:
     Args:
         loop: What is driven.
         background: Whether other threads are at work that the loop may be waiting for: a compile, a save.
+        loading: Whether adapters are being loaded for requests; its end is notified.
     """
 
-    def __init__(self, loop: Drivable, background: Callable[[], bool]) -> None:
+    def __init__(
+        self, loop: Drivable, background: Callable[[], bool], loading: Callable[[], bool] = lambda: False
+    ) -> None:
         self.lock = loop.lock
-        self._background = background
+        self._background, self._loading = background, loading
         self._loop = loop
         self._inbox: deque[Callable[[], None]] = deque()
         self._driving = threading.Lock()
@@ -140,14 +143,22 @@ class Driver:
     def step(self) -> bool:
         """Drives the loop once; returns whether there was any work.
 
+        If all there is has to wait for an adapter that is being loaded, that counts as work: waits a little for it.
+
         Raises:
             EngineError: a step has failed, now or earlier; all requests and jobs have ended with that error.
             RuntimeError: called from inside a step, i.e. by a listener; other requests' tokens would be out of order.
         """
+        loading = self._loading()  # asked before the iteration, which uses what is loaded meanwhile
         with self._iteration():
+            seen = self._changed.count
             with self.lock:
                 self.empty_inbox()
-            return self._loop.iterate() or bool(self._inbox)
+            worked = self._loop.iterate() or bool(self._inbox)
+        if not worked and (loading or self._loading()):
+            self._changed.wait(seen + 1, POLL_S)  # the iteration's own notification is not what it waits for
+            return True
+        return worked
 
     def drain(self) -> None:
         """Reads the results of everything dispatched, leaving the device idle. Raises what `step` raises."""

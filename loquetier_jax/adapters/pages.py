@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 from numpy.typing import DTypeLike
 
 from loquetier_jax.adapters.lora import LoraModule, LoraShape, LoraWeights, weight_key
@@ -142,28 +142,47 @@ def take_pages(pages: AdapterPages, page_ids: Int[Array, " k"]) -> AdapterPages:
     return jax.tree.map(lambda leaf: leaf[page_ids], pages)
 
 
-def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages) -> AdapterPages:
+def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: Any) -> AdapterPages:
     """Writes an adapter's pages into the device stacks in place; `pages` is donated, use the result instead.
 
-    Writes one page per dispatch, with a traced id, so that one compile serves adapters of all shapes. Inside jit,
-    use `put_pages`.
+    One call, compiled per power of two: `padded` fills up the rest. Inside jit, use `put_pages`.
 
     Args:
         pages: Device stacks, donated.
         page_ids: Distinct, in 1 .. P-1.
-        new: Leading axis len(page_ids); preferably numpy, as `pages_of` returns for host weights.
+        new: AdapterPages of leading axis len(page_ids); or flat ones (see `flat_of`), in host memory or on the device,
+            with len(page_ids) or `padded_count` of that many rows.
 
     Raises:
         IntegrityError: invalid page ids; nothing is written.
     """
-    ids = [int(i) for i in page_ids]
-    total, count = pages.num_pages, new.num_pages
-    if len(ids) != count or len(set(ids)) != count or not all(0 < i < total for i in ids):
-        raise IntegrityError(f"page_ids: got {ids}, expected {count} distinct ids between 1 and {total - 1}")
-    for position, page_id in enumerate(ids):
-        page = jax.tree.map(lambda leaf, at=position: leaf[at], new)
-        pages = write_page(pages, np.int32(page_id), page)
-    return pages
+    new = flat_of(new) if isinstance(new, AdapterPages) else new
+    ids, count = [int(i) for i in page_ids], len(page_ids)
+    total = pages.num_pages
+    fits = len(new) in (count, padded_count(count)) and count > 0
+    if not fits or len(set(ids)) != count or not all(0 < i < total for i in ids):
+        raise IntegrityError(f"page_ids: got {ids}, expected {len(new)} distinct ids between 1 and {total - 1}")
+    flat = padded(new)
+    return write_flat(pages, np.asarray(ids + ids[-1:] * (len(flat) - count), np.int32), flat)
+
+
+def flat_of(pages: AdapterPages) -> Any:
+    """[pages, N]: an adapter's pages in one array, the leaves in the order of `jax.tree.leaves`; numpy if they are."""
+    leaves = jax.tree.leaves(pages)
+    xp = np if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp
+    return xp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+def padded_count(count: int) -> int:
+    """The number of pages that a write of `count` pages is compiled for: the next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def padded(flat: Shaped[Any, "pages N"]) -> Shaped[Any, "padded N"]:
+    """Flat pages with the last one repeated up to a power of two: writing it twice to one page changes nothing."""
+    missing = padded_count(len(flat)) - len(flat)
+    xp = np if isinstance(flat, np.ndarray) else jnp
+    return xp.concatenate([flat, *[flat[-1:]] * missing]) if missing else flat
 
 
 def read_pages(pages: AdapterPages, page_ids: Sequence[int]) -> AdapterPages:
@@ -172,8 +191,18 @@ def read_pages(pages: AdapterPages, page_ids: Sequence[int]) -> AdapterPages:
 
 
 @partial(jax.jit, donate_argnums=0)
-def write_page(pages: AdapterPages, page_id: Int[Array, ""], page: AdapterPages) -> AdapterPages:
-    return jax.tree.map(lambda old, one: old.at[page_id].set(one), pages, page)
+def write_flat(pages: AdapterPages, page_ids: Int[Array, " k"], flat: Shaped[Array, "k N"]) -> AdapterPages:
+    """Writes flat pages to the ids, in order; see `write_pages`."""
+    leaves, tree = jax.tree.flatten(pages)
+    written, start = [], 0
+    for leaf in leaves:
+        size = leaf[0].size
+        new = flat[:, start : start + size].reshape(len(flat), *leaf.shape[1:])
+        for k in range(len(flat)):  # one slice each, in place; a scatter of several pages may copy the whole stack
+            leaf = jax.lax.dynamic_update_slice_in_dim(leaf, new[k : k + 1], page_ids[k], 0)
+        written.append(leaf)
+        start += size
+    return jax.tree.unflatten(tree, written)
 
 
 _take = jax.jit(take_pages)

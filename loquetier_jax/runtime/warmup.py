@@ -74,7 +74,7 @@ def compile_serving(
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("compiling", total=1 + len(buckets) + len(sizes))
         functions.admit()
-        state.warm_page_writes()
+        state.warm_page_writes(cfg.max_lora_pages)
         bar.advance(task)
         for bucket in buckets:
             bar.update(task, description=f"compiling {bucket.name}")

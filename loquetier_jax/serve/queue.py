@@ -5,7 +5,6 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ log = logging.getLogger(__name__)
 LOOKAHEAD = 256  # maximum waiting requests considered per scheduling decision
 
 Listener = Callable[[StreamPiece], None]
-
 
 SampledRows = list[tuple[int, Request]]
 """(row of a step's sampled tokens, the request it belongs to)."""
@@ -74,14 +72,13 @@ class RequestQueue:
             self._live_ids.update(r.id for r in requests)
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Reads and casts the adapter of announced requests, so that the loop need not. Thread-safe.
+        """Begins to load the adapter of announced requests, unless it is on the device. Thread-safe; returns at once.
 
-        An adapter that cannot be read is ignored here; the requests end with that error at admission.
+        If it cannot be read, the requests end with that error at admission.
         """
         version = self._versions.get(requests[0].id)
         if version is not None:
-            with suppress(AdapterError):
-                self.store.prepare(version)
+            self.store.prepare(version)
 
     def withdraw(self, requests: Sequence[Request]) -> None:
         """Undoes `announce` for requests that will not be queued. Thread-safe."""
@@ -120,8 +117,8 @@ class RequestQueue:
             epoch: The last step dispatched.
 
         Returns:
-            False if there is no room (nothing is changed) or its adapter cannot be read (the request has ended with
-            an error).
+            False if there is no room, or its adapter has to be loaded first (nothing is changed), or its adapter cannot
+            be read (the request has ended with an error).
         """
         try:
             slot, kv_pages = self._acquire(request, epoch)
@@ -150,7 +147,7 @@ class RequestQueue:
         if version is not None:
             self.store.acquire(version)
             try:
-                request.adapter_pages = self.store.ensure_resident(version)
+                request.adapter_pages = self.store.ensure_loaded(version)
             except (CapacityError, AdapterError):
                 self.store.release(version, epoch)
                 self.kv.free(kv_pages, 0)
@@ -193,8 +190,11 @@ class RequestQueue:
         return [r for r in self.running.values() if 0 < r.num_dispatched < r.params.max_tokens]
 
     def views(self, expected: float) -> dict[str, Any]:
-        """The request-related fields of a scheduler Snapshot; tokens in flight count as read at time `expected`."""
-        shown = itertools.islice(self.waiting.values(), LOOKAHEAD)
+        """The request-related fields of a scheduler Snapshot; tokens in flight count as read at time `expected`.
+
+        Begins to load adapters that waiting requests need and that are not on the device.
+        """
+        shown = itertools.islice(views.ready(self.waiting.values(), self._versions, self.store), LOOKAHEAD)
         unfinished = (r for r in self.running.values() if r.num_remaining > 0)
         return {
             "running": tuple(views.decoding(r, expected) for r in self.decoding()),

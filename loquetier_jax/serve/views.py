@@ -1,8 +1,32 @@
 """The scheduler's views of requests."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+
+from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.schedule.types import Decoding, Prefilling, Waiting
 from loquetier_jax.serve.request import Request
+
+SCANNED = 1024  # waiting requests whose adapters are loaded ahead, per scheduling decision
+
+
+def ready(
+    waiting: Iterable[Request], versions: Mapping[str, Version], store: AdapterStore
+) -> Iterator[Request]:
+    """The first of the waiting requests that do not wait for an adapter; begins to load the adapters of the others.
+
+    Args:
+        waiting: Requests in order of arrival.
+        versions: The version of each, by request id; none for the base.
+        store: Their adapters.
+    """
+    for request in islice(waiting, SCANNED):
+        version = versions.get(request.id)
+        if version is None or store.is_ready(version):
+            yield request
+        else:
+            store.prepare(version)
 
 
 def decoding(request: Request, expected: float) -> Decoding:
@@ -45,4 +69,5 @@ def waiting(request: Request, version: Version | None, kv_pages: int) -> Waiting
         prompt_tokens=len(request.prompt_ids),
         pages=kv_pages,
         adapter_pages=0 if stays else version.shape.num_pages,
+        resident=version is None or version.pages is not None,
     )

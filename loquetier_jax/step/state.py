@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from loquetier_jax.adapters.lora import LoraWeights
-from loquetier_jax.adapters.pages import AdapterPages, write_pages
+from loquetier_jax.adapters.pages import AdapterPages, flat_of, padded, padded_count, write_pages
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.models.decoder import Params
 from loquetier_jax.models.spec import DecoderSpec
@@ -82,18 +82,27 @@ class DeviceState:
         padded[: len(prompt)] = prompt
         self.slots = run(self.slots, np.int32(slot), padded, np.int32(len(prompt)))
 
-    def write_adapter(self, page_ids: Sequence[int], pages: AdapterPages) -> None:
-        """Writes an adapter's pages in place; see `adapters.pages.write_pages` for arguments and errors."""
+    def write_adapter(self, page_ids: Sequence[int], pages: Any) -> None:
+        """Writes an adapter's pages in place, in one call; see `adapters.pages.write_pages`."""
         self.pages = write_pages(self.pages, page_ids, pages)
 
     def write_gradients(self, page_ids: Sequence[int], grads: AdapterPages) -> None:
         """Writes f32 accumulators into pages of the gradient pool in place; otherwise like `write_adapter`."""
-        self.grads = write_pages(self.grads, page_ids, grads)
+        for at, page_id in enumerate(page_ids):  # one by one: rare, and one compile serves adapters of all ranks
+            page = jax.tree.map(lambda leaf, at=at: np.asarray(leaf)[at : at + 1], grads)
+            self.grads = write_pages(self.grads, (page_id,), page)
 
-    def warm_page_writes(self) -> None:
-        """Compiles page writes ahead of time, by writing zeros to page 1 of each stack, which must still be zeros."""
+    def warm_page_writes(self, max_pages: int) -> None:
+        """Compiles page writes ahead of time, by writing zeros to pages of each stack, which must still be zeros.
+
+        Args:
+            max_pages: Maximum pages of one adapter.
+        """
+        most = min(max_pages, self.pages.num_pages - 1)
+        counts = sorted({min(padded_count(n), most) for n in range(1, most + 1)})
         zeros = [jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), p) for p in (self.pages, self.grads)]
-        self.write_adapter((1,), zeros[0])
+        for count in counts:
+            self.write_adapter(range(1, count + 1), stage(np.repeat(flat_of(zeros[0]), count, 0)))
         self.write_gradients((1,), zeros[1])
 
     def backward(
@@ -146,6 +155,14 @@ class DeviceState:
         outs = run(master, opt_state, self.grads, self.pages, *ids, *numbers)
         master, opt_state, self.grads, self.pages, metrics = outs
         return master, opt_state, metrics
+
+
+def stage(flat: np.ndarray) -> jax.Array:
+    """Transfers an adapter's flat pages to the device, padded for `write_adapter`; waits until they are there.
+
+    For threads other than the loop's: the transfer runs beside steps.
+    """
+    return jax.block_until_ready(jax.device_put(padded(flat)))
 
 
 def new_state(spec: DecoderSpec, cfg: EngineConfig, params: Params) -> DeviceState:
