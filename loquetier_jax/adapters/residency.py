@@ -88,7 +88,9 @@ class Residency:
 
     def is_ready(self, version: Version) -> bool:
         """Whether `ensure` has nothing to wait for: the version is on the device or staged, or cannot be loaded."""
-        return version.pages is not None or version.snapshot is not None or self.loader.is_done(version)
+        if version.pages is not None or version.snapshot is not None or self.loader.is_done(version):
+            return True
+        return version.id not in self._versions  # whoever needs it is told that it has been unloaded
 
     def ensure(self, version: Version) -> tuple[int, ...]:
         """The version's pages; if it has none, writes what is staged, or else loads it in this thread.

@@ -1,7 +1,7 @@
 """One version of an adapter: fixed weights, and the bookkeeping of where they are and who uses them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,12 +40,12 @@ class Version:
     shape: LoraShape
     config: LoraConfig | None = None
     pages: tuple[int, ...] | None = None
-    host: LoraWeights | None = None
+    host: LoraWeights | None = field(default=None, repr=False)
     snapshot: Callable[[], LoraWeights] | None = None
     source: Path | None = None
     fingerprint: tuple[tuple[int, int], ...] = ()
-    tensors: tuple[StoredTensor, ...] = ()
-    copy: Any = None
+    tensors: tuple[StoredTensor, ...] = field(default=(), repr=False)
+    copy: Any = field(default=None, repr=False)
     finite: bool | None = None
     in_flight: int = 0
     holds: int = 0
