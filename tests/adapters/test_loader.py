@@ -272,7 +272,7 @@ def test_a_load_that_nobody_waits_for_any_more_is_dropped(world: World) -> None:
     world.store.unload("a")
     world.store.check_integrity()
     blocked.finish()
-    assert not world.store.is_ready(held) and not world.store.versions() and not world.store.loader.busy
+    assert not world.store.loader.is_done(held) and not world.store.versions() and not world.store.loader.busy
     world.store.check_integrity()
 
 
