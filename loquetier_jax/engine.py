@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.casts import page_casts
 from loquetier_jax.adapters.manager import AdapterManager
+from loquetier_jax.adapters.staging import stager
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.delegate import delegate
@@ -29,7 +30,7 @@ from loquetier_jax.serve.scoring import Scoring
 from loquetier_jax.serve.tokenizer import load_tokenizer
 from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.compiler import BackgroundCompiler
-from loquetier_jax.step.state import new_state, stage
+from loquetier_jax.step.state import new_state
 from loquetier_jax.train.handle import JobHandle
 from loquetier_jax.train.home import JobHome
 from loquetier_jax.train.lifecycle import FINISHED
@@ -86,7 +87,7 @@ class Engine:
             max_pages=cfg.max_lora_pages,
             max_host_adapters=cfg.max_host_adapters,
             **page_casts(spec, jnp.dtype(cfg.dtype)),
-            stage=stage,
+            stage=stager(spec),
             write=self.state.write_adapter,
         )
         self.loop = self._new_loop(policy or PolicyConfig())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, Shaped
 from numpy.lib.stride_tricks import as_strided
@@ -138,6 +139,11 @@ def pieces_of(weights: LoraWeights, shape: LoraShape) -> list[Piece]:
         for m in shape.modules
         for name, array in weights[weight_key(m.layer, m.target)].items()
     ]
+
+
+def flat_of(pages: AdapterPages) -> FlatPages:
+    """The page form of pages that are numpy arrays already."""
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(pages)], axis=1)
 
 
 def unflattened(flat: FlatPages, spec: DecoderSpec) -> AdapterPages:

@@ -142,7 +142,7 @@ def take_pages(pages: AdapterPages, page_ids: Int[Array, " k"]) -> AdapterPages:
     return jax.tree.map(lambda leaf: leaf[page_ids], pages)
 
 
-def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: Any) -> AdapterPages:
+def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages) -> AdapterPages:
     """Writes an adapter's pages into the device stacks in place; `pages` is donated, use the result instead.
 
     One call, compiled per power of two: `padded` fills up the rest. Inside jit, use `put_pages`.
@@ -150,27 +150,17 @@ def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: Any) -> Adapt
     Args:
         pages: Device stacks, donated.
         page_ids: Distinct, in 1 .. P-1.
-        new: AdapterPages of leading axis len(page_ids); or flat ones (see `flat_of`), in host memory or on the device,
-            with len(page_ids) or `padded_count` of that many rows.
+        new: Leading axis len(page_ids) (preferably numpy then), or already padded (see `staging.stage`).
 
     Raises:
         IntegrityError: invalid page ids; nothing is written.
     """
-    new = flat_of(new) if isinstance(new, AdapterPages) else new
-    ids, count = [int(i) for i in page_ids], len(page_ids)
-    total = pages.num_pages
-    fits = len(new) in (count, padded_count(count)) and count > 0
-    if not fits or len(set(ids)) != count or not all(0 < i < total for i in ids):
-        raise IntegrityError(f"page_ids: got {ids}, expected {len(new)} distinct ids between 1 and {total - 1}")
-    flat = padded(new)
-    return write_flat(pages, np.asarray(ids + ids[-1:] * (len(flat) - count), np.int32), flat)
-
-
-def flat_of(pages: AdapterPages) -> Any:
-    """[pages, N]: an adapter's pages in one array, the leaves in the order of `jax.tree.leaves`; numpy if they are."""
-    leaves = jax.tree.leaves(pages)
-    xp = np if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp
-    return xp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+    ids, count = [int(i) for i in page_ids], new.num_pages
+    total, full = pages.num_pages, padded_count(count)
+    fits = 0 < len(ids) <= count and padded_count(len(ids)) == full
+    if not fits or len(set(ids)) != len(ids) or not all(0 < i < total for i in ids):
+        raise IntegrityError(f"page_ids: got {ids}, expected {count} distinct ids between 1 and {total - 1}")
+    return write_padded(pages, np.asarray(ids + ids[-1:] * (full - len(ids)), np.int32), jax.tree.map(padded, new))
 
 
 def padded_count(count: int) -> int:
@@ -178,11 +168,11 @@ def padded_count(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def padded(flat: Shaped[Any, "pages N"]) -> Shaped[Any, "padded N"]:
-    """Flat pages with the last one repeated up to a power of two: writing it twice to one page changes nothing."""
-    missing = padded_count(len(flat)) - len(flat)
-    xp = np if isinstance(flat, np.ndarray) else jnp
-    return xp.concatenate([flat, *[flat[-1:]] * missing]) if missing else flat
+def padded(pages: Shaped[Any, "pages ..."]) -> Shaped[Any, "padded ..."]:
+    """Pages with the last one repeated up to a power of two: writing it twice to one page changes nothing."""
+    missing = padded_count(len(pages)) - len(pages)
+    xp = np if isinstance(pages, np.ndarray) else jnp
+    return xp.concatenate([pages, *[pages[-1:]] * missing]) if missing else pages
 
 
 def read_pages(pages: AdapterPages, page_ids: Sequence[int]) -> AdapterPages:
@@ -191,18 +181,17 @@ def read_pages(pages: AdapterPages, page_ids: Sequence[int]) -> AdapterPages:
 
 
 @partial(jax.jit, donate_argnums=0)
-def write_flat(pages: AdapterPages, page_ids: Int[Array, " k"], flat: Shaped[Array, "k N"]) -> AdapterPages:
-    """Writes flat pages to the ids, in order; see `write_pages`."""
-    leaves, tree = jax.tree.flatten(pages)
-    written, start = [], 0
-    for leaf in leaves:
-        size = leaf[0].size
-        new = flat[:, start : start + size].reshape(len(flat), *leaf.shape[1:])
-        for k in range(len(flat)):  # one slice each, in place; a scatter of several pages may copy the whole stack
-            leaf = jax.lax.dynamic_update_slice_in_dim(leaf, new[k : k + 1], page_ids[k], 0)
-        written.append(leaf)
-        start += size
-    return jax.tree.unflatten(tree, written)
+def write_padded(pages: AdapterPages, page_ids: Int[Array, " k"], new: AdapterPages) -> AdapterPages:
+    """Writes pages to the ids, in order, in place; see `write_pages`."""
+
+    def put(stack: Array, pages: Array) -> Array:
+        for k in range(len(pages)):  # slice by slice: compiles in a fraction of the time that a scatter takes
+            if k:  # fused with the one before, it might no longer be written in place
+                stack = jax.lax.optimization_barrier(stack)
+            stack = jax.lax.dynamic_update_slice_in_dim(stack, pages[k : k + 1], page_ids[k], 0)
+        return stack
+
+    return jax.tree.map(put, pages, new)
 
 
 _take = jax.jit(take_pages)

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from loquetier_jax.adapters.staging import stager
 from loquetier_jax.batch.rows import empty_batch, empty_sample, ravel
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.sampling_params import LEVELS, Level
@@ -74,7 +75,7 @@ def compile_serving(
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("compiling", total=1 + len(buckets) + len(sizes))
         functions.admit()
-        state.warm_page_writes(cfg.max_lora_pages)
+        state.warm_page_writes(cfg.max_lora_pages, stager(functions.spec))
         bar.advance(task)
         for bucket in buckets:
             bar.update(task, description=f"compiling {bucket.name}")

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from loquetier_jax.adapters.flat import FlatPages
 from loquetier_jax.adapters.lora import LoraWeights
-from loquetier_jax.adapters.pages import AdapterPages, flat_of, padded, padded_count, write_pages
+from loquetier_jax.adapters.pages import AdapterPages, padded_count, write_pages
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.models.decoder import Params
 from loquetier_jax.models.spec import DecoderSpec
@@ -82,7 +83,7 @@ class DeviceState:
         padded[: len(prompt)] = prompt
         self.slots = run(self.slots, np.int32(slot), padded, np.int32(len(prompt)))
 
-    def write_adapter(self, page_ids: Sequence[int], pages: Any) -> None:
+    def write_adapter(self, page_ids: Sequence[int], pages: AdapterPages) -> None:
         """Writes an adapter's pages in place, in one call; see `adapters.pages.write_pages`."""
         self.pages = write_pages(self.pages, page_ids, pages)
 
@@ -92,18 +93,20 @@ class DeviceState:
             page = jax.tree.map(lambda leaf, at=at: np.asarray(leaf)[at : at + 1], grads)
             self.grads = write_pages(self.grads, (page_id,), page)
 
-    def warm_page_writes(self, max_pages: int) -> None:
+    def warm_page_writes(self, max_pages: int, stage: Callable[[FlatPages], AdapterPages]) -> None:
         """Compiles page writes ahead of time, by writing zeros to pages of each stack, which must still be zeros.
 
         Args:
             max_pages: Maximum pages of one adapter.
+            stage: Transfers flat pages (see `staging.stager`); compiled as well.
         """
         most = min(max_pages, self.pages.num_pages - 1)
-        counts = sorted({min(padded_count(n), most) for n in range(1, most + 1)})
-        zeros = [jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), p) for p in (self.pages, self.grads)]
-        for count in counts:
-            self.write_adapter(range(1, count + 1), stage(np.repeat(flat_of(zeros[0]), count, 0)))
-        self.write_gradients((1,), zeros[1])
+        columns = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(self.pages))
+        for count in sorted({min(padded_count(n), most) for n in range(1, most + 1)}):
+            zeros = np.zeros((count, columns), jax.tree.leaves(self.pages)[0].dtype)
+            self.write_adapter(range(1, count + 1), stage(zeros))
+        one = jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), self.grads)
+        self.write_gradients((1,), one)
 
     def backward(
         self,
@@ -155,14 +158,6 @@ class DeviceState:
         outs = run(master, opt_state, self.grads, self.pages, *ids, *numbers)
         master, opt_state, self.grads, self.pages, metrics = outs
         return master, opt_state, metrics
-
-
-def stage(flat: np.ndarray) -> jax.Array:
-    """Transfers an adapter's flat pages to the device, padded for `write_adapter`; waits until they are there.
-
-    For threads other than the loop's: the transfer runs beside steps.
-    """
-    return jax.block_until_ready(jax.device_put(padded(flat)))
 
 
 def new_state(spec: DecoderSpec, cfg: EngineConfig, params: Params) -> DeviceState:

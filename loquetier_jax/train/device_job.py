@@ -36,7 +36,7 @@ class DeviceJob:
         lora, shape: The adapter's configuration and shape.
         master, opt_state: f32 at exact rank; donated to every optimizer step.
         grads: Initial accumulators (from a checkpoint or another engine), host arrays; None: zeros.
-        cast: Initial contents of its pages, on the device (see `step.state.stage`); None once it has started.
+        cast: Initial contents of its pages, on the device (see `AdapterStore.staged`); None once it has started.
         pages: Adapter pages its steps read; () until it starts.
         write_pages: Adapter pages its next optimizer step writes: `pages`, or fresh ones after a publish.
         grad_pages: Its pages of the gradient pool.

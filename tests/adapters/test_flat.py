@@ -9,11 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loquetier_jax.adapters.casts import page_casts
-from loquetier_jax.adapters.flat import Layout, all_finite, pieces_of, unflattened
+from loquetier_jax.adapters.flat import Layout, all_finite, flat_of, pieces_of, unflattened
 from loquetier_jax.adapters.folder import Folders, read_folder
 from loquetier_jax.adapters.lora import LoraModule, LoraShape
-from loquetier_jax.adapters.pages import flat_of, pages_of
+from loquetier_jax.adapters.pages import AdapterPages, pages_of, read_pages, write_pages
 from loquetier_jax.adapters.peft import WEIGHTS_FILE, read_peft, write_peft
+from loquetier_jax.adapters.staging import stager
 from loquetier_jax.adapters.stored import cast_file
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.errors import AdapterError
@@ -93,3 +94,15 @@ def test_a_folder_of_many_names_is_checked_once_until_it_changes(tmp_path: Path)
     assert again.shape == uniform(8) and again.fingerprint != a.fingerprint
     folders.read(tmp_path / "b"), folders.read(tmp_path / "c")
     assert folders.read(tmp_path / "a") is not again, "the oldest of three is forgotten"
+
+
+@pytest.mark.parametrize("r", [8, 24, 40])
+def test_staged_pages_are_written_as_they_are(r: int) -> None:
+    weights, shape = random_weights(uniform(r)), uniform(r)
+    staged = stager(SPEC)(Layout(SPEC).cast(pieces_of(weights, shape), shape.num_pages, np.float32))
+    ids = (5, 2, 3)[: shape.num_pages]
+    stacks = write_pages(AdapterPages.empty(SPEC, 6, np.float32), ids, staged)
+    expected = pages_of(weights, shape, SPEC, np.float32)
+    jax.tree.map(np.testing.assert_array_equal, read_pages(stacks, ids), expected)
+    others = [i for i in range(6) if i not in ids]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(read_pages(stacks, others)))

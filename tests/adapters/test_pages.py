@@ -13,7 +13,7 @@ from loquetier_jax.adapters.pages import (
     put_pages,
     read_pages,
     take_pages,
-    write_flat,
+    write_padded,
     write_pages,
 )
 from loquetier_jax.errors import IntegrityError
@@ -104,7 +104,7 @@ def test_writing_is_in_place_and_compiles_once_per_power_of_two() -> None:
     for ids in ((1,), (5, 3), (4, 6, 2), (8, 7, 1, 5)):
         old, new = jax.tree.leaves(stacks), of_rank(16 * len(ids))
         stacks = write_pages(stacks, ids, new)
-        compiled.append(write_flat._cache_size())
+        compiled.append(write_padded._cache_size())
         assert all(leaf.is_deleted() for leaf in old)
         assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(stacks)] == where
         jax.tree.map(np.testing.assert_array_equal, read_pages(stacks, ids), new)
