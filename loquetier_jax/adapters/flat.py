@@ -99,11 +99,15 @@ class Layout:
             pieces: All its arrays.
             num_pages: Its pages.
             dtype: Compute dtype; B is scaled in f32 before the cast.
+
+        Returns:
+            [num_pages, N], read-only.
         """
         flat = np.zeros((num_pages, self.size), dtype)
         with np.errstate(all="ignore"):  # NaN and infinity are kept; they affect only this adapter's rows
             for piece in pieces:
                 self._put(flat, piece)
+        flat.setflags(write=False)
         return flat
 
     def _put(self, flat: FlatPages, piece: Piece) -> None:

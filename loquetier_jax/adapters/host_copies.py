@@ -14,9 +14,10 @@ from loquetier_jax.errors import IntegrityError
 
 @dataclass(eq=False)
 class HostCopy:
-    """The pages of one or several versions that have the same weights; read-only."""
+    """The pages of one or several versions that have the same weights; read-only. `finite`: see `Version`."""
 
     pages: Any
+    finite: bool | None = None
     users: set[Version] = field(default_factory=set)
 
 
@@ -70,11 +71,10 @@ class HostCopies:
                 self._use(version, found)
                 return found.pages
         pages = self._make(version)
-        if isinstance(pages, np.ndarray):
-            version.finite = all_finite(pages)
+        made = HostCopy(pages, all_finite(pages) if isinstance(pages, np.ndarray) else None)
         with self._lock:
             if self._versions.get(version.id) is version:
-                self._use(version, self._copies.pop(_key(version), None) or HostCopy(pages))
+                self._use(version, self._copies.pop(_key(version), None) or made)
             self._trim()
         return pages
 
@@ -113,7 +113,7 @@ class HostCopies:
         """Makes a copy the most recently used one, and the version's."""
         self._copies[_key(version)] = copy
         copy.users.add(version)
-        version.copy = copy
+        version.copy, version.finite = copy, copy.finite
 
     def _can_drop(self, copy: HostCopy) -> bool:
         return all(self._recoverable(v) for v in list(copy.users)[:1])

@@ -1,14 +1,13 @@
 """The scheduler's views of requests."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.schedule.types import Decoding, Prefilling, Waiting
 from loquetier_jax.serve.request import Request
 
-SCANNED = 1024  # waiting requests whose adapters are loaded ahead, per scheduling decision
+SCANNED = 1024  # waiting requests looked at per scheduling decision, or more until one is found that can run
 
 
 def ready(
@@ -21,9 +20,13 @@ def ready(
         versions: The version of each, by request id; none for the base.
         store: Their adapters.
     """
-    for request in islice(waiting, SCANNED):
+    found = False
+    for i, request in enumerate(waiting):
+        if found and i >= SCANNED:
+            return
         version = versions.get(request.id)
         if version is None or store.is_ready(version):
+            found = True
             yield request
         else:
             store.prepare(version)
