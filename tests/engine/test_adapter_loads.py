@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import loquetier_jax.step.state as state_module
 from loquetier_jax.engine import Engine
 from loquetier_jax.errors import AdapterError, EngineError
 from loquetier_jax.loop_thread import EngineThread
@@ -194,6 +195,36 @@ def test_an_old_request_gets_its_adapter_while_resident_ones_keep_coming(engine:
         assert steps < 2000
     engine.check_integrity()
     engine.wait(lambda: all(one.finished for one in flood))
+
+
+def test_a_load_is_one_call_for_all_its_pages(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, write_pages = [], state_module.write_pages
+
+    def counted(pages: Any, ids: Any, new: Any) -> Any:
+        calls.append(len(ids))
+        return write_pages(pages, ids, new)
+
+    add_random_adapter(engine, "two", 1, 24)
+    monkeypatch.setattr(state_module, "write_pages", counted)
+    engine.generate([[5, 6, 7]] * 3, "two", greedy(2))
+    assert calls == [2]
+
+
+def test_folders_are_read_without_the_lock(
+    engine: Engine, folders: list[Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, weights, owned = engine.load_adapter("a", folders[0]), engine.adapters.weights, []
+
+    def watched(version: Any) -> Any:
+        owned.append(engine.driver.lock.owned)
+        return weights(version)
+
+    monkeypatch.setattr(engine.adapters, "weights", watched)
+    engine.save_adapter("a", tmp_path / "again")
+    engine.finetune("job", random_data(0), init_from="a", train=quick(max_steps=1)).cancel()
+    assert owned == [False, False] and version.holds == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folders[0] / name).read_bytes()
 
 
 def test_closing_while_adapters_are_loaded(make_engine: Callable[..., Engine], folders: list[Any]) -> None:
