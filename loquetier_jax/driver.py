@@ -47,14 +47,17 @@ class Driver:
     Args:
         loop: What is driven.
         background: Whether other threads are at work that the loop may be waiting for: a compile, a save.
-        loading: Whether adapters are being loaded for requests; its end is notified.
+        loads: Whether adapters are being loaded for requests, and how many loads have ended, which is notified.
     """
 
     def __init__(
-        self, loop: Drivable, background: Callable[[], bool], loading: Callable[[], bool] = lambda: False
+        self,
+        loop: Drivable,
+        background: Callable[[], bool],
+        loads: Callable[[], tuple[bool, int]] = lambda: (False, 0),
     ) -> None:
         self.lock = loop.lock
-        self._background, self._loading = background, loading
+        self._background, self._loads = background, loads
         self._loop = loop
         self._inbox: deque[Callable[[], None]] = deque()
         self._driving = threading.Lock()
@@ -149,15 +152,17 @@ class Driver:
             EngineError: a step has failed, now or earlier; all requests and jobs have ended with that error.
             RuntimeError: called from inside a step, i.e. by a listener; other requests' tokens would be out of order.
         """
-        loading = self._loading()  # asked before the iteration, which uses what is loaded meanwhile
+        _, ended = self._loads()
         with self._iteration():
             seen = self._changed.count
             with self.lock:
                 self.empty_inbox()
             worked = self._loop.iterate() or bool(self._inbox)
-        if not worked and (loading or self._loading()):
-            self._changed.wait(seen + 1, POLL_S)  # the iteration's own notification is not what it waits for
-            return True
+        if not worked:
+            loading, now_ended = self._loads()
+            worked = loading or now_ended != ended  # one that ended meanwhile may have been too late for the iteration
+            if worked:
+                self._changed.wait(seen + 1, POLL_S)  # the iteration's own notification is not what it waits for
         return worked
 
     def drain(self) -> None:

@@ -93,7 +93,7 @@ class Engine:
         self.loop = self._new_loop(policy or PolicyConfig())
         loader = self.adapters.loader
         background = lambda: self.compiler.busy or self.job_manager.saver.busy  # noqa: E731
-        self.driver = Driver(self.loop, background, loading=lambda: loader.busy)
+        self.driver = Driver(self.loop, background, lambda: (loader.busy, loader.ended))
         loader.changed = self.driver.notify
         self._compose()
         compile_serving(self.functions, self.state, cfg, self.latency, progress)

@@ -36,6 +36,7 @@ class Loader:
     Attributes:
         start: Starts a worker, given what it runs; tests replace it, to run loads when they want.
         changed: Called, without the lock, when a load has ended.
+        ended: How many have.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Loader:
         self._warming = False
         self._workers = 0
         self._closed = False
+        self.ended = 0
         self.start: Callable[[Callable[[], None]], None] = start_thread
         self.changed: Callable[[], None] = lambda: None
 
@@ -166,6 +168,7 @@ class Loader:
             self.start(self._work)
         except RuntimeError as error:  # no room for a thread, or the process is ending
             self._workers -= 1
+            self.ended += len(self._queue)
             for version in self._queue.values():
                 self._errors[version.id] = AdapterError(f"adapter {version.name!r} cannot be loaded: {error}")
             self._queue.clear()
@@ -210,6 +213,7 @@ class Loader:
         finally:
             with self._lock:
                 del self._active[version.id]
+                self.ended += 1
                 if _is_wanted(version) and not self._closed:
                     if error is None:
                         self._staged[version.id] = version, pages

@@ -141,6 +141,17 @@ def test_scores_wait_for_a_load_and_others_do_not_wait_for_them(engine: Engine, 
     assert np.isfinite(results[0][0]).all()
 
 
+def test_a_load_that_ends_within_the_step_that_asked_for_it_is_used_by_the_next(
+    engine: Engine, folders: list[Any]
+) -> None:
+    """Whoever waited was told that nothing was left to do: the load was over before and after the step."""
+    engine.adapters.loader.start = lambda work: work()
+    engine.load_adapter("a", folders[0])
+    assert np.isfinite(engine.log_probs([[5, 6, 7]], "a")[0]).all()
+    engine.load_adapter("b", folders[1])
+    assert len(engine.generate([[5, 6]], "b", greedy(2))[0].outputs[0].token_ids) == 2
+
+
 @pytest.mark.parametrize("change", ["cancel", "unload", "replace", "rename"])
 def test_what_changes_while_an_adapter_is_loaded(engine: Engine, folders: list[Any], change: str) -> None:
     held, version = Held(engine), engine.load_adapter("a", folders[0])
