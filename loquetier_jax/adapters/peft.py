@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights, resolve_shape
 from loquetier_jax.adapters.peft_config import config_from_peft, config_to_peft
-from loquetier_jax.adapters.stored import DTYPES, StoredTensor, data_places
+from loquetier_jax.adapters.stored import DTYPES, Entry, StoredTensor, read_header
 from loquetier_jax.adapters.targets import TARGETS, module_name, unwrapped, weight_key
 from loquetier_jax.errors import AdapterError, NoModuleError
 from loquetier_jax.models.spec import DecoderSpec
@@ -108,10 +108,11 @@ def inspect_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> "Inspecte
         raise AdapterError(f"{path}: not JSON: {error}") from error
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
-    with _telling(folder / WEIGHTS_FILE), safe_open(folder / WEIGHTS_FILE, "numpy") as file:
-        tensors = _checked_tensors(file, shape, spec)
-        places = data_places(folder / WEIGHTS_FILE)
-    return InspectedAdapter(config, shape, tuple(StoredTensor(*at, *places[name]) for name, at in tensors.items()))
+    with _telling(folder / WEIGHTS_FILE), safe_open(folder / WEIGHTS_FILE, "numpy"):  # it checks size and offsets
+        held = read_header(folder / WEIGHTS_FILE)
+        places = _checked_tensors(held, shape, spec)
+    tensors = (StoredTensor(*at, held[name].dtype, held[name].start) for name, at in places.items())
+    return InspectedAdapter(config, shape, tuple(tensors))
 
 
 def _resolve(config: LoraConfig, spec: DecoderSpec, path: Path) -> tuple[LoraConfig, LoraShape]:
@@ -147,7 +148,7 @@ def read_weights(folder: str | os.PathLike[str], shape: LoraShape, spec: Decoder
     path = _existing(Path(folder), WEIGHTS_FILE)
     weights: LoraWeights = {}
     with _telling(path), safe_open(path, "numpy") as file:
-        for tensor, (key, name) in _checked_tensors(file, shape, spec).items():
+        for tensor, (key, name) in _checked_tensors(read_header(path), shape, spec).items():
             with np.errstate(all="ignore"):  # NaN and infinity are kept; they affect only this adapter's rows
                 weights.setdefault(key, {})[name] = file.get_tensor(tensor).astype(np.float32)
     return weights
@@ -256,17 +257,16 @@ def _tensor_name(key: str, name: str, shape: LoraShape) -> str:
     return f"base_model.model.{module_name(module.layer, module.target)}.{name}.weight"
 
 
-def _checked_tensors(file: Any, shape: LoraShape, spec: DecoderSpec) -> dict[str, tuple[str, str]]:
-    """What `_located` finds in an open file, after a check of dtypes and shapes: every array of `shape` is there."""
+def _checked_tensors(held: dict[str, Entry], shape: LoraShape, spec: DecoderSpec) -> dict[str, tuple[str, str]]:
+    """What `_located` finds in a file, after a check of dtypes and shapes: every array of `shape` is there."""
     sizes = shape.array_shapes(spec)
-    found = _located(sorted(file.keys()), shape, spec)
+    found = _located(sorted(held), shape, spec)
     for tensor, (key, name) in found.items():
-        view = file.get_slice(tensor)
-        if view.get_dtype() not in DTYPES:
-            raise AdapterError(f"tensor {tensor!r}: got {view.get_dtype()}, expected one of {tuple(DTYPES)}")
-        if tuple(view.get_shape()) != sizes[key][name]:
-            got, expected = tuple(view.get_shape()), sizes[key][name]
-            raise AdapterError(f"tensor {tensor!r}: got shape {got}, expected {expected}")
+        if held[tensor].dtype not in DTYPES:
+            raise AdapterError(f"tensor {tensor!r}: got {held[tensor].dtype}, expected one of {tuple(DTYPES)}")
+        if held[tensor].shape != sizes[key][name]:
+            expected = sizes[key][name]
+            raise AdapterError(f"tensor {tensor!r}: got shape {held[tensor].shape}, expected {expected}")
     there = set(found.values())
     missing = [_tensor_name(k, n, shape) for k in sizes for n in sizes[k] if (k, n) not in there]
     if missing:

@@ -36,8 +36,16 @@ class StoredTensor(NamedTuple):
     start: int
 
 
-def data_places(path: Path) -> dict[str, tuple[str, int]]:
-    """Tensor -> (dtype, first byte in the file), from the header of a file that safetensors has checked.
+class Entry(NamedTuple):
+    """A tensor in a file's header: its dtype by name, its shape, its first byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a file, by name, from a header that safetensors has checked.
 
     Raises:
         OSError, AdapterError: the file cannot be read, or has been cut meanwhile.
@@ -50,7 +58,7 @@ def data_places(path: Path) -> dict[str, tuple[str, int]]:
             raise AdapterError(f"the header is not JSON: {error}") from error
     begin = _LENGTH + length
     return {
-        name: (entry["dtype"], begin + entry["data_offsets"][0])
+        name: Entry(entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
         for name, entry in header.items()
         if name != "__metadata__"
     }
