@@ -36,6 +36,7 @@ Glossary:
 | headroom | milliseconds that the latency targets (SLO) leave for quanta before a token would be late |
 | slot | index of a running request's state on the device: last token and penalty counts |
 | page (KV) | `kv_page_size` token positions of the KV cache, in every layer; page 0 takes the writes of padding rows |
+| prefix, block | the beginning of a request as the prefix cache sees it, and one full KV page of it |
 | page (adapter) | 16 ranks of an adapter, in all layers and targets; page 0 is all zeros and means "no adapter" |
 | gradient pool | f32 pages in which the gradients of jobs accumulate until their optimizer steps; page 0 is trash |
 | master | a job's exact-rank f32 weights; every optimizer step casts them to the job's adapter pages |

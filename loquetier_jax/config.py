@@ -1,15 +1,15 @@
 """Engine configuration: frozen dataclasses that validate themselves on construction. Imports no jax."""
 
 import math
-import warnings
-from dataclasses import InitVar, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
-from loquetier_jax.errors import ConfigError, short
+from loquetier_jax.bucket import BLOCK, PACK_ALIGN, Bucket
+from loquetier_jax.require import is_int, is_number, require
+
+__all__ = ["BLOCK", "PACK_ALIGN", "RANK_PAGE", "Bucket", "EngineConfig", "SLOConfig", "is_int", "is_number", "require"]
 
 RANK_PAGE = 16  # ranks in one adapter page
-BLOCK = 16  # rows of one prefill block and of one LoRA tile
-PACK_ALIGN = 64  # pack lengths are multiples of this, so that gradient bits on CPU do not depend on position
 
 DEFAULT_GAPS = 4.0  # longest planned gap between tokens, as a multiple of tpot_ms, when itl_p99_ms is not given
 
@@ -38,121 +38,6 @@ _CHOICES = {
     "attention": ("xla", "triton", None),
     "train_attention": ("xla", "cudnn", None),
 }
-
-
-def is_int(value: Any) -> bool:
-    """Whether `value` is an int but not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether `value` is an int or a float but not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def require(ok: Any, name: str, got: Any, expected: str) -> None:
-    """Raises ConfigError unless `ok`; the message names the argument, the value and what was expected."""
-    if not ok:
-        raise ConfigError(f"{name}: got {short(got, 500)}, expected {expected}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bucket:
-    """The static shape of one compiled forward.
-
-    Rows in flat order: train `packs * pack_tokens`, score `score_packs * score_tokens`, `prefill`, `decode`.
-
-    Attributes:
-        packs: Training packs in the step.
-        pack_tokens: Rows of one training pack, a multiple of PACK_ALIGN.
-        score_packs: Packs that are scored but not trained on (evaluation, `log_probs`).
-        score_tokens: Rows of one score pack, a multiple of PACK_ALIGN.
-        prefill: Prompt rows, a multiple of BLOCK; every chunk starts on a block.
-        chunks: Maximum number of prompt chunks (sequences) sharing the prefill rows.
-        decode: Maximum number of sequences decoding one token each.
-        sampling: Deprecated, without effect: every bucket supports all sampling parameters.
-    """
-
-    packs: int = 0
-    pack_tokens: int = 0
-    score_packs: int = 0
-    score_tokens: int = 0
-    prefill: int = 0
-    chunks: int = 0
-    decode: int = 0
-    sampling: InitVar[str | None] = None
-
-    removed: ClassVar[dict[str, str]] = {"sampling": "every bucket supports all sampling parameters"}
-
-    def __post_init__(self, sampling: str | None) -> None:
-        if sampling is not None:
-            known = ("greedy", "plain", "full")
-            require(sampling in known, "Bucket.sampling", sampling, f"none (deprecated; one of {known} has no effect)")
-            message = f"Bucket.sampling has no effect any more: {self.removed['sampling']}"
-            warnings.warn(message, DeprecationWarning, stacklevel=3)
-        for name in ("packs", "pack_tokens", "score_packs", "score_tokens", "prefill", "chunks", "decode"):
-            value = getattr(self, name)
-            require(is_int(value) and value >= 0, f"Bucket.{name}", value, "an integer >= 0")
-        for name in ("pack_tokens", "score_tokens"):
-            value = getattr(self, name)
-            require(value % PACK_ALIGN == 0, f"Bucket.{name}", value, f"a multiple of {PACK_ALIGN}")
-        require(
-            (self.packs > 0) == (self.pack_tokens > 0),
-            "Bucket.packs",
-            self.packs,
-            "0 exactly when pack_tokens is 0",
-        )
-        require(
-            (self.score_packs > 0) == (self.score_tokens > 0),
-            "Bucket.score_packs",
-            self.score_packs,
-            "0 exactly when score_tokens is 0",
-        )
-        require(self.prefill % BLOCK == 0, "Bucket.prefill", self.prefill, f"a multiple of {BLOCK}")
-        require(
-            (self.chunks > 0) == (self.prefill > 0) and self.chunks * BLOCK <= self.prefill,
-            "Bucket.chunks",
-            self.chunks,
-            f"between 1 and prefill / {BLOCK} when prefill > 0, else 0",
-        )
-        require(self.rows > 0, "Bucket", self, "at least one row")
-
-    @property
-    def train_rows(self) -> int:
-        return self.packs * self.pack_tokens
-
-    @property
-    def score_rows(self) -> int:
-        return self.score_packs * self.score_tokens
-
-    @property
-    def rows(self) -> int:
-        """T: all rows of the step."""
-        return self.train_rows + self.score_rows + self.prefill + self.decode
-
-    @property
-    def samples(self) -> int:
-        """Sampled tokens per step: one per decode row and one per chunk."""
-        return self.decode + self.chunks
-
-    @property
-    def name(self) -> str:
-        parts = [
-            f"train{self.packs}x{self.pack_tokens}" if self.packs else "",
-            f"score{self.score_packs}x{self.score_tokens}" if self.score_packs else "",
-            f"prefill{self.prefill}" if self.prefill else "",
-            f"decode{self.decode}" if self.decode else "",
-        ]
-        return "-".join(p for p in parts if p)
-
-    def covers(self, need: "Bucket") -> bool:
-        """Whether a step that needs `need` fits into this bucket.
-
-        Train packs must match in length, because a job's numerics depend on the pack shape; score packs may be padded.
-        """
-        same_packs = not need.packs or need.pack_tokens == self.pack_tokens
-        counts = ("packs", "score_packs", "score_tokens", "prefill", "chunks", "decode")
-        return same_packs and all(getattr(self, c) >= getattr(need, c) for c in counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +80,12 @@ class EngineConfig:
         dtype: Compute dtype of base, adapters and KV cache.
         max_model_len: Maximum prompt + output tokens of one request.
         kv_page_size: Tokens per KV page, a multiple of BLOCK.
-        num_kv_pages: Number of KV pages, including page 0 (the trash page); None fits max_num_seqs full sequences.
+        num_kv_pages: Number of KV pages, including page 0 (the trash page); None takes what `gpu_memory_utilization`
+            leaves, at most max_num_seqs full sequences, or exactly these where the device does not tell its memory.
+        gpu_memory_utilization: Share of the memory that jax may use to be filled, in (0, 1]; see `step.memory`.
+        train_memory_gb: Memory to leave for training if num_kv_pages is None; None: one pass of the largest training
+            bucket and 8 jobs of rank 16; 0: serve only.
+        enable_prefix_caching: Whether requests of one adapter version share the KV of a common beginning.
         max_num_seqs: Slots, i.e. the maximum number of running requests.
         max_adapters: Adapter pages on the device, i.e. resident adapters of rank <= 16 (rank r takes ceil(r/16)).
         max_host_adapters: Host copies of adapters, in page form and `dtype` (84 MB of rank 16 at 8B), from which they
@@ -221,6 +111,9 @@ class EngineConfig:
     max_model_len: int = 512
     kv_page_size: int = 16
     num_kv_pages: int | None = None
+    gpu_memory_utilization: float = 0.92
+    train_memory_gb: float | None = None
+    enable_prefix_caching: bool = True
     max_num_seqs: int = 64
     max_adapters: int = 32
     max_host_adapters: int | None = None
@@ -251,6 +144,12 @@ class EngineConfig:
             require(value in known, name, value, f"one of {known}")
         folder = self.compilation_cache_dir
         require(folder is None or isinstance(folder, str), "compilation_cache_dir", folder, "a path or null")
+        caching = self.enable_prefix_caching
+        require(isinstance(caching, bool), "enable_prefix_caching", caching, "true or false")
+        share, train = self.gpu_memory_utilization, self.train_memory_gb
+        require(is_number(share) and 0 < share <= 1, "gpu_memory_utilization", share, "a number in (0, 1]")
+        ok = train is None or (is_number(train) and 0 <= train < math.inf)
+        require(ok, "train_memory_gb", train, "a number >= 0 or null")
         require(isinstance(self.slo, SLOConfig), "slo", self.slo, "an SLOConfig")
         names = isinstance(self.keep, tuple) and set(self.keep) <= set(KEPT)
         require(names, "keep", self.keep, f"a subset of {KEPT}")
@@ -260,8 +159,17 @@ class EngineConfig:
         ok = isinstance(self.buckets, tuple) and all(isinstance(b, Bucket) for b in self.buckets) and self.buckets
         require(ok, "buckets", self.buckets, "at least one Bucket (see configs/engine/)")
         for rows in ("prefill", "decode"):
-            some = any(getattr(b, rows) for b in self.buckets)
+            some = [b for b in self.buckets if getattr(b, rows)]
             require(some, "buckets", self.buckets, f"at least one bucket with {rows} rows")
+        # Any request may reach max_model_len, and all that run decode together.
+        decode, names = max(b.decode for b in self.buckets), [b.name for b in self.buckets]
+        whole = [b for b in self.buckets if self.holds_any_context(b)]
+        ok = any(b.prefill for b in whole) and any(b.decode == decode for b in whole)
+        require(ok, "buckets", names, f"prefill rows, and {decode} decode rows, in buckets without a limit of context")
+
+    def holds_any_context(self, bucket: Bucket) -> bool:
+        """Whether the bucket's rows may attend to max_model_len tokens."""
+        return not bucket.context or bucket.context >= self.max_model_len
 
     @property
     def sample_sizes(self) -> tuple[int, ...]:
@@ -270,8 +178,13 @@ class EngineConfig:
 
     @property
     def max_pages_per_seq(self) -> int:
-        """Columns of a page table."""
+        """KV pages of the longest request."""
         return -(-self.max_model_len // self.kv_page_size)
+
+    def table_columns(self, bucket: Bucket) -> int:
+        """Columns of the page tables in a bucket."""
+        context = min(bucket.context or self.max_model_len, self.max_model_len)
+        return -(-context // self.kv_page_size)
 
     @property
     def kv_pages(self) -> int:

@@ -30,6 +30,7 @@ from loquetier_jax.serve.scoring import Scoring
 from loquetier_jax.serve.tokenizer import load_tokenizer
 from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.compiler import BackgroundCompiler
+from loquetier_jax.step.memory import sized
 from loquetier_jax.step.state import new_state
 from loquetier_jax.train.handle import JobHandle
 from loquetier_jax.train.home import JobHome
@@ -76,6 +77,7 @@ class Engine:
     ) -> None:
         enable_compilation_cache(cfg.compilation_cache_dir)
         tell_of_broken_bits()
+        cfg = sized(spec, cfg)
         self.spec, self.cfg, self.tokenizer, self.name = spec, cfg, tokenizer, name
         self.state = new_state(spec, cfg, params)
         self.functions = StepFunctions(spec, cfg, self.state)
@@ -100,7 +102,8 @@ class Engine:
 
     def _new_loop(self, policy: PolicyConfig) -> Loop:
         cfg, scoring = self.cfg, Scoring()
-        kv, slots = KVPages(cfg.kv_pages, cfg.kv_page_size), IdPool(range(cfg.max_num_seqs), "slots")
+        kv = KVPages(cfg.kv_pages, cfg.kv_page_size, prefix_caching=cfg.enable_prefix_caching)
+        slots = IdPool(range(cfg.max_num_seqs), "slots")
         serving = RequestQueue(self.adapters, kv, slots)
         training = JobRunner(cfg, self.state, self.functions, self.adapters, self.compiler, scoring)
         return Loop(cfg, self.state, self.functions, serving, scoring, training, self.latency, policy, cfg.slo)
@@ -157,6 +160,7 @@ class Engine:
     cancel = delegate("requests", RequestFrontend.cancel)
     generate = delegate("requests", RequestFrontend.generate)
     stream = delegate("requests", RequestFrontend.stream)
+    reset_prefix_cache = delegate("requests", RequestFrontend.reset_prefix_cache)
     log_probs = delegate("scores", ScoreRequests.log_probs)
 
     # Adapters.

@@ -24,7 +24,8 @@ _functions: dict[tuple[DecoderSpec, EngineConfig], StepFunctions] = {}
 
 def functions_of(spec: DecoderSpec, cfg: EngineConfig, state: Any) -> StepFunctions:
     """One StepFunctions for all configs that compile the same: it is asked for buckets, and lists none."""
-    shapes = replace(cfg, buckets=ANY, slo=SLOConfig(), max_host_adapters=None, compilation_cache_dir="", seed=0)
+    host = {"slo": SLOConfig(), "max_host_adapters": None, "enable_prefix_caching": True, "seed": 0}
+    shapes = replace(cfg, buckets=ANY, compilation_cache_dir="", **host)
     if (spec, shapes) not in _functions:
         _functions[spec, shapes] = StepFunctions(spec, cfg, state)
     return _functions[spec, shapes]

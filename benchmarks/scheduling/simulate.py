@@ -18,7 +18,9 @@ from loquetier_jax.schedule.latency import (
     FORWARD_SLICE,
     OPTIMIZER,
     LatencyModel,
+    Reads,
     Run,
+    chunk_pairs,
 )
 from loquetier_jax.schedule.policy import PolicyConfig, decide
 from loquetier_jax.schedule.types import (
@@ -125,7 +127,9 @@ class Simulator:
             buckets=self.buckets,
             running=tuple(self._decoding(r, tokens) for r in admitted if r.remaining == 0),
             prefilling=tuple(
-                Prefilling(id=r.id, adapter=r.adapter, arrival=r.arrival, remaining=r.remaining)
+                Prefilling(
+                    id=r.id, adapter=r.adapter, arrival=r.arrival, remaining=r.remaining, done=r.prompt - r.remaining
+                )
                 for r in admitted
                 if r.remaining
             ),
@@ -159,6 +163,7 @@ class Simulator:
             num_output=len(r.times),
             remaining=r.output - len(r.times),
             pages=self._waiting(r).pages,
+            context=r.prompt + len(r.times),
         )
 
     def _waiting(self, r: SimRequest) -> Waiting:
@@ -179,9 +184,11 @@ class Simulator:
     ) -> None:
         for name in decision.admit:
             requests[name].remaining = requests[name].prompt
+        reads = self._reads(decision, requests)
         factor, truth = self.noise(), self.truth or self.latency
         started = max([self.now, *(f.ready for f in self._flying)])
-        forward = [((FORWARD, decision.bucket.name), decision.bucket.rows)] if decision.bucket else []
+        bucket = decision.bucket
+        forward = [Run((FORWARD, bucket.name), bucket.rows, reads)] if bucket else []
         flight = Flight(forward, started, started + factor * sum(truth.predict(*run) for run in forward) / 1e3)
         for name, tokens in decision.prefill:
             requests[name].remaining -= tokens
@@ -190,7 +197,7 @@ class Simulator:
             requests[name].times.append(flight.tokens)
         self._score(decision.score, score)
         if decision.packs:
-            self._start(decision.packs, decision.bucket, jobs, "backward", self.slices)
+            self._start(decision.packs, bucket, jobs, "backward", self.slices)
         for quantum in decision.quanta:
             if self.before_quantum is not None:
                 self.before_quantum(self.snapshot([*requests.values()], [*jobs.values()], score), quantum)
@@ -198,6 +205,15 @@ class Simulator:
             self._quantum(quantum, jobs, score)
         flight.ready = flight.tokens + factor * sum(truth.predict(*run) for run in flight.quanta) / 1e3
         self._flying.append(flight)
+
+    def _reads(self, decision: Decision, requests: dict[str, SimRequest]) -> Reads:
+        """What the inference rows of a decision read."""
+        decode = [requests[name] for name in decision.decode]
+        chunks = [(requests[name], tokens) for name, tokens in decision.prefill]
+        return Reads(
+            kv_tokens=sum(r.prompt + len(r.times) for r in decode),
+            pairs=sum(chunk_pairs(r.prompt - r.remaining, tokens) for r, tokens in chunks),
+        )
 
     def _read(self) -> None:
         """Waits for the oldest step and learns what it took."""
@@ -210,15 +226,15 @@ class Simulator:
     def _runs(self, quantum: Quantum) -> list[Run]:
         """The compiled calls of a quantum, before it runs."""
         if quantum.kind == "optimizer":
-            return [((OPTIMIZER, name), 1) for name in quantum.jobs]
+            return [Run((OPTIMIZER, name), 1) for name in quantum.jobs]
         shape = quantum.bucket or Bucket(packs=self._pass.packs, pack_tokens=self._pass.pack_tokens)
         if quantum.kind == "forward":
-            return [((FORWARD, shape.name), shape.rows)]
+            return [Run((FORWARD, shape.name), shape.rows)]
         if quantum.kind == "forward_slice":
-            return [((FORWARD_SLICE, shape.name), shape.rows)] * quantum.count
+            return [Run((FORWARD_SLICE, shape.name), shape.rows)] * quantum.count
         if quantum.count == self.slices:
-            return [((BACKWARD, shape.name), shape.rows)]
-        return [((BACKWARD_SLICE, shape.name), shape.rows)] * quantum.count
+            return [Run((BACKWARD, shape.name), shape.rows)]
+        return [Run((BACKWARD_SLICE, shape.name), shape.rows)] * quantum.count
 
     def _quantum(self, quantum: Quantum, jobs: dict[str, SimJob], score: list[ScoreView]) -> None:
         if quantum.kind == "optimizer":

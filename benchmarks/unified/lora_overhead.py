@@ -21,20 +21,17 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.results import record, write
-from benchmarks.running import running
+from benchmarks.running import decode_items, mixed_items
 from benchmarks.unified.smoke import llama_8b, tiny
-from loquetier_jax import Bucket, EngineConfig, SamplingParams
+from loquetier_jax import Bucket, EngineConfig
 from loquetier_jax.adapters.pages import AdapterPages, LoraPages
-from loquetier_jax.batch.pack import StepItems, TrainItem, pack_step
-from loquetier_jax.batch.packs import Pack
+from loquetier_jax.batch.pack import StepItems, pack_step
 from loquetier_jax.batch.rows import empty_batch, empty_sample, ravel, shapes_of, unravel
 from loquetier_jax.models.decoder import gated
 from loquetier_jax.models.load import init_random
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.serve.request import Request
 from loquetier_jax.step import backward, unified
 from loquetier_jax.step.compiled import compiler_options
 from loquetier_jax.step.head import distribution
@@ -47,7 +44,6 @@ from loquetier_jax.step.unified import ForwardOut, unified_step
 VLLM_ADDS_MS = {4: 2.54, 32: 13.12}  # vLLM 0.22.1, decode B=32, measured 2026-11 on an H200
 BOUND_ADDS_MS = {4: 0.4, 32: 1.2}
 BOUND_SHARE = 0.10  # of the mixed step's forward, and of its backward
-GREEDY = SamplingParams(temperature=0, max_tokens=64)
 
 
 class PlainForwardOps(ForwardOps):
@@ -197,38 +193,6 @@ def timed(call: Callable[..., Any], steps: int, repeats: int) -> float:
         jax.block_until_ready(call())
         times.append((time.perf_counter() - started) / steps)
     return 1e3 * statistics.median(times)
-
-
-def decode_items(
-    cfg: EngineConfig, rows: int, adapters: int, context: int, first_slot: int = 0, first_page: int = 1
-) -> list[Request]:
-    """`rows` sequences at position context - 1, in equal shares of `adapters` adapters (0: the base)."""
-    items, per = [], cfg.max_pages_per_seq
-    for i in range(rows):
-        slot = first_slot + i
-        kv = tuple(range(1 + slot * per, 1 + (slot + 1) * per))
-        pages = (first_page + i * adapters // rows,) if adapters else ()
-        items.append(running(slot, pages, kv, GREEDY, [5] * (context - 1), 1))
-    return items
-
-
-def mixed_items(cfg: EngineConfig, vocab: int, pack: int, prefill: int, rows: int, context: int) -> StepItems:
-    """One pack of adapter 1, two chunks of adapters 2 and 3, decode rows of eight more."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(2, vocab, pack + 1).astype(np.int32)
-    one, steps = np.ones(pack, np.float32), np.arange(pack, dtype=np.int32)
-    train = Pack(
-        tokens=ids[:-1], targets=ids[1:], positions=steps, segments=np.zeros(pack, np.int32), weights=one,
-        drop_keys=np.zeros(pack, np.uint32), num_targets=pack, num_tokens=pack, step=0, index=0, is_last=True,
-        sample_ids=(0,),
-    )  # fmt: skip
-    per, chunks = cfg.max_pages_per_seq, []
-    for c in range(2):
-        kv = tuple(range(1 + c * per, 1 + (c + 1) * per))
-        prompt = rng.integers(2, vocab, prefill // 2).tolist()
-        chunks.append((running(c, (2 + c,), kv, GREEDY, prompt), len(prompt)))
-    decode = decode_items(cfg, rows, 8, context, first_slot=2, first_page=4)
-    return StepItems(train=[TrainItem(train, (1,), (1,))], prefill=chunks, decode=decode)
 
 
 def bench_decode(bench: Bench, rows: int, context: int, steps: int, repeats: int) -> list[dict[str, Any]]:

@@ -45,6 +45,9 @@ class Registry:
     """Names, versions and their users; does not deal with weights. Thread-safe.
 
     A name points to one version. When it is repointed, the old version lives until its last user has released it.
+
+    Attributes:
+        on_forget: Called with the id of every version that has been forgotten, in any thread.
     """
 
     def __init__(self) -> None:
@@ -54,6 +57,7 @@ class Registry:
         self._pinned: set[str] = set()
         self._ids = itertools.count(1)
         self._clock = itertools.count(1)
+        self.on_forget: Callable[[int], Any] = lambda version: None
 
     def __contains__(self, name: object) -> bool:
         return name in self._names and self._names[name].failure is None
@@ -238,3 +242,4 @@ class Registry:
 
     def _forget(self, version: Version) -> None:
         del self._versions[version.id]
+        self.on_forget(version.id)

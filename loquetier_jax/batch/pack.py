@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -55,7 +56,7 @@ class ServedRequest(Protocol):
 
     slot: int | None
     adapter_pages: AdapterPages
-    kv_pages: Sequence[int]
+    kv_pages: tuple[int, ...]
     params: SamplingParams
     seed: int
     prompt_ids: Sequence[int]
@@ -114,8 +115,8 @@ def pack_step(items: StepItems[R], bucket: Bucket, cfg: EngineConfig) -> PackedS
     _fill_decode(decode, bucket, cfg, batch, segments, first)
     owners = [*enumerate(decode), *((bucket.decode + c, r) for c, (r, n) in enumerate(prefill) if ends_prompt(r, n))]
     sample = empty_sample(bucket.samples, cfg) if owners else None
-    for row, request in owners:
-        _fill_sample(sample, row, request)
+    if sample is not None:
+        _fill_sample(sample, owners)
     used = [s for s in segments if s[2]]
     plan = build_plan(used, bucket.rows, num_tiles(bucket), cfg.max_lora_pages, num_wide(bucket))
     return PackedStep(batch.replace(lora=plan), sample, owners)
@@ -167,12 +168,12 @@ def _fill_prefill(
     for c, (request, n) in enumerate(chunks):
         start = request.num_prefilled
         positions = np.arange(start, start + n, dtype=np.int32)
-        table = np.asarray(request.kv_pages, np.int32)
+        table = _table(request.kv_pages, cfg.table_columns(bucket))
         rows.tokens[at : at + n] = request.prompt_ids[start : start + n]
         rows.positions[at : at + n] = positions
         rows.kv_page[at : at + n] = table[positions // cfg.kv_page_size]
         rows.kv_offset[at : at + n] = positions % cfg.kv_page_size
-        rows.plan.tables[c, : len(table)] = table
+        rows.plan.tables[c] = table
         blocks = -(-n // BLOCK)
         b, steps = at // BLOCK, BLOCK * np.arange(blocks, dtype=np.int32)
         rows.plan.block_seq[b : b + blocks] = c
@@ -192,36 +193,51 @@ def _fill_decode(
     segments: list[Segment],
     first: int,
 ) -> None:
-    rows = batch.decode
-    for i, request in enumerate(requests):
-        table, position = np.asarray(request.kv_pages, np.int32), len(request.prompt_ids) + request.num_dispatched - 1
-        rows.slots[i] = request.slot
-        rows.positions[i] = position
-        rows.kv_page[i] = table[position // cfg.kv_page_size]
-        rows.kv_offset[i] = position % cfg.kv_page_size
-        rows.plan.tables[i, : len(table)] = table
-        rows.plan.block_pos[i] = position
-        rows.plan.block_len[i] = 1
+    rows, n = batch.decode, len(requests)
     if rows is not None:
         rows.plan.block_seq[:] = np.arange(bucket.decode)
+    if not requests:
+        return
+    positions = np.array([len(r.prompt_ids) + r.num_dispatched - 1 for r in requests], np.int32)
+    columns = cfg.table_columns(bucket)
+    tables = np.stack([_table(r.kv_pages, columns) for r in requests])
+    rows.slots[:n] = [r.slot for r in requests]
+    rows.positions[:n] = rows.plan.block_pos[:n] = positions
+    rows.kv_page[:n] = tables[np.arange(n), positions // cfg.kv_page_size]
+    rows.kv_offset[:n] = positions % cfg.kv_page_size
+    rows.plan.tables[:n] = tables
+    rows.plan.block_len[:n] = 1
     at = first
     for pages, group in groupby(requests, key=lambda request: request.adapter_pages):
-        n = len(list(group))
-        segments.append((at, n, pages))
-        at += n
+        count = len(list(group))
+        segments.append((at, count, pages))
+        at += count
 
 
-def _fill_sample(rows: SampleRows, i: int, request: ServedRequest) -> None:
-    p = request.params
-    rows.slots[i], rows.index[i], rows.seed[i] = request.slot, request.num_dispatched, request.seed
-    rows.temperature[i], rows.top_k[i], rows.top_p[i], rows.min_p[i] = (
-        p.temperature,
-        p.top_k,
-        p.top_p,
-        p.min_p,
-    )
-    if p.level != "full":
+@lru_cache(maxsize=4096)
+def _table(pages: tuple[int, ...], columns: int) -> np.ndarray:
+    """A row of the page table, without pages beyond the bucket's context; a request's is the same in every step."""
+    row = np.zeros(columns, np.int32)
+    row[: len(pages)] = pages[:columns]
+    return row
+
+
+def _fill_sample(rows: SampleRows, owners: list[tuple[int, R]]) -> None:
+    at, requests = [row for row, _ in owners], [request for _, request in owners]
+    rows.slots[at], rows.seed[at] = [r.slot for r in requests], [r.seed for r in requests]
+    rows.index[at] = [r.num_dispatched for r in requests]
+    params = [r.params for r in requests]
+    if all(p.level in ("greedy", "greedy_logprobs") for p in params):
         return
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        getattr(rows, name)[at] = [getattr(p, name) for p in params]
+    for i, request in owners:
+        if request.params.level == "full":
+            _fill_penalties(rows, i, request)
+
+
+def _fill_penalties(rows: SampleRows, i: int, request: ServedRequest) -> None:
+    p = request.params
     rows.repetition_penalty[i] = p.repetition_penalty
     rows.presence_penalty[i] = p.presence_penalty
     rows.frequency_penalty[i] = p.frequency_penalty

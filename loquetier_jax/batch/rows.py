@@ -177,12 +177,12 @@ def _empty_train(bucket: Bucket, cfg: EngineConfig) -> TrainRows:
     )
 
 
-def _empty_attention(blocks: int, sequences: int, cfg: EngineConfig) -> AttentionPlan:
+def _empty_attention(blocks: int, sequences: int, columns: int) -> AttentionPlan:
     return AttentionPlan(
         block_seq=_i32(blocks),
         block_pos=_i32(blocks),
         block_len=_i32(blocks),
-        tables=_i32(sequences, cfg.max_pages_per_seq),
+        tables=_i32(sequences, columns),
     )
 
 
@@ -192,7 +192,7 @@ def _empty_prefill(bucket: Bucket, cfg: EngineConfig) -> PrefillRows:
         positions=_i32(bucket.prefill),
         kv_page=_i32(bucket.prefill),
         kv_offset=_i32(bucket.prefill),
-        plan=_empty_attention(bucket.prefill // BLOCK, bucket.chunks, cfg),
+        plan=_empty_attention(bucket.prefill // BLOCK, bucket.chunks, cfg.table_columns(bucket)),
         last_row=_i32(bucket.chunks),
     )
 
@@ -203,7 +203,7 @@ def _empty_decode(bucket: Bucket, cfg: EngineConfig) -> DecodeRows:
         positions=_i32(bucket.decode),
         kv_page=_i32(bucket.decode),
         kv_offset=_i32(bucket.decode),
-        plan=_empty_attention(bucket.decode, bucket.decode, cfg),
+        plan=_empty_attention(bucket.decode, bucket.decode, cfg.table_columns(bucket)),
     )
 
 

@@ -246,6 +246,7 @@ def as_json(output: "RequestOutput", prompt: Any) -> dict[str, Any]:
         "adapter": output.adapter,
         "version": output.version,
         "prompt_tokens": len(output.prompt_token_ids),
+        "cached_tokens": output.num_cached_tokens,
         "outputs": [_completion(o) for o in output.outputs],
         **{name: None if value is None else round(1e3 * value, 3) for name, value in times.items()},
     }

@@ -26,9 +26,10 @@ def summarize(served: Sequence[Served], duration: float, slo: SLOConfig, *, deta
         details: Whether to add the lists `input_lens, output_lens, ttfts, itls, errors`, in order of arrival.
 
     Returns:
-        vllm bench's keys (times in ms, throughputs per second); with latency targets also `request_goodput`,
-        `slo_attainment`, `slo` (the targets) and `slo_missed` (completed requests that missed each); `adapters`:
-        counts, latencies and attainment per adapter; `failures`: reason -> number of requests, most frequent first.
+        vllm bench's keys (times in ms, throughputs per second); `total_cached_tokens`: input tokens found in the prefix
+        cache; with latency targets also `request_goodput`, `slo_attainment`, `slo` (the targets) and `slo_missed`
+        (completed requests that missed each); `adapters`: counts, latencies and attainment per adapter; `failures`:
+        reason -> number of requests, most frequent first.
         Statistics over no requests are None.
     """
     done = [s for s in served if _completed(s)]
@@ -41,6 +42,7 @@ def summarize(served: Sequence[Served], duration: float, slo: SLOConfig, *, deta
         "failures": dict(Counter(_reason(s) for s in served if not _completed(s)).most_common()),
         "total_input_tokens": total_in,
         "total_output_tokens": total_out,
+        "total_cached_tokens": sum(s.submitted.requests[0].metrics.num_cached_tokens for s in done),
         "request_throughput": len(done) / duration,
         "output_throughput": total_out / duration,
         "total_token_throughput": (total_in + total_out) / duration,

@@ -12,6 +12,7 @@ from loquetier_jax.batch.rows import ravel
 from loquetier_jax.config import Bucket, EngineConfig, SLOConfig
 from loquetier_jax.fair_lock import FairLock
 from loquetier_jax.runtime.pending import Forecast, Pending
+from loquetier_jax.runtime.reads import reads_of
 from loquetier_jax.sampling_params import level_of
 from loquetier_jax.schedule.latency import (
     BACKWARD,
@@ -178,7 +179,7 @@ class Loop:
         step = pack_step(items, bucket, self.cfg)
         run = self.functions.forward(bucket, started is not None and started.run.key.dropout)
         out = self.state.run_forward(run, jax.device_put(ravel(step.batch)))
-        runs: list[Run] = [((FORWARD, bucket.name), bucket.rows)]
+        runs = [Run((FORWARD, bucket.name), bucket.rows, reads_of(items))]
         if items.decode or items.prefill:  # only the first forward of an iteration has inference rows
             runs += self._sample(pending, step, out)
             self.serving.sent(items, step.owners)
@@ -211,7 +212,7 @@ class Loop:
             return
         if quantum.kind == "optimizer":
             pending.optimizers = training.optimize(quantum.jobs, pending.epoch)
-            pending.quanta += [((OPTIMIZER, name), 1) for name in quantum.jobs]
+            pending.quanta += [Run((OPTIMIZER, name), 1) for name in quantum.jobs]
             return
         if quantum.packs:
             training.start_pass(quantum.packs, quantum.bucket.packs).run.start_slices(
@@ -223,13 +224,13 @@ class Loop:
             count = min(quantum.count, len(run.forward))
             for _ in range(count):
                 run.run_forward_slice(self.functions, self.state)
-            pending.quanta += [((FORWARD_SLICE, shape.name), shape.rows)] * count
+            pending.quanta += [Run((FORWARD_SLICE, shape.name), shape.rows)] * count
         else:
             slices = len(run.backward)
             whole = run.run_backward(quantum.count, self.functions, self.state)
             name = BACKWARD if whole else BACKWARD_SLICE
             ran = 1 if whole else slices - len(run.backward)
-            pending.quanta += [((name, shape.name), shape.rows)] * ran
+            pending.quanta += [Run((name, shape.name), shape.rows)] * ran
         pending.tail.append(run.tail)
 
     def read(self) -> None:

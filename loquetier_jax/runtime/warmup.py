@@ -3,14 +3,10 @@
 import functools
 import logging
 import os
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,10 +17,10 @@ from rich.progress import (
 )
 
 from loquetier_jax.adapters.staging import stager
-from loquetier_jax.batch.rows import empty_batch, empty_sample, ravel
 from loquetier_jax.config import Bucket, EngineConfig
-from loquetier_jax.sampling_params import LEVELS, Level
-from loquetier_jax.schedule.latency import FORWARD, LatencyModel, sampler_run
+from loquetier_jax.runtime.measure import Measurer
+from loquetier_jax.sampling_params import LEVELS
+from loquetier_jax.schedule.latency import LatencyModel
 from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.state import DeviceState
 from pallas_kernels.common import cpu_bits
@@ -64,6 +60,7 @@ def compile_serving(
 ) -> None:
     """Compiles and measures all samplers and all forwards without train rows; the engine can serve after that."""
     buckets = [b for b in serving_first(cfg.buckets) if not b.packs]
+    measurer = Measurer(functions, state, cfg, latency)
     sizes = cfg.sample_sizes
     columns = (
         SpinnerColumn(),
@@ -79,52 +76,14 @@ def compile_serving(
         bar.advance(task)
         for bucket in buckets:
             bar.update(task, description=f"compiling {bucket.name}")
-            measure_forward(functions, state, cfg, latency, bucket)
+            functions.forward(bucket)
             bar.advance(task)
         for rows in sizes:
             bar.update(task, description=f"compiling samplers of {rows} rows")
             for level in LEVELS:
-                measure_sampler(functions, state, cfg, latency, rows, level)
+                measurer.sampler(rows, level)
             bar.advance(task)
-
-
-def measure_forward(
-    functions: StepFunctions,
-    state: DeviceState,
-    cfg: EngineConfig,
-    latency: LatencyModel,
-    bucket: Bucket,
-    repeats: int = 3,
-) -> None:
-    """Measures a forward with only padding rows (it writes only trash pages) and records its time in `latency`."""
-    run = functions.forward(bucket)
-    flat = jax.device_put(ravel(empty_batch(bucket, cfg)))
-    times = _times(lambda: (state.run_forward(run, flat), state.kv), repeats)
-    latency.seed((FORWARD, bucket.name), times, bucket.rows)
-
-
-def measure_sampler(
-    functions: StepFunctions,
-    state: DeviceState,
-    cfg: EngineConfig,
-    latency: LatencyModel,
-    rows: int,
-    level: Level,
-    repeats: int = 3,
-) -> None:
-    """Measures a sampler on rows of zeros (it writes only the trash slot) and records its time in `latency`."""
-    run = functions.sampler(rows, level)
-    flat = jax.device_put(ravel(empty_sample(rows, cfg)))
-    x = jax.device_put(np.zeros((rows, functions.spec.hidden_size), jnp.dtype(cfg.dtype)))
-    times = _times(lambda: (state.sample(run, x, flat), state.slots), repeats)
-    latency.seed(sampler_run(rows, level)[0], times, rows)
-
-
-def _times(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Milliseconds until the results of each call are ready, excluding the first, which loads the executable."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(1e3 * (time.perf_counter() - start))
-    return times[1:]
+        bar.update(task, description="measuring")
+        measurer.attention(buckets)
+        for bucket in buckets:
+            measurer.forward(bucket)

@@ -1,9 +1,19 @@
 """Chooses among compiled buckets: the cheapest that covers a needed shape."""
 
 import functools
+from collections.abc import Sequence
 
 from loquetier_jax.config import BLOCK, Bucket
-from loquetier_jax.schedule.latency import BACKWARD, BACKWARD_SLICE, FORWARD, FORWARD_SLICE, Key, LatencyModel
+from loquetier_jax.schedule.latency import (
+    BACKWARD,
+    BACKWARD_SLICE,
+    FORWARD,
+    FORWARD_SLICE,
+    NOTHING,
+    Key,
+    LatencyModel,
+    Reads,
+)
 from loquetier_jax.schedule.types import Snapshot
 
 
@@ -19,17 +29,37 @@ def _forward_key(bucket: Bucket) -> tuple[Key, int]:
 
 @functools.lru_cache(maxsize=4096)
 def _covering(buckets: tuple[Bucket, ...], need: Bucket) -> tuple[Bucket, ...]:
-    return tuple(b for b in buckets if b.covers(need))
+    """The buckets that cover `need` and no other such bucket, which is never slower, whatever noise has measured."""
+    able = [b for b in buckets if b.covers(need)]
+    return tuple(b for b in able if not any(b.covers(other) and not other.covers(b) for other in able))
 
 
-def forward_ms(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel) -> float:
-    """Predicted milliseconds of a forward and its sampler."""
-    return latency.predict(*_forward_key(bucket)) + sum(s.ms for s in snapshot.samplers if s.rows == bucket.samples)
+def forward_ms(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, reads: Reads = NOTHING) -> float:
+    """Predicted milliseconds of a forward that reads so much, and of its sampler."""
+    samplers = sum(s.ms for s in snapshot.samplers if s.rows == bucket.samples)
+    return latency.predict(*_forward_key(bucket), reads) + samplers
 
 
-def forward_late(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel) -> float:
+def forward_late(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, reads: Reads = NOTHING) -> float:
     """Milliseconds by which one in a hundred exceeds `forward_ms`."""
-    return latency.late(*_forward_key(bucket)) + sum(s.late for s in snapshot.samplers if s.rows == bucket.samples)
+    samplers = sum(s.late for s in snapshot.samplers if s.rows == bucket.samples)
+    return latency.late(*_forward_key(bucket), reads) + samplers
+
+
+def prefill_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Buckets with prefill rows and no train or score rows, or all with prefill rows if there are none."""
+    able = [b for b in buckets if b.prefill]
+    return [b for b in able if not b.packs and not b.score_packs] or able
+
+
+def decode_reads(snapshot: Snapshot) -> Reads:
+    """What one decode of all running requests reads."""
+    return Reads(kv_tokens=sum(r.context for r in snapshot.running))
+
+
+def decode_context(snapshot: Snapshot) -> int:
+    """Most tokens that a running request's next row attends to; 0 if none runs."""
+    return max((r.context for r in snapshot.running), default=0)
 
 
 def cheapest(snapshot: Snapshot, need: Bucket, latency: LatencyModel) -> Bucket | None:
@@ -39,11 +69,11 @@ def cheapest(snapshot: Snapshot, need: Bucket, latency: LatencyModel) -> Bucket 
 
 
 @functools.lru_cache(maxsize=4096)
-def serving_need(decode: int, prefill: int = 0, chunks: int = 0) -> Bucket | None:
-    """The shape of a step with only inference rows; None if there are none."""
+def serving_need(decode: int, prefill: int = 0, chunks: int = 0, context: int = 1) -> Bucket | None:
+    """The shape of a step with only inference rows, which attend to `context` tokens; None if there are none."""
     if not decode and not prefill:
         return None
-    return Bucket(decode=decode, prefill=prefill, chunks=chunks)
+    return Bucket(decode=decode, prefill=prefill, chunks=chunks, context=max(1, context))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,19 +1,26 @@
 """Plans the inference rows of a step: all decodes, and the most efficient set of prompt chunks."""
 
 import math
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from loquetier_jax.config import Bucket
 from loquetier_jax.errors import CapacityError
-from loquetier_jax.schedule.admission import Admission
-from loquetier_jax.schedule.buckets import blocks, cheapest, forward_late, forward_ms, serving_need
+from loquetier_jax.schedule.buckets import (
+    blocks,
+    cheapest,
+    decode_context,
+    decode_reads,
+    forward_late,
+    forward_ms,
+    prefill_buckets,
+    serving_need,
+)
+from loquetier_jax.schedule.chunks import PrefillBuilder, others_wait
 from loquetier_jax.schedule.deadlines import first_gap_ms, step_headroom
 from loquetier_jax.schedule.fairness import FairShare
-from loquetier_jax.schedule.latency import LatencyModel
-from loquetier_jax.schedule.types import Prefilling, Snapshot, Waiting
+from loquetier_jax.schedule.latency import NOTHING, LatencyModel, Reads
+from loquetier_jax.schedule.types import Snapshot
 
 
 @dataclass(kw_only=True)
@@ -24,10 +31,13 @@ class Plan:
         decode, admit, prefill: As in Decision.
         finishing: Requests whose prompt ends in this step, and which get their first token.
         bucket: The cheapest bucket that covers the rows; None without rows.
+        reads: What their attention reads.
+        context: Most tokens that one of them attends to.
         ms: Its predicted time.
         late: Milliseconds by which one such forward in a hundred exceeds the prediction.
         share: Prompt tokens served per adapter, after this step.
-        overtaken, prefill_waits: See Fairness; after this step.
+        long: Whether a long prompt is among the prompts.
+        overtaken, prefill_waits, long_ms: See Fairness; after this step.
     """
 
     decode: tuple[str, ...] = ()
@@ -35,17 +45,28 @@ class Plan:
     prefill: tuple[tuple[str, int], ...] = ()
     finishing: tuple[str, ...] = ()
     bucket: Bucket | None = None
+    reads: Reads = NOTHING
+    context: int = 0
     ms: float = 0.0
     late: float = 0.0
     share: dict[str, float] = field(default_factory=dict)
     overtaken: dict[str, int] = field(default_factory=dict)
     prefill_waits: int = 0
+    long: bool = False
+    long_ms: float = 0.0
+
+    def predict(self, snapshot: Snapshot, latency: LatencyModel) -> None:
+        """Chooses the bucket and sets its predicted time."""
+        self.bucket = cheapest(snapshot, self.need, latency)
+        if self.bucket is not None:
+            self.ms = forward_ms(snapshot, self.bucket, latency, self.reads)
+            self.late = forward_late(snapshot, self.bucket, latency, self.reads)
 
     @property
     def need(self) -> Bucket | None:
         """The shape of the rows."""
         rows = sum(blocks(tokens) for _, tokens in self.prefill)
-        return serving_need(len(self.decode), rows, len(self.prefill))
+        return serving_need(len(self.decode), rows, len(self.prefill), self.context)
 
 
 def plan_inference(
@@ -54,6 +75,7 @@ def plan_inference(
     *,
     max_overtakes: int,
     max_prefill_waits: int,
+    long_share: float = 1.0,
 ) -> Plan:
     """Chooses the inference rows of the next step.
 
@@ -62,42 +84,76 @@ def plan_inference(
     for headroom and then runs anyway. Targets that decode alone cannot meet do not delay prompts. If no bucket can
     hold the decodes and a prompt together, they alternate.
 
+    Long prompts (see `is_long`) get at most `long_share` of the time while anybody else is served: what a step takes
+    longer because of them is owed to others, who are served without them until it is paid back.
+
     Raises:
         CapacityError: more requests are running than any bucket can decode, i.e. not admitted by this scheduler.
     """
     decode_only = _decode_plan(snapshot, latency)
     if not snapshot.prefilling and not snapshot.waiting:
         return decode_only
+    limits = max_overtakes, max_prefill_waits
+    owed = snapshot.fairness.long_ms if others_wait(snapshot) else 0.0
+    plan = _plan_prompts(snapshot, latency, decode_only, *limits, without_long=owed < 0)
+    if owed < 0 and plan.bucket is None:  # the others have no room
+        plan = _plan_prompts(snapshot, latency, decode_only, *limits, without_long=False)
+    if long_share < 1:
+        paid = -max(0.0, plan.ms - decode_only.ms) if plan.long else plan.ms * long_share / (1 - long_share)
+        plan.long_ms = min(0.0, owed + paid)
+    return plan
+
+
+def _plan_prompts(
+    snapshot: Snapshot,
+    latency: LatencyModel,
+    decode_only: Plan,
+    max_overtakes: int,
+    max_prefill_waits: int,
+    *,
+    without_long: bool,
+) -> Plan:
     able = prefill_buckets(snapshot.buckets)
-    mixed = [b for b in able if b.decode >= len(snapshot.running)]
+    mixed = [b for b in able if b.decode >= len(snapshot.running) and b.holds(decode_only.context)]
     waits = snapshot.fairness.prefill_waits
     headroom = math.inf if decode_only.ms > first_gap_ms(snapshot.slo) else step_headroom(snapshot)
-    if mixed:
-        plans = [_fill(snapshot, b, latency, decode_only, max_overtakes) for b in mixed]
-    else:
-        alone = Plan(share=decode_only.share, overtaken=decode_only.overtaken)
-        plans = [_fill(snapshot, b, latency, alone, max_overtakes) for b in able]
-        plans = plans if waits or not snapshot.running else []
+    base, usable = decode_only, mixed
+    if not mixed:
+        base = Plan(share=decode_only.share, overtaken=decode_only.overtaken)
+        usable = able if waits or not snapshot.running else []
         headroom -= decode_only.ms  # the decodes run after it
-    plans = [p for p in plans if p.prefill]
-    in_time = [p for p in plans if p.ms <= headroom]
+
+    def plans(limit: Callable[[Bucket], float]) -> list[Plan]:
+        return _serving_the_first(
+            [(b, _fill(snapshot, b, latency, base, max_overtakes, without_long, limit(b))) for b in usable]
+        )
+
+    in_time = [p for p in plans(lambda b: _most_pairs(snapshot, b, latency, base, headroom)) if p.ms <= headroom]
     if in_time:
         return max(in_time, key=_rate)
-    if plans and (not snapshot.running or waits >= max_prefill_waits):
-        return min(plans, key=lambda p: p.ms)
-    if plans or not mixed:
-        decode_only.prefill_waits = waits + 1
-    return decode_only
+    late = plans(lambda _: math.inf)
+    if late and (not snapshot.running or waits >= max_prefill_waits):
+        return min(late, key=lambda p: p.ms)
+    return replace(decode_only, prefill_waits=waits + 1) if late or not mixed else replace(decode_only)
+
+
+def _serving_the_first(plans: list[tuple[Bucket, Plan]]) -> list[Plan]:
+    """The plans with prompts; without those that pass over the first in fair order, as its context exceeds theirs."""
+    first = next((plan.prefill[0][0] for bucket, plan in plans if plan.prefill and not bucket.context), None)
+    able = [plan for _, plan in plans if plan.prefill]
+    return [plan for plan in able if any(name == first for name, _ in plan.prefill)] or able
+
+
+def _most_pairs(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan, headroom: float) -> float:
+    """How many (row, key) pairs prompts may have for a step of this bucket to end within `headroom` ms."""
+    per_pair = latency.attention_ms(Reads(pairs=1))
+    if math.isinf(headroom) or not per_pair:
+        return math.inf
+    return (headroom - forward_ms(snapshot, bucket, latency, base.reads)) / per_pair
 
 
 def _rate(plan: Plan) -> float:
     return sum(tokens for _, tokens in plan.prefill) / plan.ms
-
-
-def prefill_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Buckets with prefill rows and no train or score rows, or all with prefill rows if there are none."""
-    able = [b for b in buckets if b.prefill]
-    return [b for b in able if not b.packs and not b.score_packs] or able
 
 
 def _decode_plan(snapshot: Snapshot, latency: LatencyModel) -> Plan:
@@ -109,19 +165,27 @@ def _decode_plan(snapshot: Snapshot, latency: LatencyModel) -> Plan:
         overtaken={i: n for i, n in snapshot.fairness.overtaken.items() if i in waiting},
     )
     if plan.decode:
-        plan.bucket = cheapest(snapshot, plan.need, latency)
+        plan.reads, plan.context = decode_reads(snapshot), decode_context(snapshot)
+        plan.predict(snapshot, latency)
         if plan.bucket is None:
             raise CapacityError(
                 f"decode: got {len(plan.decode)} running requests, which fit no bucket of "
                 f"{[b.name for b in snapshot.buckets]}"
             )
-        plan.ms, plan.late = forward_ms(snapshot, plan.bucket, latency), forward_late(snapshot, plan.bucket, latency)
     return plan
 
 
-def _fill(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan, max_overtakes: int) -> Plan:
+def _fill(
+    snapshot: Snapshot,
+    bucket: Bucket,
+    latency: LatencyModel,
+    base: Plan,
+    max_overtakes: int,
+    without_long: bool,
+    most_pairs: float,
+) -> Plan:
     """`base` plus as many prompt chunks as fit `bucket`, in the cheapest bucket that covers the result."""
-    builder = PrefillBuilder(snapshot, bucket, max_overtakes)
+    builder = PrefillBuilder(snapshot, bucket, max_overtakes, without_long=without_long, most_pairs=most_pairs)
     plan = Plan(
         decode=base.decode,
         admit=tuple(builder.admission.admitted),
@@ -129,72 +193,10 @@ def _fill(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan,
         finishing=tuple(builder.finishing),
         share=builder.share.state(),
         overtaken=builder.admission.overtaken(),
+        reads=base.reads._replace(pairs=builder.pairs),
+        long=builder.long,
+        context=max(base.context, builder.context),
     )
     if plan.prefill:
-        plan.bucket = cheapest(snapshot, plan.need, latency)
-        plan.ms, plan.late = forward_ms(snapshot, plan.bucket, latency), forward_late(snapshot, plan.bucket, latency)
+        plan.predict(snapshot, latency)
     return plan
-
-
-Candidate = Prefilling | Waiting
-LOOKAHEAD = 8  # candidates examined per adapter if its first ones do not fit
-
-
-class PrefillBuilder:
-    """Fills one bucket with prompt chunks, in fair order of adapters.
-
-    Attributes:
-        prefill: (id, tokens) in order.
-        finishing: Requests whose prompt ends in this step.
-        share: Prompt tokens served per adapter, including this step.
-        admission: Room left, and admitted requests.
-    """
-
-    def __init__(self, snapshot: Snapshot, bucket: Bucket, max_overtakes: int) -> None:
-        """Fills `bucket`."""
-        self._queues: dict[str, deque[Candidate]] = {}
-        for candidate in (*snapshot.prefilling, *snapshot.waiting):
-            self._queues.setdefault(candidate.adapter, deque()).append(candidate)
-        self._rows = bucket.prefill
-        self.prefill: list[tuple[str, int]] = []
-        self.finishing: list[str] = []
-        self.share = FairShare(snapshot.fairness.adapters, self._queues)
-        self.admission = Admission(snapshot, max_overtakes)
-        queues = dict(self._queues)
-        while queues and self._rows and len(self.prefill) < bucket.chunks:
-            adapter = self.share.first(self._first_served(queues))
-            if not self._serve(queues[adapter]) or not queues[adapter]:
-                del queues[adapter]
-        self._note_heads()
-
-    def _first_served(self, queues: dict[str, deque[Candidate]]) -> list[str]:
-        """The adapters to choose from: those that are resident, if any is."""
-        steps_back = self.admission.steps_back
-        first = [a for a, queue in queues.items() if isinstance(queue[0], Prefilling) or not steps_back(queue[0])]
-        return first or list(queues)
-
-    def _serve(self, queue: deque[Candidate]) -> bool:
-        """Gives a chunk to the next eligible candidate of an adapter; False if there is none."""
-        candidate = next((c for c in islice(queue, LOOKAHEAD) if self._can_go_on(c)), None)
-        if candidate is None:
-            return False
-        left = candidate.remaining if isinstance(candidate, Prefilling) else candidate.prompt_tokens
-        tokens = min(left, self._rows)
-        if isinstance(candidate, Waiting):
-            self.admission.take(candidate)
-        self._rows -= blocks(tokens)
-        self.prefill.append((candidate.id, tokens))
-        self.share.charge(candidate.adapter, tokens)
-        if tokens == left:
-            self.finishing.append(candidate.id)
-        queue.remove(candidate)
-        return True
-
-    def _can_go_on(self, candidate: Candidate) -> bool:
-        return isinstance(candidate, Prefilling) or self.admission.fits(candidate)
-
-    def _note_heads(self) -> None:
-        """Shows admission the first waiting request of every adapter, so that those without room count as overtaken."""
-        for queue in self._queues.values():
-            if queue and isinstance(queue[0], Waiting):
-                self.admission.fits(queue[0])

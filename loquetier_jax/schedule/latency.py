@@ -5,6 +5,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from loquetier_jax.config import require
 
@@ -17,13 +18,39 @@ OPTIMIZER = "optimizer_step"  # one job; rows are 1
 
 Key = tuple[str, str]
 """(function, bucket name), or a job's name for the optimizer, or "rows-level" for a sampler."""
-Run = tuple[Key, int]
-"""(key, rows of the function) of one call."""
+
+
+class Reads(NamedTuple):
+    """What the attention of a forward's inference rows reads; grows with the contexts, at equal rows.
+
+    Attributes:
+        kv_tokens: Tokens of the KV cache read by decode rows, summed over the rows.
+        pairs: (row, key) pairs of the prompt chunks.
+    """
+
+    kv_tokens: int = 0
+    pairs: int = 0
+
+
+NOTHING = Reads()
+
+
+def chunk_pairs(start: int, tokens: int) -> int:
+    """`Reads.pairs` of a chunk of `tokens` rows behind `start` tokens."""
+    return tokens * start + tokens * (tokens + 1) // 2
+
+
+class Run(NamedTuple):
+    """One call: its key, the rows of the function, and what the attention reads."""
+
+    key: Key
+    rows: int
+    reads: Reads = NOTHING
 
 
 def sampler_run(rows: int, level: str) -> Run:
     """One call of a sampler."""
-    return (SAMPLER, f"{rows}-{level}"), rows
+    return Run((SAMPLER, f"{rows}-{level}"), rows)
 
 
 MS_PER_ROW = 0.03  # guess before any measurement: about an 8-billion-parameter forward on one large GPU
@@ -31,6 +58,8 @@ CLIP = 2.0  # observations are clipped to at most this factor above or below the
 WINDOW = 128  # errors remembered per key; the second largest is the 99th percentile
 FIRST_ERROR = 0.1  # assumed relative error before any was observed
 QUANTILE = 0.99
+STALE = 1024  # observations of other keys after which a mean is believed less
+LEAST_BASE = 0.1  # of a measured time is never attributed to attention
 
 
 @dataclass(slots=True)
@@ -39,8 +68,9 @@ class Entry:
 
     Attributes:
         rows: Rows of the function, for scaling to unknown keys.
-        ms: Running mean, milliseconds.
+        ms: Running mean without attention, milliseconds.
         count: Number of observations.
+        seen: The model's number of observations at the latest of them.
         errors: Relative errors of the latest runs: actual / predicted - 1.
         late: Their 99th percentile, at least 0.
     """
@@ -48,23 +78,30 @@ class Entry:
     rows: int
     ms: float
     count: int = 1
+    seen: int = 0
     errors: deque[float] = field(default_factory=lambda: deque([FIRST_ERROR], maxlen=WINDOW))
     late: float = FIRST_ERROR
 
-    def note_error(self, ms: float) -> None:
-        """Records the error of the prediction for a run that took `ms`."""
-        self.errors.append(min(ms / self.ms, CLIP) - 1)
+    def note_error(self, ratio: float) -> None:
+        """Records how long a run took relative to its prediction."""
+        self.errors.append(min(ratio, CLIP) - 1)
         self.late = max(0.0, sorted(self.errors)[math.ceil(QUANTILE * len(self.errors)) - 1])
 
 
 class LatencyModel:
-    """Table of mean milliseconds per key, with a conservative guess for keys never measured."""
+    """Table of mean milliseconds per key, with a conservative guess for keys never measured.
+
+    A forward takes its key's mean and a time proportional to what its attention reads: 512 rows behind 100,000 tokens
+    take an H100 five times as long as 512 first ones.
+    """
 
     def __init__(self, smoothing: float = 0.1) -> None:
         """Starts empty; `smoothing` is the weight of a new observation once there are many, in (0, 1]."""
         require(0 < smoothing <= 1, "smoothing", smoothing, "a number in (0, 1]")
         self.smoothing = smoothing
         self._table: dict[Key, Entry] = {}
+        self._slopes = (0.0, 0.0)  # milliseconds per Reads.kv_tokens, per Reads.pairs
+        self._observations = 0
 
     def known(self, key: Key) -> bool:
         """Whether the key has been measured."""
@@ -78,28 +115,50 @@ class LatencyModel:
         """
         require(len(ms) > 0 and all(m > 0 for m in ms), f"latency of {key}", list(ms), "times > 0")
         require(rows >= 1, f"rows of {key}", rows, "an integer >= 1")
-        self._table[key] = Entry(rows, statistics.median(ms), len(ms))
+        self._table[key] = Entry(rows, statistics.median(ms), len(ms), self._observations)
 
-    def observe(self, key: Key, ms: float, rows: int) -> None:
+    def seed_attention(self, kv_token_ms: float, pair_ms: float) -> None:
+        """Sets the milliseconds per KV token that a decode row reads, and per (row, key) pair of a prompt chunk.
+
+        Raises:
+            ConfigError: one is < 0 or not finite.
+        """
+        for name, value in (("kv_token_ms", kv_token_ms), ("pair_ms", pair_ms)):
+            require(0 <= value < math.inf, name, value, "a number >= 0")
+        self._slopes = (kv_token_ms, pair_ms)
+
+    def attention_ms(self, reads: Reads) -> float:
+        """Predicted milliseconds of reading this much."""
+        return reads.kv_tokens * self._slopes[0] + reads.pairs * self._slopes[1]
+
+    def observe(self, key: Key, ms: float, rows: int, reads: Reads = NOTHING) -> None:
         """Moves the mean towards one measurement; a single stall has little effect, a lasting change its full effect.
 
-        The first run of a function includes loading it, many times its own duration; a faster second run replaces it.
+        The first run of a function includes loading it, many times its own duration; a faster second run replaces it,
+        as does one of a function that has not run for long.
 
         Raises:
             ConfigError: ms is not > 0, or rows < 1.
         """
+        require(ms > 0, f"latency of {key}", ms, "a time > 0")
+        attention = self.attention_ms(reads)
+        base = max(ms - attention, LEAST_BASE * ms)
         entry = self._table.get(key)
         if entry is None:
-            self.seed(key, [ms], rows)
+            self.seed(key, [base], rows)
             return
-        require(ms > 0, f"latency of {key}", ms, "a time > 0")
-        entry.count += 1
-        if entry.count == 2 and ms < entry.ms:
-            entry.ms = ms
+        self._observations += 1
+        entry.count = 2 if self._is_stale(entry) else entry.count + 1
+        entry.seen = self._observations
+        if entry.count == 2 and base < entry.ms:
+            entry.ms = base
             return
-        entry.note_error(ms)
-        clipped = min(max(ms, entry.ms / CLIP), entry.ms * CLIP)
+        entry.note_error(ms / (entry.ms + attention))
+        clipped = min(max(base, entry.ms / CLIP), entry.ms * CLIP)
         entry.ms += max(self.smoothing, 1 / entry.count) * (clipped - entry.ms)
+
+    def _is_stale(self, entry: Entry) -> bool:
+        return self._observations - entry.seen > STALE
 
     def observe_step(
         self, forward: Sequence[Run], quanta: Sequence[Run], ms: float, forward_ms: float | None
@@ -126,15 +185,18 @@ class LatencyModel:
         if not runs or ms <= 0:
             return
         ratio = ms / sum(self.predict(*run) for run in runs)
-        for key, rows in dict.fromkeys(runs):
-            self.observe(key, ratio * self.predict(key, rows), rows)
+        for run in dict.fromkeys(Run(*run) for run in runs):
+            self.observe(run.key, ratio * self.predict(*run), run.rows, run.reads)
 
-    def predict(self, key: Key, rows: int) -> float:
-        """Predicted milliseconds of a key; `rows` only matters for unknown keys.
+    def predict(self, key: Key, rows: int, reads: Reads = NOTHING) -> float:
+        """Predicted milliseconds of a call; `rows` only matters for unknown keys.
 
         More rows of a function never take less time, and fixed costs make time grow more slowly than rows. The guess
         for an unknown key is therefore the time of the next larger known one, or else the largest scaled by rows.
         """
+        return self._base_ms(key, rows) + self.attention_ms(reads)
+
+    def _base_ms(self, key: Key, rows: int) -> float:
         entry = self._table.get(key)
         if entry is not None:
             return entry.ms
@@ -147,7 +209,10 @@ class LatencyModel:
         largest = max(known, key=lambda e: (e.rows, e.ms))
         return largest.ms * rows / largest.rows
 
-    def late(self, key: Key, rows: int) -> float:
-        """Milliseconds by which one run of the key in a hundred exceeds the prediction."""
+    def late(self, key: Key, rows: int, reads: Reads = NOTHING) -> float:
+        """Milliseconds by which one such call in a hundred exceeds the prediction; more if it has not run for long."""
         entry = self._table.get(key)
-        return entry.ms * entry.late if entry is not None else FIRST_ERROR * self.predict(key, rows)
+        share = FIRST_ERROR if entry is None else entry.late
+        if entry is not None and self._is_stale(entry):
+            share = max(share, FIRST_ERROR)
+        return share * self.predict(key, rows, reads)

@@ -11,10 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loquetier_jax.config import BLOCK, Bucket, require
-from loquetier_jax.schedule.buckets import cheapest, forward_late, forward_ms, serving_need
+from loquetier_jax.schedule.buckets import (
+    cheapest,
+    decode_context,
+    decode_reads,
+    forward_late,
+    forward_ms,
+    prefill_buckets,
+    serving_need,
+)
 from loquetier_jax.schedule.choose import Budget, choose
 from loquetier_jax.schedule.deadlines import arrival_budget, first_token_budget, step_headroom, token_budget
-from loquetier_jax.schedule.inference import Plan, plan_inference, prefill_buckets
+from loquetier_jax.schedule.inference import Plan, plan_inference
 from loquetier_jax.schedule.latency import LatencyModel
 from loquetier_jax.schedule.training import WorkOption, job_share
 from loquetier_jax.schedule.types import Decision, Fairness, Snapshot
@@ -34,6 +42,8 @@ class PolicyConfig:
         max_lead: Maximum packs that a job may be ahead of the least served job that wants to train.
         max_overtakes: Maximum later requests admitted before one that does not fit.
         max_prefill_waits: Maximum consecutive steps that prefill waits for headroom.
+        long_prompt_share: Fraction of device time for prompts of more than LONG_STEPS steps while others are served, in
+            (0, 1]; with 0.5, a token takes twice as long beside them on average.
     """
 
     train_share: float = 0.5
@@ -43,11 +53,14 @@ class PolicyConfig:
     max_lead: int = 1
     max_overtakes: int = 16
     max_prefill_waits: int = 8
+    long_prompt_share: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("train_share", "train_floor"):
             value = getattr(self, name)
             require(0 <= value <= 1, name, value, "a number in [0, 1]")
+        share = self.long_prompt_share
+        require(0 < share <= 1, "long_prompt_share", share, "a number in (0, 1]")
         require(self.max_quantum_ms > 0, "max_quantum_ms", self.max_quantum_ms, "a number > 0")
         require(self.margin >= 0, "margin", self.margin, "a number >= 0")
         require(self.max_lead >= 1, "max_lead", self.max_lead, "an integer >= 1")
@@ -76,6 +89,7 @@ def decide(snapshot: Snapshot, latency: LatencyModel, config: PolicyConfig) -> D
         latency,
         max_overtakes=config.max_overtakes,
         max_prefill_waits=config.max_prefill_waits,
+        long_share=config.long_prompt_share,
     )
     budget = _budget(snapshot, plan, latency, config)
     share = job_share(snapshot)
@@ -88,6 +102,7 @@ def decide(snapshot: Snapshot, latency: LatencyModel, config: PolicyConfig) -> D
         overtaken=plan.overtaken,
         credit_ms=_credit_left(budget, chosen) if any_work else 0.0,
         prefill_waits=plan.prefill_waits,
+        long_ms=plan.long_ms,
         score_turn=not chosen[0].scored if chosen else snapshot.fairness.score_turn,
     )
     return _decision(snapshot, plan, chosen, latency, fairness)
@@ -112,7 +127,7 @@ def _decision(
         packs=riding.packs if riding else (),
         score=riding.score if riding else (),
         quanta=tuple(option.quantum for option in chosen if option.quantum is not None),
-        forward_ms=forward_ms(snapshot, riding.fused, latency) if riding else plan.ms,
+        forward_ms=forward_ms(snapshot, riding.fused, latency, plan.reads) if riding else plan.ms,
         fairness=fairness,
     )
 
@@ -123,7 +138,8 @@ def _budget(snapshot: Snapshot, plan: Plan, latency: LatencyModel, config: Polic
     pending += [r for r in snapshot.waiting if served.get(r.id, 0) < r.prompt_tokens]
     idle = not snapshot.running and not plan.prefill and not pending
     following = _next_forward(snapshot, plan, bool(pending), latency)
-    next_ms = sum(forward_ms(snapshot, b, latency) for b in following)
+    attention = latency.attention_ms(decode_reads(snapshot))
+    next_ms = sum(forward_ms(snapshot, b, latency) for b in following) + attention
     rows = max((b.prefill for b in following), default=0)
     at = snapshot.now + plan.ms / 1e3
     decoded = bool(plan.decode)
@@ -152,12 +168,13 @@ def _next_forward(snapshot: Snapshot, plan: Plan, pending: bool, latency: Latenc
     """The bucket of the next forward, or of the next two if prompts and decodes alternate."""
     running = len(snapshot.running) + len(plan.finishing)
     chunk = (BLOCK, 1) if pending else (0, 0)
-    need = serving_need(running, *chunk)
+    context = max(decode_context(snapshot), plan.context) + 1
+    need = serving_need(running, *chunk, context)
     if need is None:
         return []
     bucket = cheapest(snapshot, need, latency)
     if bucket is not None:
         return [bucket]
-    halves = [serving_need(running), serving_need(0, *chunk)]  # they alternate
+    halves = [serving_need(running, context=context), serving_need(0, *chunk, context)]  # they alternate
     found = [cheapest(snapshot, h, latency) for h in halves if h is not None]
     return [b for b in found if b is not None]

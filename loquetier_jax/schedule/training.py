@@ -141,11 +141,11 @@ def _forwards(
         return
     rows = {n: getattr(need, n) for n in ("packs", "pack_tokens", "score_packs", "score_tokens") if getattr(need, n)}
     p = plan.need
-    both = Bucket(**rows, prefill=p.prefill, chunks=p.chunks, decode=p.decode)
+    both = Bucket(**rows, prefill=p.prefill, chunks=p.chunks, decode=p.decode, context=p.context)
     fused = cheapest(snapshot, both, latency)
     if fused is not None:
-        late = max(0.0, forward_late(snapshot, fused, latency) - plan.late)
-        yield True, fused, forward_ms(snapshot, fused, latency) - plan.ms, late
+        late = max(0.0, forward_late(snapshot, fused, latency, plan.reads) - plan.late)
+        yield True, fused, max(0.0, forward_ms(snapshot, fused, latency, plan.reads) - plan.ms), late
 
 
 def score_options(snapshot: Snapshot, plan: Plan, latency: LatencyModel) -> list[WorkOption]:

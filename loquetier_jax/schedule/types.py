@@ -21,7 +21,8 @@ class Decoding:
             flight.
         num_output: Tokens dispatched so far, >= 1.
         remaining: Maximum tokens still to come.
-        pages: KV pages that it will return at its end.
+        pages: KV pages that it will return at its end; those that others use are not counted.
+        context: Tokens that its next row attends to.
     """
 
     id: str
@@ -30,16 +31,26 @@ class Decoding:
     num_output: int
     remaining: int = 1
     pages: int = 0
+    context: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefilling:
-    """An admitted request with prompt tokens left; `adapter` is the unit of fairness ("" for the base)."""
+    """An admitted request with prompt tokens left.
+
+    Attributes:
+        id: Id of the request.
+        adapter: The unit of fairness; "" for the base.
+        arrival: When it arrived.
+        remaining: Prompt tokens left.
+        done: Prompt tokens in the KV cache.
+    """
 
     id: str
     adapter: str = ""
     arrival: float
     remaining: int
+    done: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +59,9 @@ class Waiting:
 
     Attributes:
         id, adapter, arrival: As in Prefilling.
-        prompt_tokens: Length of its prompt.
-        pages: KV pages for prompt + max_tokens.
+        prompt_tokens: Tokens of its prompt to compute: those that are not in the KV cache.
+        done: Tokens of its prompt in the KV cache.
+        pages: Pages out of `Snapshot.free_pages` that it takes for prompt + max_tokens; fewer if it shares some.
         adapter_pages: Adapter pages that admitting it pins; 0 if a running request already pins its adapter.
         resident: Whether its adapter is on the device; if not, admitting it writes its pages and may evict others.
     """
@@ -59,6 +71,7 @@ class Waiting:
     arrival: float
     prompt_tokens: int
     pages: int
+    done: int = 0
     adapter_pages: int = 0
     resident: bool = True
 
@@ -141,6 +154,7 @@ class Fairness:
         credit_ms: Device time that training has earned; negative if inference is owed time.
         prefill_waits: Number of consecutive decisions that postponed prefill.
         score_turn: Whether scoring goes before training if both have work.
+        long_ms: Device time that long prompts may take before others; negative if they owe it to others.
     """
 
     adapters: Mapping[str, float] = field(default_factory=dict)
@@ -149,6 +163,7 @@ class Fairness:
     credit_ms: float = 0.0
     prefill_waits: int = 0
     score_turn: bool = True
+    long_ms: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +181,7 @@ class Snapshot:
         prefilling: Admitted requests with prompt tokens left, in order of arrival.
         waiting: Requests not admitted, in order of arrival; may be a prefix of the queue. Those whose adapter is still
             being loaded are not among them.
-        free_slots, free_pages: Slots and KV pages that can be taken now.
+        free_slots, free_pages: Slots and KV pages that can be taken now, unreferenced cached pages included.
         free_adapter_pages: Adapter pages that are free or evictable, i.e. not pinned by a running request or a job.
         jobs: Fine-tuning jobs in order of creation.
         train_pass: The pass in flight, if any; there is at most one.

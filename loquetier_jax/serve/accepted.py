@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from loquetier_jax.serve.handle import RequestHandle
-from loquetier_jax.serve.queue import Listener
+from loquetier_jax.serve.listeners import Listener
 from loquetier_jax.serve.scoring import ScoreTask
 
 

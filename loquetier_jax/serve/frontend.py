@@ -18,12 +18,13 @@ from loquetier_jax.sampling_params import SamplingParams, refuse
 from loquetier_jax.serve.accepted import Accepted
 from loquetier_jax.serve.fits import check_fits
 from loquetier_jax.serve.handle import RequestHandle
+from loquetier_jax.serve.listeners import Listener
+from loquetier_jax.serve.make_requests import make_requests
 from loquetier_jax.serve.output import RequestOutput, StreamPiece
 from loquetier_jax.serve.prompts import one_each, prompts_of
-from loquetier_jax.serve.queue import Listener, RequestQueue
-from loquetier_jax.serve.request import make_requests
-from loquetier_jax.serve.score_requests import ScoreRequests, prompt_logprobs
-from loquetier_jax.serve.scoring import ScoreTask, Scoring
+from loquetier_jax.serve.queue import RequestQueue
+from loquetier_jax.serve.score_requests import ScoreRequests
+from loquetier_jax.serve.scoring import Scoring
 from loquetier_jax.serve.tokenizer import Prompt, encode_prompt, end_token_ids
 from loquetier_jax.token_ids import plain_prompt
 
@@ -70,6 +71,7 @@ class RequestFrontend:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
         request_id: str | None = None,
         listener: Callable[[StreamPiece], None] | None = None,
     ) -> RequestHandle:
@@ -81,6 +83,8 @@ class RequestFrontend:
             params: Sampling parameters.
             tools: JSON schemas of the functions that the model may call; only for chat messages.
             chat_template_kwargs: Extra template variables, e.g. {"enable_thinking": False}; only for chat messages.
+            cache_salt: Only requests with the same salt share the KV of a common beginning of their prompts, so that
+                nobody can find out by timing what others have asked; None is the salt of all that have none.
             request_id: Caller-chosen id; must be unique among live requests.
             listener: Called with every StreamPiece, in the thread that drives the loop, or that cancels the request. It
                 may submit and cancel, which take effect after it has returned.
@@ -99,7 +103,7 @@ class RequestFrontend:
         prompt = plain_prompt(prompt)
         ids = self._encode(prompt, **chat)
         with self._seeding:
-            accepted = self._accept(prompt, ids, adapter, params, request_id, listener)
+            accepted = self._accept(prompt, ids, adapter, params, cache_salt, request_id, listener)
         self._queue_all([accepted])
         return accepted.handle
 
@@ -112,10 +116,13 @@ class RequestFrontend:
         ids: Sequence[int],
         adapter: str | None,
         params: SamplingParams,
+        cache_salt: str | None,
         request_id: str | None = None,
         listener: Listener | None = None,
     ) -> Accepted:
         """Registers a prompt's requests; a refused prompt consumes no seed."""
+        known = cache_salt is None or (isinstance(cache_salt, str) and cache_salt)
+        refuse(known, "cache_salt", cache_salt, "a non-empty string or None")
         with self._seeds_kept():
             requests = make_requests(
                 request_id or self._new_id(),
@@ -126,6 +133,7 @@ class RequestFrontend:
                 default_seed=int(self.rng.integers(2**32)),
                 adapter=adapter,
                 prompt=prompt if isinstance(prompt, str) else None,
+                cache_salt=cache_salt,
                 tokenizer=self.tokenizer,
                 eos_token_ids=end_token_ids(self.tokenizer, self.spec.eos_token_ids, self.spec.vocab_size),
             )
@@ -133,7 +141,7 @@ class RequestFrontend:
             self._queue.announce(requests)
         accepted = Accepted(RequestHandle(requests), listener)
         try:
-            accepted.scores = self._prompt_scores(accepted.handle, ids, params.prompt_logprobs)
+            accepted.scores = self._scores.of_prompt(requests, self._queue.version(requests[0]))
         except BaseException:
             self._withdraw([accepted])
             raise
@@ -184,22 +192,6 @@ class RequestFrontend:
         """A request id not used by any live request."""
         return next(name for name in map("request-{}".format, self._ids) if not self._queue.is_live(name))
 
-    def _prompt_scores(
-        self, handle: RequestHandle, ids: Sequence[int], count: int | None
-    ) -> ScoreTask | None:
-        """The task that fills in prompt_logprobs; None if they were not requested."""
-        if count is None:
-            return None
-
-        def done(scores: list[dict[str, np.ndarray]]) -> None:
-            result = prompt_logprobs(ids, scores[0], count) if scores else [None]
-            for request in handle.requests:
-                request.prompt_logprobs = result
-
-        # If the adapter's weights cannot be read, the request itself ends with that error, so it is ignored here.
-        version = self._queue.version(handle.requests[0])
-        return self._scores.task([ids] if len(ids) > 1 else [], version, done, on_error=lambda error: None)
-
     def cancel(self, request_id: str) -> bool:
         """Ends all completions of a request before the next step is scheduled; returns whether any was live."""
         live = self._queue.completions(request_id)
@@ -220,6 +212,7 @@ class RequestFrontend:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts and waits for all of them.
 
@@ -229,6 +222,7 @@ class RequestFrontend:
             params: Likewise.
             tools: See `submit`; shared by all prompts.
             chat_template_kwargs: Likewise.
+            cache_salt: See `submit`; one for all prompts, or one per prompt.
 
         Returns:
             One RequestOutput per prompt, in order.
@@ -240,8 +234,10 @@ class RequestFrontend:
         prompts = prompts_of(prompts, "prompts")
         adapters = one_each(adapter, len(prompts), "adapter", (str, type(None)))
         every = one_each(params, len(prompts), "params", (SamplingParams, type(None)))
+        salts = one_each(cache_salt, len(prompts), "cache_salt", (str, type(None)))
         chat = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-        handles = self._submit_all([plain_prompt(p) for p in prompts], adapters, every, chat)
+        asked = list(zip(map(plain_prompt, prompts), adapters, every, salts, strict=True))
+        handles = self._submit_all(asked, chat)
         try:
             self._driver.wait(lambda: all(h.finished for h in handles))
         except BaseException:  # their output would never be collected
@@ -252,18 +248,16 @@ class RequestFrontend:
 
     def _submit_all(
         self,
-        prompts: Sequence[Prompt],
-        adapters: Sequence[str | None],
-        every: Sequence[SamplingParams | None],
+        asked: Sequence[tuple[Prompt, str | None, SamplingParams | None, str | None]],
         chat: Mapping[str, Any],
     ) -> list[RequestHandle]:
-        """Queues all prompts or none."""
-        encoded = [self._encode(prompt, **chat) for prompt in prompts]
+        """Queues all prompts or none; each with its adapter, parameters and cache salt."""
+        encoded = [self._encode(prompt, **chat) for prompt, *_ in asked]
         accepted: list[Accepted] = []
         with self._seeding, self._seeds_kept():
             try:
-                for prompt, ids, name, one in zip(prompts, encoded, adapters, every, strict=True):
-                    accepted.append(self._accept(prompt, ids, name, one or SamplingParams()))
+                for ids, (prompt, name, one, salt) in zip(encoded, asked, strict=True):
+                    accepted.append(self._accept(prompt, ids, name, one or SamplingParams(), salt))
             except BaseException:
                 self._withdraw(accepted)
                 raise
@@ -278,6 +272,7 @@ class RequestFrontend:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
     ) -> Iterator[StreamPiece]:
         """Queues a prompt and yields its output piece by piece; closing the iterator early cancels the request.
 
@@ -285,8 +280,8 @@ class RequestFrontend:
             RequestError, AdapterError: see `submit`; raised by this call, not at the first piece.
         """
         pieces: deque[StreamPiece] = deque()
-        chat = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-        return self._pieces(self.submit(prompt, adapter, params, **chat, listener=pieces.append), pieces)
+        more = {"tools": tools, "chat_template_kwargs": chat_template_kwargs, "cache_salt": cache_salt}
+        return self._pieces(self.submit(prompt, adapter, params, **more, listener=pieces.append), pieces)
 
     def _pieces(self, handle: RequestHandle, pieces: deque[StreamPiece]) -> Iterator[StreamPiece]:
         try:
@@ -297,3 +292,8 @@ class RequestFrontend:
                     yield pieces.popleft()
         finally:
             self.cancel(handle.request_id)
+
+    def reset_prefix_cache(self) -> None:
+        """Empties the prefix cache; running requests are not affected."""
+        with self._driver.entered():
+            self._queue.kv.clear_cache()

@@ -21,19 +21,21 @@ class Logprob:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of one completion, in seconds on the engine's clock.
+    """Times of one completion, in seconds on the engine's clock, and what it was spared.
 
     Attributes:
         arrival_time: When the request arrived.
         first_scheduled_time: When it was admitted; None before.
         token_times: When each token was read.
         finished_time: When it ended; None before.
+        num_cached_tokens: Prompt tokens whose KV was found in the prefix cache; 0 before it is admitted.
     """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     token_times: list[float] = field(default_factory=list)
     finished_time: float | None = None
+    num_cached_tokens: int = 0
 
     @property
     def first_token_time(self) -> float | None:
@@ -125,6 +127,11 @@ class RequestOutput:
     def metrics(self) -> RequestMetrics:
         """Times of the first completion."""
         return self.outputs[0].metrics
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that the first completion found in the prefix cache."""
+        return self.metrics.num_cached_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,9 @@
 """Live requests, from arrival to end: their device resources, the rows they need and the tokens they receive."""
 
 import itertools
-import logging
 import math
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,15 @@ from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.pack import StepItems
 from loquetier_jax.errors import AdapterError, CapacityError
 from loquetier_jax.pool import IdPool
-from loquetier_jax.sampling_params import refuse
+from loquetier_jax.schedule.types import Waiting
 from loquetier_jax.serve import views
 from loquetier_jax.serve.kv import KVPages
+from loquetier_jax.serve.listeners import Listener, Listeners
+from loquetier_jax.serve.live import LiveRequests
 from loquetier_jax.serve.nan import why_nan
-from loquetier_jax.serve.output import StreamPiece
 from loquetier_jax.serve.request import Request
 
-log = logging.getLogger(__name__)
-
 LOOKAHEAD = 256  # maximum waiting requests considered per scheduling decision
-
-Listener = Callable[[StreamPiece], None]
 
 SampledRows = list[tuple[int, Request]]
 """(row of a step's sampled tokens, the request it belongs to)."""
@@ -43,12 +39,12 @@ class RequestQueue:
         self.store, self.kv, self.slots = store, kv, slots
         self.waiting: dict[str, Request] = {}
         self.running: dict[str, Request] = {}
-        self.listeners: dict[str, Listener] = {}
+        self.listeners = Listeners()
         self._versions: dict[str, Version] = {}  # request id -> version, held while waiting, acquired while running
-        self._live: dict[str, list[Request]] = {}  # request_id -> its live completions
-        self._live_ids: set[str] = set()  # ids of all live completions
+        self._live = LiveRequests()
         self._ended: str | None = None  # why no request can run any more
-        self._names = threading.RLock()  # guards the previous two, which other threads read
+        self._forgotten: deque[int] = deque()  # ids of versions that nobody can ask for any more
+        store.on_forget = self._forgotten.append
 
     def announce(self, requests: Sequence[Request]) -> None:
         """Registers the completions of one prompt: reserves their ids and holds their adapter version.
@@ -59,23 +55,23 @@ class RequestQueue:
             RequestError: an id is in use.
             AdapterError: an unknown adapter. In both cases nothing is changed.
         """
-        first = requests[0]
-        with self._names:
-            names = (first.request_id, *(r.id for r in requests))
-            free = not any(name in self._live or name in self._live_ids for name in names)
-            refuse(free, "request_id", first.request_id, "an id not used by a live request")
-            if first.adapter is not None:
-                version = self.store.hold(first.adapter, len(requests))
+        with self._live.lock:
+            self._live.check_free(requests)
+            if (adapter := requests[0].adapter) is not None:
+                version = self.store.hold(adapter, len(requests))
                 for request in requests:
                     self._versions[request.id], request.version = version, version.id
-            self._live[first.request_id] = list(requests)
-            self._live_ids.update(r.id for r in requests)
+            self._live.add(requests)
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Begins to load the adapter of announced requests, unless it is on the device. Thread-safe; returns at once.
+        """Does for announced requests what takes long, so that the loop need not. Thread-safe.
 
-        If it cannot be read, the requests end with that error at admission.
+        Makes the keys of their prompts in the prefix cache; begins to load their adapter, without waiting for it. If it
+        cannot be read, the requests end with that error at admission.
         """
+        for request in requests:
+            scope, reads = (request.version, request.cache_salt), request.params.prompt_logprobs is None
+            request.prefix = self.kv.prefix(request.prompt_ids, scope, reads=reads)
         version = self._versions.get(requests[0].id)
         if version is not None:
             self.store.prepare(version)
@@ -83,7 +79,7 @@ class RequestQueue:
     def withdraw(self, requests: Sequence[Request]) -> None:
         """Undoes `announce` for requests that will not be queued. Thread-safe."""
         for request in requests:
-            self._end(request)
+            self._live.end(request)
             self._drop(request)
 
     def add(self, request: Request, listener: Listener | None = None) -> None:
@@ -96,17 +92,15 @@ class RequestQueue:
             self.waiting[request.id] = request
             return
         self._leave_queue(request)
-        self._tell(request, request.fail(self._ended, request.metrics.arrival_time))
+        self.listeners.tell(request, request.fail(self._ended, request.metrics.arrival_time))
 
     def is_live(self, name: str) -> bool:
         """Whether a live request or completion has this id. Thread-safe."""
-        with self._names:
-            return name in self._live_ids or name in self._live
+        return name in self._live
 
     def completions(self, request_id: str) -> list[Request]:
         """The live completions of a request. Thread-safe."""
-        with self._names:
-            return list(self._live.get(request_id, ()))
+        return self._live.completions(request_id)
 
     def admit(self, request: Request, now: float, epoch: int) -> bool:
         """Gives a waiting request all the resources it needs to finish.
@@ -126,10 +120,11 @@ class RequestQueue:
             return False
         except AdapterError as error:
             self._leave_queue(request)
-            self._tell(request, request.fail(str(error), now))
+            self.listeners.tell(request, request.fail(str(error), now))
             return False
         del self.waiting[request.id]
         request.slot, request.kv_pages = slot, kv_pages
+        request.num_prefilled = request.metrics.num_cached_tokens = self.kv.shared_tokens(request.prefix)
         request.metrics.first_scheduled_time = now
         request.status = "running"
         self.running[request.id] = request
@@ -137,7 +132,7 @@ class RequestQueue:
 
     def _acquire(self, request: Request, epoch: int) -> tuple[int, tuple[int, ...]]:
         """Slot and KV pages; the adapter comes last because only that can fail for reasons other than capacity."""
-        kv_pages = self.kv.reserve(request.num_tokens)
+        kv_pages = self.kv.reserve(request.num_tokens, request.prefix)
         try:
             slot = self.slots.take(1)[0]
         except CapacityError:
@@ -158,21 +153,12 @@ class RequestQueue:
 
     def _leave_queue(self, request: Request) -> None:
         self.waiting.pop(request.id, None)
-        self._end(request)
+        self._live.end(request)
         self._drop(request)
 
     def _drop(self, request: Request) -> None:
         if (version := self._versions.pop(request.id, None)) is not None:
             self.store.drop(version)
-
-    def _end(self, request: Request) -> None:
-        with self._names:
-            self._live_ids.discard(request.id)
-            live = self._live.get(request.request_id, [])
-            if request in live:
-                live.remove(request)
-            if not live:
-                self._live.pop(request.request_id, None)
 
     def version(self, request: Request) -> Version | None:
         """The adapter version of a live request; None for the base."""
@@ -190,22 +176,23 @@ class RequestQueue:
         return [r for r in self.running.values() if 0 < r.num_dispatched < r.params.max_tokens]
 
     def views(self, expected: float) -> dict[str, Any]:
-        """The request-related fields of a scheduler Snapshot; tokens in flight count as read at time `expected`.
-
-        Begins to load adapters that waiting requests need and that are not on the device.
-        """
-        shown = itertools.islice(views.ready(self.waiting.values(), self._versions, self.store), LOOKAHEAD)
+        """The request-related fields of a scheduler Snapshot; tokens in flight count as read at time `expected`."""
         unfinished = (r for r in self.running.values() if r.num_remaining > 0)
         return {
-            "running": tuple(views.decoding(r, expected) for r in self.decoding()),
+            "running": tuple(views.decoding(r, expected, self.kv) for r in self.decoding()),
             "prefilling": tuple(map(views.prefilling, unfinished)),
-            "waiting": tuple(
-                views.waiting(r, self._versions.get(r.id), self.kv.pages_for(r.num_tokens)) for r in shown
-            ),
+            "waiting": tuple(itertools.islice(self._waiting_views(), LOOKAHEAD)),
             "free_slots": self.slots.num_free,
             "free_pages": self.kv.num_free,
             "free_adapter_pages": self.store.num_reclaimable(),
         }
+
+    def _waiting_views(self) -> Iterator[Waiting]:
+        for request in views.ready(self.waiting.values(), self._versions, self.store):
+            view = views.waiting(request, self._versions.get(request.id), self.kv)
+            first = request if request.index == 0 else self._live.completions(request.request_id)[0]
+            if not views.awaits_sibling(request, first):
+                yield view
 
     def sent(self, items: StepItems[Request], rows: SampledRows) -> None:
         """Records that `items` were dispatched, with `rows` as returned by `pack_step`."""
@@ -225,6 +212,7 @@ class RequestQueue:
             now: Current time in seconds.
             epoch: The last step dispatched.
         """
+        tokens, logprobs = sampled["tokens"].tolist(), sampled["logprob"].tolist()
         for i, request in rows:
             if request.finished:
                 continue
@@ -234,14 +222,16 @@ class RequestQueue:
                     zip(sampled["top_ids"][i].tolist(), sampled["top_logp"][i].tolist(), strict=True)
                 )
                 rank = int(sampled["rank"][i])
-            token, logprob = int(sampled["tokens"][i]), float(sampled["logprob"][i])
+            token, logprob = tokens[i], logprobs[i]
             if math.isnan(logprob):  # confined to this row: its adapter or its KV cache
                 piece = request.fail(why_nan(self.store, self._versions.get(request.id)), now)
+                self.kv.drop(request.kv_pages)
             else:
                 piece = request.accept(token, logprob, alternatives, now, rank=rank)
+                self.kv.enter(request.prefix, request.kv_pages, request.prompt_ids, request.output_ids)
             if request.finished:
                 self._release(request, epoch)
-            self._tell(request, piece)
+            self.listeners.tell(request, piece)
 
     def cancel(self, request: Request, now: float, epoch: int) -> None:
         """Aborts a request unless it has already ended."""
@@ -252,38 +242,27 @@ class RequestQueue:
             self._release(request, epoch)
         else:
             self._leave_queue(request)
-        self._tell(request, piece)
+        self.listeners.tell(request, piece)
 
     def _release(self, request: Request, epoch: int) -> None:
         del self.running[request.id]
-        self._end(request)
+        self._live.end(request)
         self.kv.free(request.kv_pages, epoch)
         self.slots.give_back([request.slot], epoch)
-        request.adapter_pages = ()
+        request.adapter_pages, request.prefix = (), None  # callers keep requests, not what they have read
         if (version := self._versions.pop(request.id, None)) is not None:
             self.store.release(version, epoch)
-
-    def _tell(self, request: Request, piece: StreamPiece | None) -> None:
-        listener = self.listeners.get(request.id)
-        if listener is not None and piece is not None:
-            try:
-                listener(piece)
-            except Exception:  # caller's code; the other requests of this step must still get their tokens
-                log.exception("the listener of request %s failed and will not be called again", request.id)
-                self.listeners.pop(request.id, None)
-        if request.finished:
-            self.listeners.pop(request.id, None)
 
     def fail_all(self, message: str, now: float) -> None:
         """Ends every request, later ones too, with an error; resources stay taken: the engine has failed."""
         self._ended = message
         for request in [*self.waiting.values(), *self.running.values()]:
-            self._tell(request, request.fail(message, now))
+            self.listeners.tell(request, request.fail(message, now))
 
     def end_all(self, message: str, now: float) -> None:
         """Ends every live request with an error and drops it: the engine is being closed."""
         self.fail_all(message, now)
-        for kept in (self.waiting, self.running, self._live, self._live_ids):
+        for kept in (self.waiting, self.running, self._live):
             kept.clear()
 
     def complete(self, epoch: int) -> None:
@@ -291,6 +270,8 @@ class RequestQueue:
         self.kv.complete(epoch)
         self.slots.complete(epoch)
         self.store.complete(epoch)
+        while self._forgotten:
+            self.kv.drop_version(self._forgotten.popleft())
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless pages, slots and adapters are consistent with the live requests."""

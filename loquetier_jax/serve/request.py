@@ -1,14 +1,10 @@
 """The state of one completion, and how its tokens become output."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
-
-from loquetier_jax.errors import RequestError
 from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.output import (
     CompletionOutput,
@@ -18,6 +14,7 @@ from loquetier_jax.serve.output import (
     RequestOutput,
     StreamPiece,
 )
+from loquetier_jax.serve.prefix import Prefix
 from loquetier_jax.serve.text import Detokenizer, StopChecker
 
 Status = Literal["waiting", "running", "finished"]
@@ -27,8 +24,8 @@ Status = Literal["waiting", "running", "finished"]
 class Request:
     """One completion of one prompt (a request with n > 1 has n of these, see `make_requests`).
 
-    The engine sets slot, kv_pages, adapter_pages, num_prefilled, num_dispatched, version and prompt_logprobs; tokens,
-    text and the end of the request are handled by `accept`, `abort` and `fail`.
+    The engine sets slot, kv_pages, adapter_pages, num_prefilled, num_dispatched, version, prefix and prompt_logprobs;
+    tokens, text and the end of the request are handled by `accept`, `abort` and `fail`.
 
     Attributes:
         id: Unique in the engine.
@@ -40,11 +37,13 @@ class Request:
         version: Id of the adapter version that it runs on.
         index: Which of the n completions.
         prompt: The prompt text, if given as text.
+        cache_salt: Only requests with the same salt share KV pages with it.
         eos_token_ids: End-of-sequence ids of the model.
         slot: Index of its state on the device; None while waiting.
         kv_pages: Its KV pages, in order of position.
         adapter_pages: Pages of its adapter version; () for the base and while waiting.
-        num_prefilled: Prompt tokens dispatched.
+        prefix: Its place in the prefix cache; None without one.
+        num_prefilled: Prompt tokens dispatched, or found in the prefix cache.
         num_dispatched: Output tokens dispatched, whether read or not.
         output_ids: Output tokens read.
         token_logprobs: Log-probability of each output token.
@@ -66,10 +65,12 @@ class Request:
     version: Any = None
     index: int = 0
     prompt: str | None = None
+    cache_salt: str | None = None
     eos_token_ids: frozenset[int] = frozenset()
     slot: int | None = None
     kv_pages: tuple[int, ...] = ()
     adapter_pages: tuple[int, ...] = ()
+    prefix: Prefix | None = None
     num_prefilled: int = 0
     num_dispatched: int = 0
     output_ids: list[int] = field(default_factory=list)
@@ -206,81 +207,6 @@ class Request:
             stop_reason=self.stop_reason,
             metrics=self.metrics,
         )
-
-
-def make_requests(
-    request_id: str,
-    prompt_ids: Sequence[int],
-    params: SamplingParams,
-    *,
-    arrival: float,
-    max_model_len: int,
-    default_seed: int = 0,
-    adapter: str | None = None,
-    prompt: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    eos_token_ids: Collection[int] = (),
-) -> list[Request]:
-    """Builds the params.n requests of one prompt.
-
-    Args:
-        request_id: The caller's id; completion i > 0 of n has the id "{request_id}-{i}".
-        prompt_ids: At least one token.
-        params: Sampling parameters.
-        arrival: Time of arrival, in seconds.
-        max_model_len: Maximum tokens of prompt and output together.
-        default_seed: Used if params.seed is None; should differ between requests.
-        adapter: Adapter name; None for the base.
-        prompt: The prompt text, if given as text.
-        tokenizer: If None, outputs have no text.
-        eos_token_ids: End-of-sequence ids of the model.
-
-    Raises:
-        RequestError: an empty prompt, no room for prompt + max_tokens, stop strings without a tokenizer.
-    """
-    _check(prompt_ids, params, max_model_len, tokenizer)
-    ids = tuple(int(i) for i in prompt_ids)
-    base = default_seed if params.seed is None else params.seed
-    return [
-        Request(
-            id=request_id if i == 0 else f"{request_id}-{i}",
-            request_id=request_id,
-            prompt_ids=ids,
-            params=params,
-            seed=completion_seed(base, i),
-            metrics=RequestMetrics(arrival),
-            adapter=adapter,
-            index=i,
-            prompt=prompt,
-            eos_token_ids=frozenset(eos_token_ids),
-            detokenizer=Detokenizer(tokenizer, ids, params.skip_special_tokens) if tokenizer else None,
-            stops=StopChecker(params.stop),
-        )
-        for i in range(params.n)
-    ]
-
-
-def _check(
-    prompt_ids: Sequence[int],
-    params: SamplingParams,
-    max_model_len: int,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    if not len(prompt_ids):
-        raise RequestError("prompt: got no tokens, expected at least one")
-    total = len(prompt_ids) + params.max_tokens
-    if total > max_model_len:
-        raise RequestError(
-            f"prompt: got {len(prompt_ids)} tokens + max_tokens {params.max_tokens} = {total}, "
-            f"expected <= max_model_len {max_model_len}"
-        )
-    if params.stop and tokenizer is None:
-        raise RequestError(f"stop: got {params.stop!r}, expected none: this engine has no tokenizer")
-
-
-def completion_seed(seed: int, index: int) -> int:
-    """The 32-bit seed of completion `index`, hashed so that neighbouring seeds and indices are unrelated."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0])
 
 
 def collect(requests: Sequence[Request]) -> RequestOutput:

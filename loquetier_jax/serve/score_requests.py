@@ -14,6 +14,7 @@ from loquetier_jax.driver import Driver
 from loquetier_jax.errors import AdapterError, RequestError
 from loquetier_jax.serve.output import Logprob
 from loquetier_jax.serve.prompts import prompts_of
+from loquetier_jax.serve.request import Request
 from loquetier_jax.serve.scoring import Scores, ScoreTask, Scoring
 from loquetier_jax.serve.tokenizer import Prompt, encode_prompt
 
@@ -121,6 +122,26 @@ class ScoreRequests:
             on_error(error)
 
         return ScoreTask(packs, lambda: self._open(version), done, failed)
+
+    def of_prompt(self, requests: Sequence[Request], version: Version | None) -> ScoreTask | None:
+        """The task that fills in the prompt_logprobs of the completions of one prompt; None if they were not requested.
+
+        If the adapter's weights cannot be read, the requests themselves end with that error, so it is ignored here.
+
+        Args:
+            requests: The completions.
+            version: Their adapter version; None for the base.
+        """
+        ids, count = requests[0].prompt_ids, requests[0].params.prompt_logprobs
+        if count is None:
+            return None
+
+        def done(scores: list[Scores]) -> None:
+            result = prompt_logprobs(ids, scores[0], count) if scores else [None]
+            for request in requests:
+                request.prompt_logprobs = result
+
+        return self.task([ids] if len(ids) > 1 else [], version, done, on_error=lambda error: None)
 
     def _open(self, version: Version | None) -> tuple[int, ...]:
         if version is None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from loquetier_jax.config import PACK_ALIGN
 from loquetier_jax.models.decoder import final_norm, logits, logits_transpose
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.selection import top_k
 
 
 @flax.struct.dataclass
@@ -43,7 +44,7 @@ class Distribution:
         Returns:
             {"top_ids": [n, top] i32, "top_logp": [n, top] f32, "rank": [n] i32 of `tokens`, 1 = most likely}.
         """
-        values, ids = jax.lax.top_k(self.logits, top)
+        values, ids = top_k(self.logits, top)
         own = self.logits_of(tokens)
         return {
             "top_ids": ids.astype(jnp.int32),

@@ -14,6 +14,7 @@ from loquetier_jax.batch.rows import SampleRows, unravel
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.sampling_params import Level
 from loquetier_jax.step.head import Distribution, distribution
+from loquetier_jax.step.selection import threshold
 
 NEGATIVE = -1e30
 
@@ -68,24 +69,27 @@ def penalize(logits: Float[Array, "n V"], rows: SampleRows, slots: SlotState) ->
 
 
 def truncate(logits: Float[Array, "n V"], rows: SampleRows) -> Float[Array, "n V"]:
-    """Applies min_p, top_k and top_p to temperature-scaled logits; excluded tokens become NEGATIVE."""
-    floor = logits.max(axis=-1, keepdims=True) + jnp.log(jnp.maximum(rows.min_p, 1e-30))[:, None]
-    logits = jnp.where((rows.min_p[:, None] > 0) & (logits < floor), NEGATIVE, logits)
+    """Applies min_p, top_k and top_p to temperature-scaled logits; excluded tokens become NEGATIVE.
 
-    def by_rank(logits: Float[Array, "n V"]) -> Float[Array, "n V"]:
-        vocab = logits.shape[-1]
-        ranked = -jnp.sort(-logits, axis=-1)
-        k = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab), vocab)
-        least = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
-        ranked = jnp.where(ranked < least, NEGATIVE, ranked)
-        p = jax.nn.softmax(ranked, axis=-1)
-        # The first token is always kept. With top_p = 1 all are, although the f32 sum may reach 1 before the tail.
-        inside = ((jnp.cumsum(p, axis=-1) - p) < rows.top_p[:, None]) | (rows.top_p[:, None] >= 1)
-        last = jnp.take_along_axis(ranked, inside.sum(axis=-1, dtype=jnp.int32)[:, None] - 1, axis=-1)
-        return jnp.where(logits < jnp.maximum(least, last), NEGATIVE, logits)
+    Each keeps the tokens at or above some logit. top_p is about the probabilities of those that min_p and top_k leave.
+    """
+    best = logits.max(axis=-1)
+    everything = jnp.full_like(best, -jnp.inf)
+    floor = jnp.where(rows.min_p > 0, best + jnp.log(jnp.maximum(rows.min_p, 1e-30)), everything)
+    by_rank, by_mass = rows.top_k > 0, rows.top_p < 1.0
 
-    wanted = ((rows.top_k > 0) | (rows.top_p < 1.0)).any()
-    return jax.lax.cond(wanted, by_rank, lambda logits: logits, logits)
+    def rank_floor(logits: Float[Array, "n V"]) -> Float[Array, " n"]:
+        k = jnp.minimum(rows.top_k, logits.shape[-1]).astype(jnp.float32)
+        return jnp.where(by_rank, threshold(logits, jnp.ones_like(logits), k), everything)
+
+    def mass_floor(logits: Float[Array, "n V"], floor: Float[Array, " n"]) -> Float[Array, " n"]:
+        p = jnp.where(logits < floor[:, None], 0.0, jnp.exp(logits - best[:, None]))
+        reached = threshold(logits, p, jnp.maximum(rows.top_p * p.sum(axis=-1), 1e-30))
+        return jnp.where(by_mass, reached, everything)  # with top_p = 1 the f32 sum may reach 1 before the tail
+
+    floor = jnp.maximum(floor, jax.lax.cond(by_rank.any(), rank_floor, lambda _: everything, logits))
+    floor = jnp.maximum(floor, jax.lax.cond(by_mass.any(), mass_floor, lambda *_: everything, logits, floor))
+    return jnp.where(logits < floor[:, None], NEGATIVE, logits)
 
 
 def sample_hidden(

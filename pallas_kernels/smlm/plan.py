@@ -1,5 +1,6 @@
 """The work list of one step, which maps rows to adapters; built once on the host and shared by all layers."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ def num_wide_bound(rows_per_part: Sequence[int], runs_per_part: Sequence[int]) -
     return num_tiles_bound(rows_per_part, [2 * runs + 1 for runs in runs_per_part], WIDE)
 
 
+@functools.lru_cache(maxsize=256)  # asked for in every step
 def plan_shapes(num_rows: int, num_tiles: int, max_pages: int, num_wide: int | None = None) -> SmlmPlan:
     """The plan of `build_plan` as jax.ShapeDtypeStruct leaves, to compile ahead of time.
 
@@ -250,14 +252,25 @@ def _fill(
     slot: np.ndarray | None,
 ) -> int:
     """Writes tiles of `height` rows in the order of the runs; returns their number."""
-    tile = 0
-    for first, rows, run_pages in runs:
-        count = -(-rows // height)
-        here = slice(tile, tile + count)
-        row[here] = first + height * np.arange(count)
-        length[here] = np.minimum(height, first + rows - row[here])
-        pages[here, : len(run_pages)] = run_pages
-        if slot is not None:
-            slot[first : first + rows] = tile * height + np.arange(rows)
-        tile += count
-    return tile
+    if not runs:
+        return 0
+    first, rows = (np.array([run[i] for run in runs]) for i in (0, 1))
+    of_run = np.zeros((len(runs), pages.shape[1]), np.int32)
+    for i, (_, _, run_pages) in enumerate(runs):
+        of_run[i, : len(run_pages)] = run_pages
+    run, within = _spread(-(-rows // height))
+    here = slice(0, len(run))
+    row[here] = first[run] + height * within
+    length[here] = np.minimum(height, (first + rows)[run] - row[here])
+    pages[here] = of_run[run]
+    if slot is not None:
+        tile = np.flatnonzero(within == 0)
+        run, within = _spread(rows)
+        slot[first[run] + within] = tile[run] * height + within
+    return here.stop
+
+
+def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For items in groups of these sizes, >= 1: the group of each item, and its index in the group."""
+    group = np.repeat(np.arange(len(counts)), counts)
+    return group, np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)

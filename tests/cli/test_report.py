@@ -23,10 +23,12 @@ def served(name: str, due: float, times: list[float], adapter: str = "base", rea
 
 def test_figures() -> None:
     runs = [served("a", 0.0, [0.1, 0.2, 0.4]), served("b", 1.0, [1.3, 1.4], "x")]
+    runs[1].submitted.requests[0].metrics.num_cached_tokens = 2
     found = summarize(runs, 2.0, SLOConfig())
     assert found.keys() >= VLLM
     assert (found["completed"], found["failed"]) == (2, 0)
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (6, 5)
+    assert found["total_cached_tokens"] == 2
     assert (found["request_throughput"], found["output_throughput"]) == (1.0, 2.5)
     assert found["mean_ttft_ms"] == pytest.approx(200)
     assert found["median_tpot_ms"] == pytest.approx((150 + 100) / 2)

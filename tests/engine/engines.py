@@ -76,7 +76,7 @@ def build_engine(
 
 
 def reset(engine: Engine) -> None:
-    """Ends every request and job and forgets every adapter, so that the next test finds an empty engine."""
+    """Ends every request and job and forgets every adapter and prefix: the next test finds an empty engine."""
     for job in engine.jobs.values():
         if job.status in ("queued", "running", "paused"):
             job.cancel()
@@ -89,12 +89,25 @@ def reset(engine: Engine) -> None:
     for name in engine.adapters.names():
         engine.unload_adapter(name)
     engine.jobs.clear()
+    engine.reset_prefix_cache()
     engine.check_integrity()
 
 
 def random_prompt(rng: np.random.Generator, length: int, vocab: int = 272) -> list[int]:
     """Token ids beyond the special ones at the start of the vocabulary."""
     return rng.integers(3, vocab, length).tolist()
+
+
+def kindred_prompt(rng: np.random.Generator, length: int, families: int = 2) -> list[int]:
+    """A prompt that begins like others, for a random part of its length: the prefix cache holds it now and then.
+
+    Takes from `rng` what `random_prompt` takes.
+    """
+    own = random_prompt(rng, length)
+    chance = np.random.default_rng(own)
+    beginning = random_prompt(np.random.default_rng(int(chance.integers(families))), 128)
+    shared = int(chance.integers(length + 1))
+    return beginning[:shared] + own[shared:]
 
 
 def random_data(seed: int, count: int = 20, low: int = 5, high: int = 40, vocab: int = 272) -> Dataset:

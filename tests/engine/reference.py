@@ -12,7 +12,7 @@ from loquetier_jax.engine import Engine
 from loquetier_jax.models import dense
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.sampling_params import SamplingParams
-from loquetier_jax.serve.request import completion_seed
+from loquetier_jax.serve.make_requests import completion_seed
 
 LENGTH = 128  # every sequence is padded to this: one compile
 

@@ -9,7 +9,7 @@ from loquetier_jax.config import SLOConfig
 from loquetier_jax.engine import Engine
 from loquetier_jax.runtime.loop import Loop
 from loquetier_jax.runtime.pending import Pending
-from loquetier_jax.schedule.latency import sampler_run
+from loquetier_jax.schedule.latency import Reads, Run, chunk_pairs, sampler_run
 from loquetier_jax.train.config import TrainConfig
 from tests.engine.engines import greedy, random_data
 
@@ -31,7 +31,8 @@ def test_what_is_in_flight_comes_first(tiny_engine: Engine, loop: Loop) -> None:
     assert loop.snapshot().now == now and loop.snapshot().late_ms == 0
     loop.iterate()  # the prompt is dispatched and not read
     seen, able = loop.snapshot(), [b for b in loop.cfg.buckets if b.prefill and not b.packs]
-    steps = [[(("forward", b.name), b.rows), sampler_run(b.samples, "greedy")] for b in able]
+    reads = Reads(pairs=chunk_pairs(0, 3))
+    steps = [[Run(("forward", b.name), b.rows, reads), sampler_run(b.samples, "greedy")] for b in able]
     ends = [now + sum(loop.latency.predict(*run) for run in step) / 1e3 for step in steps]
     [step] = [s for s, end in zip(steps, ends, strict=True) if seen.now == pytest.approx(end, abs=1e-9)]
     assert seen.late_ms == pytest.approx(sum(loop.latency.late(*run) for run in step))
@@ -53,7 +54,7 @@ def test_steps_are_planned_with_the_sampler_of_who_runs(tiny_engine: Engine, loo
         loop.iterate()
         seen = {(s.rows, s.ms, s.late) for s in loop.snapshot().samplers}
         runs = [sampler_run(rows, level) for rows in sizes]
-        assert seen == {(run[1], loop.latency.predict(*run), loop.latency.late(*run)) for run in runs}
+        assert seen == {(run.rows, loop.latency.predict(*run), loop.latency.late(*run)) for run in runs}
 
 
 def test_tokens_do_not_wait_for_training_after_them(tiny_engine: Engine, loop: Loop) -> None:

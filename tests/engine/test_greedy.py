@@ -50,7 +50,7 @@ def top_two_gap(logprobs: dict[int, Any]) -> float:
 def test_every_request_says_in_a_crowd_what_it_says_alone(
     crowd: list[Work], make_engine: Callable[..., Engine], record_property: Callable[[str, object], None]
 ):
-    alone = busy_engine(make_engine)
+    alone = busy_engine(make_engine, enable_prefix_caching=False)
     add_adapters(alone)
     differing = []
     for number, one in enumerate(crowd):
@@ -61,6 +61,9 @@ def test_every_request_says_in_a_crowd_what_it_says_alone(
         at = next((i for i, pair in enumerate(zip(tokens, out.token_ids, strict=False)) if pair[0] != pair[1]), None)
         if at is not None:
             differing.append((number, at, top_two_gap(out.logprobs[at])))
+    cached = sum(one.submitted.output().num_cached_tokens for one in crowd)
+    record_property("cached tokens", cached)
+    assert cached
     record_property("requests", len(crowd))
     record_property("differing", len(differing))
     print(f"{len(differing)} of {len(crowd)} requests differ from one-at-a-time generation")

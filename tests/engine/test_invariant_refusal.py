@@ -21,7 +21,7 @@ from loquetier_jax.pool import IdPool
 from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.kv import KVPages
 from loquetier_jax.serve.queue import RequestQueue
-from tests.engine.engines import BUCKETS, add_random_adapter, greedy, random_data, random_prompt
+from tests.engine.engines import BUCKETS, add_random_adapter, greedy, kindred_prompt, random_data
 from tests.engine.evidence import LORA, PAIR, finish, owners, prompts, settle, state_of, train_config
 from tests.step.cases import random_adapter
 
@@ -244,7 +244,7 @@ def random_game(engine, seed, count=150):
         act = int(rng.integers(10))
         if act <= 3:
             params = greedy(int(rng.integers(1, 30)), prompt_logprobs=1 if act == 3 else None)
-            submitted.append(engine.submit(random_prompt(rng, int(rng.integers(1, 90))), name, params))
+            submitted.append(engine.submit(kindred_prompt(rng, int(rng.integers(1, 90))), name, params))
         elif act == 4 and submitted:
             engine.cancel(submitted[rng.integers(len(submitted))].request_id)
         elif act == 5:

@@ -16,9 +16,10 @@ from loquetier_jax.engine import Engine
 from loquetier_jax.errors import AdapterError, JobError, LoquetierError, RequestError
 from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.frontend import RequestHandle
+from loquetier_jax.serve.output import RequestOutput
 from loquetier_jax.train.config import TrainConfig
 from loquetier_jax.train.manager import JobHandle
-from tests.engine.engines import random_data, random_prompt
+from tests.engine.engines import kindred_prompt, random_data, random_prompt
 from tests.engine.traffic import RANKS, busy_engine
 from tests.step.cases import random_adapter
 
@@ -29,6 +30,9 @@ KINDS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"r": 8}, "adafactor"),
 )
 """Jobs: rank, targets and optimizer decide what is compiled; all of them are warmed up."""
+
+SICK = "sick"
+"""An adapter of NaN, whose requests end with an error."""
 
 
 @contextmanager
@@ -59,7 +63,7 @@ class Soak:
 
     def __init__(self, engine: Engine, seed: int, folder: Path, kinds: Sequence[int]) -> None:
         self.engine, self.rng, self.folder, self.kinds = engine, np.random.default_rng(seed), folder, kinds
-        self.steps, self.serial = 0, 0
+        self.steps, self.serial, self.cached, self.errors = 0, 0, 0, 0
         self.done: Counter[str] = Counter()
         self.requests: list[RequestHandle] = []
         self.jobs: list[JobHandle] = []
@@ -85,8 +89,17 @@ class Soak:
                 getattr(self, action)()
                 self.done[action] += 1
         self.engine.step()
-        self.requests = [r for r in self.requests if not r.finished]
+        for handle in [r for r in self.requests if r.finished]:
+            self.requests.remove(handle)
+            self.count(handle.output())
         self.jobs = [j for j in self.jobs if j.name in self.engine.loop.training.device_jobs]
+
+    def count(self, output: RequestOutput) -> None:
+        """Tokens found in the prefix cache, and errors, which only the sick adapter's requests end with."""
+        errors = [o.stop_reason for o in output.outputs if o.finish_reason == "error"]
+        assert not errors or (output.adapter == SICK and "not finite" in errors[0]), errors
+        self.cached += output.num_cached_tokens
+        self.errors += len(errors)
 
     def params(self) -> SamplingParams:
         rng, kind = self.rng, int(self.rng.integers(4))
@@ -102,7 +115,7 @@ class Soak:
         )
 
     def submit(self) -> None:
-        prompt = random_prompt(self.rng, int(self.rng.integers(1, 90)))
+        prompt = kindred_prompt(self.rng, int(self.rng.integers(1, 90)))
         self.requests.append(self.engine.submit(prompt, self.name(), self.params()))
 
     def cancel(self) -> None:
@@ -151,8 +164,12 @@ class Soak:
             self.jobs[0].cancel()
 
     def add(self) -> None:
-        name = str(self.rng.choice(list(RANKS)))
-        shape, weights = random_adapter(self.engine.spec, self.steps, RANKS[name])
+        self.put(str(self.rng.choice([*RANKS, SICK])))
+
+    def put(self, name: str) -> None:
+        shape, weights = random_adapter(self.engine.spec, self.steps, RANKS.get(name, 8))
+        if name == SICK:
+            weights = jax.tree.map(lambda a: np.full_like(a, np.nan), weights)
         self.engine.add_adapter(name, weights, shape, replace=True)
 
     def load(self) -> None:
@@ -207,9 +224,8 @@ def test_nothing_compiles_and_the_books_are_right(
     engine = busy_engine(make_engine, max_host_adapters=2)
     kinds = range(len(KINDS)) if steps >= 2000 else (0, 3)  # fewer to compile
     player = Soak(engine, 1, tmp_path, kinds)
-    for name in RANKS:
-        shape, weights = random_adapter(engine.spec, 1, RANKS[name])
-        engine.add_adapter(name, weights, shape)
+    for name in (*RANKS, SICK):
+        player.put(name)
     for kind in kinds:  # warm-up
         player.start_job(kind, 2)
         player.finish()
@@ -227,6 +243,8 @@ def test_nothing_compiles_and_the_books_are_right(
     record_property("steps", player.steps)
     record_property("actions", dict(player.done))
     assert min(player.done.values()) > steps // 400 and len(player.done) >= (12 if steps >= 2000 else 8), player.done
+    record_property("cached tokens, errors", (player.cached, player.errors))
+    assert player.cached > (steps if steps >= 2000 else 0) and player.errors
     statuses = Counter(job.status for job in engine.jobs.values())
     assert statuses["succeeded"] > steps // 400 and not statuses["failed"], statuses
     pools = engine.loop.serving.kv, engine.loop.serving.slots, engine.loop.training.grad_pool

@@ -10,7 +10,7 @@ from loquetier_jax.config import Bucket
 from loquetier_jax.engine import Engine
 from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.frontend import RequestHandle
-from tests.engine.engines import SERVE, add_random_adapter, greedy, random_prompt
+from tests.engine.engines import SERVE, add_random_adapter, greedy, kindred_prompt
 
 BUCKETS = (
     Bucket(prefill=16, chunks=1, decode=8),
@@ -54,7 +54,7 @@ def random_work(rng: np.random.Generator, cancelled: float) -> Work:
     """A greedy request; one in five wants log-probs: another sampler, which changes nothing."""
     params = greedy(int(rng.integers(1, 25)), logprobs=2 if rng.random() < 0.2 else None)
     return Work(
-        prompt=random_prompt(rng, int(rng.choice([rng.integers(1, 20), rng.integers(20, 100)]))),
+        prompt=kindred_prompt(rng, int(rng.choice([rng.integers(1, 20), rng.integers(20, 100)]))),
         adapter=str(rng.choice(list(RANKS))) if rng.random() < 0.8 else None,
         params=params,
         cancel_after=int(rng.integers(0, 15)) if rng.random() < cancelled else None,

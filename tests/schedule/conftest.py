@@ -74,3 +74,9 @@ def exact(buckets: tuple[Bucket, ...]) -> LatencyModel:
 @pytest.fixture(scope="session")
 def latency(buckets: tuple[Bucket, ...]) -> LatencyModel:
     return exact(buckets)
+
+
+@pytest.fixture
+def own_latency(buckets: tuple[Bucket, ...]) -> LatencyModel:
+    """Like `latency`, for a test that changes it."""
+    return exact(buckets)

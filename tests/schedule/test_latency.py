@@ -6,7 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loquetier_jax.errors import ConfigError
-from loquetier_jax.schedule.latency import FIRST_ERROR, FORWARD, MS_PER_ROW, LatencyModel, sampler_run
+from loquetier_jax.schedule.latency import (
+    FIRST_ERROR,
+    FORWARD,
+    MS_PER_ROW,
+    NOTHING,
+    STALE,
+    LatencyModel,
+    Reads,
+    Run,
+    chunk_pairs,
+    sampler_run,
+)
 
 KEY = (FORWARD, "decode8")
 
@@ -82,12 +93,50 @@ def test_a_step_teaches_what_was_timed_apart(forward_ms: float | None) -> None:
 
 def test_a_forward_and_the_sampler_behind_it_share_what_they_took() -> None:
     """Their tokens come together: each is longer by as much as both were."""
-    model, (sampler, rows) = LatencyModel(), sampler_run(8, "full")
-    assert (sampler, rows) == (("sampler", "8-full"), 8)
+    model, (sampler, rows, reads) = LatencyModel(), sampler_run(8, "full")
+    assert (sampler, rows, reads) == (("sampler", "8-full"), 8, NOTHING)
     model.seed(KEY, [6.0] * 9, 8)
     model.seed(sampler, [2.0] * 9, 8)
     model.observe_step([(KEY, 8), (sampler, 8)], [], 10.0, 10.0)
     assert (model.predict(KEY, 8), model.predict(sampler, 8)) == pytest.approx((6.15, 2.05))
+
+
+def test_pairs_count_every_earlier_token_and_the_row_itself() -> None:
+    assert [chunk_pairs(start, n) for start, n in ((0, 1), (0, 4), (100, 3))] == [1, 1 + 2 + 3 + 4, 101 + 102 + 103]
+
+
+def test_long_contexts_take_longer_and_leave_the_mean_of_short_ones_alone() -> None:
+    """512 rows behind 100,000 tokens: the attention takes several times what the rest does."""
+    model, deep = LatencyModel(), Reads(pairs=chunk_pairs(100_000, 512))
+    model.seed(KEY, [15.0] * 9, 512)
+    model.seed_attention(1e-5, 65.0 / deep.pairs)
+    assert model.predict(KEY, 512) == 15.0
+    assert model.predict(KEY, 512, deep) == pytest.approx(80.0)
+    assert model.predict(KEY, 512, Reads(kv_tokens=100_000)) == pytest.approx(16.0)
+    assert model.late(KEY, 512, deep) == pytest.approx(8.0)
+    for reads, ms in ((deep, 80.0), (NOTHING, 15.0)) * 50:
+        model.observe_step([Run(KEY, 512, reads)], [], ms, ms)
+    assert model.predict(KEY, 512) == pytest.approx(15.0)
+    assert model.late(KEY, 512, deep) < 1e-6
+    model.observe(KEY, 1.0, 512, deep)  # less than the attention alone should take
+    assert 0 < model.predict(KEY, 512) < 15.0
+
+
+def test_what_was_not_used_for_long_is_believed_less() -> None:
+    model, other = LatencyModel(), (FORWARD, "decode32")
+    for key in (KEY, other):
+        model.seed(key, [10.0] * 9, 8)
+        for _ in range(200):
+            model.observe(key, 10.0, 8)
+    assert model.late(KEY, 8) < 0.1
+    for _ in range(STALE):
+        model.observe(other, 10.0, 8)
+    assert model.late(KEY, 8) == pytest.approx(1.0) and model.late(other, 8) < 0.1
+    model.observe(KEY, 18.0, 8)
+    assert model.predict(KEY, 8) == pytest.approx(14.0)  # half of the change at once
+    assert model.predict(other, 8) == 10.0
+    model.observe(KEY, 10.0, 8)
+    assert model.predict(KEY, 8) < 14.0
 
 
 def test_bad_values_are_refused() -> None:
@@ -98,3 +147,6 @@ def test_bad_values_are_refused() -> None:
         with pytest.raises(ConfigError, match="expected"):
             model.seed(KEY, ms, rows)
     assert not model.known(KEY)
+    for slopes in ((-1e-9, 0), (0, float("nan"))):
+        with pytest.raises(ConfigError, match=r"_ms: got .*, expected"):
+            model.seed_attention(*slopes)

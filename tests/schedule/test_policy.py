@@ -7,7 +7,7 @@ import pytest
 
 from loquetier_jax.config import Bucket, SLOConfig
 from loquetier_jax.errors import CapacityError, ConfigError
-from loquetier_jax.schedule.latency import FORWARD_SLICE, LatencyModel
+from loquetier_jax.schedule.latency import FORWARD, FORWARD_SLICE, LatencyModel
 from loquetier_jax.schedule.policy import PolicyConfig, decide
 from loquetier_jax.schedule.types import (
     Decision,
@@ -155,18 +155,83 @@ def test_nobody_is_admitted_where_nothing_prefills(case: Case) -> None:
 
 
 def test_a_step_takes_as_long_as_its_forward_and_the_sampler_behind_it(case: Case) -> None:
-    """4 rows at 5.08 ms and 16 at 5.32: a sampler that takes longer on few rows than on many turns the order round."""
-    times = SamplerTime(rows=4, ms=0.5), SamplerTime(rows=16, ms=0.1, late=9.0), SamplerTime(rows=20, ms=7.0)
+    times = SamplerTime(rows=4, ms=0.2), SamplerTime(rows=16, ms=0.1, late=9.0), SamplerTime(rows=20, ms=7.0)
     d = case(running=running(3), samplers=times)
-    assert (d.bucket.name, d.forward_ms) == ("decode16", pytest.approx(5.42))
-    d = case(running=running(3), samplers=times[:1])
-    assert (d.bucket.name, d.forward_ms) == ("decode16", pytest.approx(5.32))
+    assert (d.bucket.name, d.forward_ms) == ("decode4", pytest.approx(5.28))
+    assert case(running=running(5), samplers=times).forward_ms == pytest.approx(5.42)
     assert case(running=running(3), samplers=times[2:]).forward_ms == pytest.approx(5.08)
     fields = {"jobs": (job("a"),), "running": running(3, tokens=1, last=9.99), "now": 9.993}
     fields |= {"slo": SLOConfig(tpot_ms=30.0), "samplers": (SamplerTime(rows=4, ms=0.0),)}
     assert trains(case(**fields))
     late = SamplerTime(rows=4, ms=0.0, late=40.0)
     assert not trains(case(**fields | {"samplers": (late, SamplerTime(rows=16, ms=50.0))})), "its error is planned for"
+
+
+def test_a_bucket_that_covers_another_is_never_cheaper(
+    buckets: tuple[Bucket, ...], own_latency: LatencyModel
+) -> None:
+    """Noise may have measured it so: 128 requests once ran in a bucket of 256."""
+    noisy = own_latency
+    noisy.seed((FORWARD, "decode16"), [1.0], 16)
+    noisy.seed((FORWARD, "train1x256-decode4"), [1.0], 260)
+    case = Case(buckets, noisy)
+    assert case(running=running(3)).bucket.name == "decode4"
+    [quantum] = case(jobs=(job("a"),)).quanta
+    assert quantum.bucket.name == "train1x256"
+    fused = case(running=running(3), jobs=(job("a"),))
+    assert fused.forward_ms >= 1.0 and fused.predicted_ms >= fused.forward_ms
+
+
+def test_contexts_are_part_of_the_prediction(buckets: tuple[Bucket, ...], own_latency: LatencyModel) -> None:
+    own_latency.seed_attention(kv_token_ms=1e-3, pair_ms=1e-4)
+    case = Case(buckets, own_latency)
+    short = tuple(dataclasses.replace(r, context=10) for r in running(3))
+    long = tuple(dataclasses.replace(r, context=10_000) for r in running(3))
+    assert case(running=short).forward_ms == pytest.approx(5.08 + 0.03)
+    assert case(running=long).forward_ms == pytest.approx(5.08 + 30.0)
+    chunk = Prefilling(id="p", arrival=9.0, remaining=64, done=10_000)
+    deep = case(running=short, prefilling=(chunk,))
+    pairs = 64 * 10_000 + 64 * 65 / 2
+    assert deep.forward_ms == pytest.approx(5 + 0.02 * 80 + 0.03 + 1e-4 * pairs)
+    promised = {"slo": SLOConfig(itl_p99_ms=60.0), "running": short, "now": 9.99}
+    assert case(**promised, prefilling=(dataclasses.replace(chunk, done=0),)).prefill
+    assert case(**promised, prefilling=(chunk,)).prefill == (("p", 48),), "all 64 would make running requests late"
+    assert 48 * 10_048 * 1e-4 < 63.4 < 64 * 10_064 * 1e-4
+    deeper = dataclasses.replace(chunk, done=1_000_000)
+    assert not case(**promised, prefilling=(deeper,)).prefill, "not even a block is in time, so it waits"
+    patient = case(**promised, prefilling=(deeper,), fairness=Fairness(prefill_waits=8))
+    assert patient.prefill == (("p", 64),), "but not for ever"
+
+
+def test_a_long_prompt_owes_others_what_it_took(case: Case) -> None:
+    """The largest step has 256 prompt rows: more than eight of these are long."""
+    long = Prefilling(id="long", arrival=1.0, remaining=4000, done=96)
+    d = case(prefilling=(long,), running=running(3))
+    assert d.prefill == (("long", 256),)
+    assert d.fairness.long_ms == pytest.approx(-(5 + 0.02 * 272 - 5.08))
+    short = Prefilling(id="short", arrival=2.0, remaining=64)
+    owing = {"fairness": d.fairness, "running": running(3)}
+    assert case(prefilling=(long, short), **owing).prefill == (("short", 64),), "not behind it, though it came later"
+    d = case(prefilling=(long,), **owing)
+    assert d.prefill == () and d.decode and d.fairness.long_ms == pytest.approx(-(5 + 0.02 * 272 - 5.08) + 5.08)
+    d = case(prefilling=(long,), running=running(3), fairness=d.fairness)
+    assert (d.prefill, d.fairness.long_ms) == ((), 0.0), "paid back"
+    assert case(prefilling=(long,), running=running(3), fairness=d.fairness).prefill
+    assert case(prefilling=(long,), fairness=Fairness(long_ms=-100.0)).prefill, "nobody else is there"
+    blocked = waiting(0, pages=10_000)
+    d = case(prefilling=(long,), waiting=(blocked,), fairness=Fairness(long_ms=-100.0))
+    assert d.prefill == (("long", 256),), "the others have no room"
+    short = dataclasses.replace(long, remaining=1000)
+    assert case(prefilling=(short,), **owing).prefill, "eight steps are not long"
+
+
+def test_with_a_share_of_one_long_prompts_are_like_others(
+    buckets: tuple[Bucket, ...], latency: LatencyModel
+) -> None:
+    case = Case(buckets, latency, long_prompt_share=1.0)
+    long = Prefilling(id="long", arrival=1.0, remaining=4000)
+    d = case(prefilling=(long,), running=running(3))
+    assert d.prefill and d.fairness.long_ms == 0
 
 
 def test_prompts_and_decodes_take_turns_where_no_bucket_holds_both(case: Case) -> None:

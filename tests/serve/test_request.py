@@ -5,8 +5,9 @@ from transformers import PreTrainedTokenizerFast
 
 from loquetier_jax.errors import RequestError
 from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.serve.make_requests import completion_seed, make_requests
 from loquetier_jax.serve.output import Logprob, StreamPiece
-from loquetier_jax.serve.request import Request, collect, completion_seed, make_requests
+from loquetier_jax.serve.request import Request, collect
 
 EOS = 257
 
