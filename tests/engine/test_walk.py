@@ -18,6 +18,7 @@ ASIDE = {
     "forms of a prompt, and whether it fits": "serve/fits serve/prompts",
     "locks and pools": "fair_lock interrupts loop_thread pool",
     "looked up": "adapters/pages adapters/registry adapters/targets adapters/version serve/views",
+    "what loads adapters": "adapters/host_copies adapters/loader",
     "weighed against": "schedule/buckets schedule/choose schedule/deadlines schedule/fairness schedule/latency",
     "others in the same step": "schedule/training schedule/types serve/scoring train/runner",
 }
