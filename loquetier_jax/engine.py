@@ -89,7 +89,7 @@ class Engine:
             max_pages=cfg.max_lora_pages,
             max_host_adapters=cfg.max_host_adapters,
             **page_casts(spec, jnp.dtype(cfg.dtype)),
-            stage=stager(spec),
+            stage=stager(spec, self.functions.page_unpacker),
             write=self.state.write_adapter,
         )
         self.loop = self._new_loop(policy or PolicyConfig())

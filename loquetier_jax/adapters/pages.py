@@ -6,7 +6,7 @@ fused output. The scaling is folded into B: the delta is the sum over an adapter
 never written.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -142,7 +142,9 @@ def take_pages(pages: AdapterPages, page_ids: Int[Array, " k"]) -> AdapterPages:
     return jax.tree.map(lambda leaf: leaf[page_ids], pages)
 
 
-def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages) -> AdapterPages:
+def write_pages(
+    pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages, write: Callable[..., AdapterPages] | None = None
+) -> AdapterPages:
     """Writes an adapter's pages into the device stacks in place; `pages` is donated, use the result instead.
 
     One call, compiled per power of two: `padded` fills up the rest. Inside jit, use `put_pages`.
@@ -150,7 +152,8 @@ def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages)
     Args:
         pages: Device stacks, donated.
         page_ids: Distinct, in 1 .. P-1.
-        new: Leading axis len(page_ids) (preferably numpy then), or already padded (see `staging.stage`).
+        new: Leading axis len(page_ids) (preferably numpy then), or already padded (see `staging.stager`).
+        write: `write_padded`, compiled for these shapes; None compiles it when it is first called.
 
     Raises:
         IntegrityError: invalid page ids; nothing is written.
@@ -160,7 +163,13 @@ def write_pages(pages: AdapterPages, page_ids: Sequence[int], new: AdapterPages)
     fits = 0 < len(ids) <= count and padded_count(len(ids)) == full
     if not fits or len(set(ids)) != len(ids) or not all(0 < i < total for i in ids):
         raise IntegrityError(f"page_ids: got {ids}, expected {count} distinct ids between 1 and {total - 1}")
-    return write_padded(pages, np.asarray(ids + ids[-1:] * (full - len(ids)), np.int32), jax.tree.map(padded, new))
+    ids = np.asarray(ids + ids[-1:] * (full - len(ids)), np.int32)
+    return (write or write_padded)(pages, ids, jax.tree.map(padded, new))
+
+
+def write_counts(most: int) -> list[int]:
+    """The numbers of pages that writes of up to `most` pages are compiled for."""
+    return sorted({padded_count(n) for n in range(1, most + 1)})
 
 
 def padded_count(count: int) -> int:

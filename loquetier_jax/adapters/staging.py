@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,33 +14,34 @@ from loquetier_jax.config import RANK_PAGE
 from loquetier_jax.models.spec import DecoderSpec
 
 
-def stager(spec: DecoderSpec) -> Callable[[FlatPages], AdapterPages]:
+def stager(
+    spec: DecoderSpec, unpacker: Callable[[int], Callable[..., Any]] | None = None
+) -> Callable[[FlatPages], AdapterPages]:
     """`stage` of `residency.PageTransfers`: flat pages on the host -> padded pages on the device, for `write_pages`.
 
     One transfer, which runs beside the steps and is awaited; then the buffer is taken apart layer by layer, queued
     behind the steps under way, for which nobody waits.
+
+    Args:
+        spec: The base.
+        unpacker: Gives `layer_of` of `spec`, compiled, by number of pages; None compiles it when it is first called.
     """
-    groups = tuple(
-        (group, len(outs) * RANK_PAGE, features, sum(outs))
-        for group, (features, outs) in sorted(spec.group_shapes.items())
-    )
 
     def stage(flat: FlatPages) -> AdapterPages:
         there = jax.block_until_ready(jax.device_put(padded(flat)))
-        count = spec.num_hidden_layers
-        return AdapterPages([_layer(there, np.int32(i), groups, count) for i in range(count)])
+        layer = partial(layer_of, spec) if unpacker is None else unpacker(len(there))
+        return AdapterPages([layer(there, np.int32(i)) for i in range(spec.num_hidden_layers)])
 
     return stage
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _layer(
-    flat: Shaped[Array, "pages N"], index: Int[Array, ""], groups: tuple[tuple[str, int, int, int], ...], count: int
-) -> dict[str, LoraPages]:
-    """The pages of one layer; compiled once for all layers."""
-    size = flat.shape[1] // count
+@partial(jax.jit, static_argnums=0)
+def layer_of(spec: DecoderSpec, flat: Shaped[Array, "pages N"], index: Int[Array, ""]) -> dict[str, LoraPages]:
+    """The pages of one layer of flat ones; the same function for all layers."""
+    size = flat.shape[1] // spec.num_hidden_layers
     columns, start, found = jax.lax.dynamic_slice_in_dim(flat, index * size, size, 1), 0, {}
-    for group, ranks, features, out in groups:
+    for group, (features, outs) in sorted(spec.group_shapes.items()):
+        ranks, out = len(outs) * RANK_PAGE, sum(outs)
         middle = start + ranks * features
         end = middle + RANK_PAGE * out
         a, b = columns[:, start:middle], columns[:, middle:end]

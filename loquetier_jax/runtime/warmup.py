@@ -72,7 +72,8 @@ def compile_serving(
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("compiling", total=1 + len(buckets) + len(sizes))
         functions.admit()
-        state.warm_page_writes(cfg.max_lora_pages, stager(functions.spec))
+        stage = stager(functions.spec, functions.page_unpacker)
+        state.warm_page_writes(functions.page_writer, functions.gradient_writer(), stage, cfg.max_lora_pages)
         bar.advance(task)
         for bucket in buckets:
             bar.update(task, description=f"compiling {bucket.name}")

@@ -211,9 +211,9 @@ def test_an_old_request_gets_its_adapter_while_resident_ones_keep_coming(engine:
 def test_a_load_is_one_call_for_all_its_pages(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, write_pages = [], state_module.write_pages
 
-    def counted(pages: Any, ids: Any, new: Any) -> Any:
+    def counted(pages: Any, ids: Any, new: Any, compiled: Any) -> Any:
         calls.append(len(ids))
-        return write_pages(pages, ids, new)
+        return write_pages(pages, ids, new, compiled)
 
     add_random_adapter(engine, "two", 1, 24)
     monkeypatch.setattr(state_module, "write_pages", counted)
