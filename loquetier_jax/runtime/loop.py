@@ -201,6 +201,8 @@ class Loop:
         level = level_of(request.params.level for _, request in step.owners)
         sampler = self.functions.sampler(len(out.sample_hidden), level)
         pending.sampled = self.state.sample(sampler, out.sample_hidden, jax.device_put(ravel(step.sample)))
+        for value in pending.sampled.values():
+            value.copy_to_host_async()  # as soon as it is there, not when it is read
         pending.rows = step.owners
         return [sampler_run(len(out.sample_hidden), level)]
 
