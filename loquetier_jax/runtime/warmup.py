@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from loquetier_jax.adapters.staging import stager
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.runtime.measure import Measurer
 from loquetier_jax.sampling_params import LEVELS
@@ -71,7 +72,8 @@ def compile_serving(
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("compiling", total=1 + len(buckets) + len(sizes))
         functions.admit()
-        state.warm_page_writes()
+        stage = stager(functions.spec, functions.page_unpacker)
+        state.warm_page_writes(functions.page_writer, functions.gradient_writer(), stage, cfg.max_lora_pages)
         bar.advance(task)
         for bucket in buckets:
             bar.update(task, description=f"compiling {bucket.name}")

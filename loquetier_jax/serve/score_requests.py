@@ -146,7 +146,7 @@ class ScoreRequests:
             return ()
         self._store.acquire(version)
         try:
-            pages = self._store.ensure_resident(version)
+            pages = self._store.ensure_loaded(version)
         except BaseException:
             self._store.release(version, self._epoch())
             raise

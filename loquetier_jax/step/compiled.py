@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.pages import AdapterPages, write_padded
+from loquetier_jax.adapters.staging import layer_of
 from loquetier_jax.batch.packs import ExtraNames, empty_extras
 from loquetier_jax.batch.rows import empty_batch, empty_sample, host_tree_size, shapes_of
 from loquetier_jax.config import Bucket, EngineConfig
@@ -125,6 +127,25 @@ class StepFunctions:
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
         prompt = jax.ShapeDtypeStruct((self.cfg.max_model_len,), jnp.int32)
         return self._get("admit", lambda: _compile(admit_slot, self._slots, scalar, prompt, scalar, donate=(0,)))
+
+    def page_writer(self, count: int) -> Callable[..., Any]:
+        """(pages*, page ids [count], pages to write) -> pages; * donated."""
+        return self._get(("write_pages", count), lambda: self._writer(self._pages, count))
+
+    def gradient_writer(self) -> Callable[..., Any]:
+        """The same for one page of the gradient pool."""
+        return self._get("write_gradients", lambda: self._writer(self._grads, 1))
+
+    def _writer(self, stack: AdapterPages, count: int) -> Callable[..., Any]:
+        new = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), stack)
+        return write_padded.lower(stack, jax.ShapeDtypeStruct((count,), jnp.int32), new).compile()
+
+    def page_unpacker(self, count: int) -> Callable[..., Any]:
+        """(flat pages [count, N], layer) -> the pages of that layer."""
+        columns = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(self._pages))
+        flat = jax.ShapeDtypeStruct((count, columns), jnp.dtype(self.cfg.dtype))
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        return self._get(("page_unpacker", count), lambda: layer_of.lower(self.spec, flat, index).compile())
 
     def forward_start(self, key: TrainKey) -> Callable[..., Any]:
         """(params, flat) -> x."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from loquetier_jax.adapters.pages import AdapterPages
+from loquetier_jax.adapters.residency import STAGED_PAGES
 from loquetier_jax.config import RANK_PAGE, EngineConfig
 from loquetier_jax.errors import ConfigError
 from loquetier_jax.models.spec import DecoderSpec
@@ -46,7 +47,7 @@ def kv_pages_that_fit(spec: DecoderSpec, cfg: EngineConfig, free: float) -> int:
         ConfigError: fewer than one request of max_model_len tokens needs.
     """
     train = train_bytes(spec, cfg) if cfg.train_memory_gb is None else cfg.train_memory_gb * GB
-    left = free - state_bytes(spec, cfg) - workspace_bytes(spec, cfg) - train
+    left = free - state_bytes(spec, cfg) - staged_bytes(spec, cfg) - workspace_bytes(spec, cfg) - train
     pages = math.floor(max(left, 0) / kv_page_bytes(spec, cfg))
     least = 1 + cfg.max_pages_per_seq
     if pages < least:
@@ -73,6 +74,12 @@ def state_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:
             lambda: empty_slots(cfg.max_num_seqs, spec.vocab_size),
         )
     )
+
+
+def staged_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:
+    """Bytes of the adapters that are staged at most, each as it was transferred and as it will be written."""
+    pages = 2 * max(STAGED_PAGES, cfg.max_lora_pages)
+    return _bytes(jax.eval_shape(lambda: AdapterPages.empty(spec, pages, jnp.dtype(cfg.dtype))))
 
 
 def workspace_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:

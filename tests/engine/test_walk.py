@@ -20,6 +20,7 @@ ASIDE = {
     "locks and pools": "fair_lock interrupts loop_thread pool",
     "looked up": "adapters/pages adapters/registry adapters/targets adapters/version serve/views",
     "found again": "serve/listeners serve/live serve/prefix",
+    "what loads adapters": "adapters/host_copies adapters/loader",
     "weighed against": "runtime/reads schedule/buckets schedule/choose schedule/chunks schedule/deadlines "
     "schedule/fairness schedule/latency",
     "others in the same step": "schedule/training schedule/types serve/scoring train/runner",
