@@ -45,6 +45,8 @@ Glossary:
 | version | immutable weights of an adapter; a name points to one version, a request keeps the one it arrived with |
 | hold, acquire | a waiting request holds a version (alive, but evictable); a running one acquires it (pages stay) |
 | residency | where a version's weights are: device pages, host memory, or a PEFT folder |
+| host copy | a version's pages in one buffer of host memory, in the compute dtype; names of one folder share it |
+| load, stage | a loader thread transfers a host copy to the device (staged); the loop writes it to pages, in one call |
 | publish | points a name to a job's current weights: the new version takes over the job's pages, nothing is copied |
 | placeholder | the version behind a new job's name until the first publish (untrained), or behind a failed name |
 | epoch | number of a dispatched step; freed slots and pages are reused once the last epoch that used them is complete |

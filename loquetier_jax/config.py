@@ -88,8 +88,9 @@ class EngineConfig:
         enable_prefix_caching: Whether requests of one adapter version share the KV of a common beginning.
         max_num_seqs: Slots, i.e. the maximum number of running requests.
         max_adapters: Adapter pages on the device, i.e. resident adapters of rank <= 16 (rank r takes ceil(r/16)).
-        max_host_adapters: Host copies kept of adapters that can be reloaded from a PEFT folder; the least recently
-            used are dropped first. None keeps all.
+        max_host_adapters: Host copies of adapters, in page form and `dtype` (84 MB of rank 16 at 8B), from which they
+            are loaded in one transfer; names of one folder share one. The least recently used are dropped first and
+            read from their folder again. None keeps all.
         max_lora_rank: Largest rank an adapter may have; a multiple of RANK_PAGE.
         train_pages: Rank-16 pages in the gradient pool, shared by all jobs.
         max_logprobs: Maximum alternatives returned per token, for `logprobs` and `prompt_logprobs`.

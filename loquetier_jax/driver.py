@@ -47,11 +47,17 @@ class Driver:
     Args:
         loop: What is driven.
         background: Whether other threads are at work that the loop may be waiting for: a compile, a save.
+        loads: Whether adapters are being loaded for requests, and how many loads have ended, which is notified.
     """
 
-    def __init__(self, loop: Drivable, background: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        loop: Drivable,
+        background: Callable[[], bool],
+        loads: Callable[[], tuple[bool, int]] = lambda: (False, 0),
+    ) -> None:
         self.lock = loop.lock
-        self._background = background
+        self._background, self._loads = background, loads
         self._loop = loop
         self._inbox: deque[Callable[[], None]] = deque()
         self._driving = threading.Lock()
@@ -140,14 +146,24 @@ class Driver:
     def step(self) -> bool:
         """Drives the loop once; returns whether there was any work.
 
+        If all there is has to wait for an adapter that is being loaded, that counts as work: waits a little for it.
+
         Raises:
             EngineError: a step has failed, now or earlier; all requests and jobs have ended with that error.
             RuntimeError: called from inside a step, i.e. by a listener; other requests' tokens would be out of order.
         """
+        _, ended = self._loads()
         with self._iteration():
+            seen = self._changed.count
             with self.lock:
                 self.empty_inbox()
-            return self._loop.iterate() or bool(self._inbox)
+            worked = self._loop.iterate() or bool(self._inbox)
+        if not worked:
+            loading, now_ended = self._loads()
+            worked = loading or now_ended != ended  # one that ended meanwhile may have been too late for the iteration
+            if worked:
+                self._changed.wait(seen + 1, POLL_S)  # the iteration's own notification is not what it waits for
+        return worked
 
     def drain(self) -> None:
         """Reads the results of everything dispatched, leaving the device idle. Raises what `step` raises."""

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.casts import page_casts
 from loquetier_jax.adapters.manager import AdapterManager
-from loquetier_jax.adapters.pages import pages_of
+from loquetier_jax.adapters.staging import stager
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.delegate import delegate
@@ -93,12 +94,16 @@ class Engine:
             spec,
             num_pages=cfg.adapter_pages,
             max_pages=cfg.max_lora_pages,
-            cast=lambda weights, shape: pages_of(weights, shape, spec, jnp.dtype(cfg.dtype)),
-            write=self.state.write_adapter,
             max_host_adapters=cfg.max_host_adapters,
+            **page_casts(spec, jnp.dtype(cfg.dtype)),
+            stage=stager(spec, self.functions.page_unpacker),
+            write=self.state.write_adapter,
         )
         self.loop = self._new_loop(policy or PolicyConfig())
-        self.driver = Driver(self.loop, lambda: self.compiler.busy or self.job_manager.saver.busy)
+        loader = self.adapters.loader
+        background = lambda: self.compiler.busy or self.job_manager.saver.busy  # noqa: E731
+        self.driver = Driver(self.loop, background, lambda: (loader.busy, loader.ended))
+        loader.changed = self.driver.notify
         self._compose()
 
     def _new_loop(self, policy: PolicyConfig) -> Loop:
@@ -209,6 +214,7 @@ class Engine:
         if driver.closed or not driver.begin_closing():
             return
         saver = self.job_manager.saver
+        self.adapters.close()  # first: nothing more becomes ready
         try:
             with driver.entered():
                 loop.serving.end_all("the engine was closed", loop.clock())

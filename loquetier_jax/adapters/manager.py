@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from loquetier_jax.adapters.folder import read_folder
+from loquetier_jax.adapters.folder import Folders
 from loquetier_jax.adapters.lora import LoraShape, LoraWeights
 from loquetier_jax.adapters.merge import write_merged
 from loquetier_jax.adapters.peft import write_peft
@@ -14,6 +14,24 @@ from loquetier_jax.arguments import path_of
 from loquetier_jax.driver import Driver
 from loquetier_jax.errors import AdapterError, ModelError, short
 from loquetier_jax.models.spec import DecoderSpec
+
+
+def current_weights(name: str, store: AdapterStore, driver: Driver) -> tuple[Version, LoraWeights]:
+    """The current version of a name and its f32 weights; a folder is read without the loop's lock.
+
+    Raises:
+        AdapterError: an unknown name, or weights that cannot be read.
+        EngineError: the engine was closed.
+    """
+    with driver.entered():
+        version = store.hold(name)
+    try:
+        if version.source is None:  # possibly a job's masters, which the next step changes
+            with driver.entered():
+                return version, store.weights(version)
+        return version, store.weights(version)
+    finally:
+        store.drop(version)
 
 
 class AdapterManager:
@@ -28,9 +46,13 @@ class AdapterManager:
 
     def __init__(self, spec: DecoderSpec, store: AdapterStore, driver: Driver, base: str) -> None:
         self._spec, self._store, self._driver, self._base = spec, store, driver, base
+        self._folders = Folders(spec)
 
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> Version:
         """Adds an adapter from a PEFT folder; it serves from the next request on, and nothing recompiles.
+
+        The config, the header and the size of the weights are checked now; the weights are read in the background, or
+        for the first request. The folder must not change before: if it has, requests that need it end with an error.
 
         Raises:
             AdapterError: see `adapters.peft.read_peft`; also an invalid path, or a name in use without `replace`,
@@ -39,7 +61,7 @@ class AdapterManager:
         path = path_of(path, "path", "a PEFT folder", AdapterError)
         check_name(name)
         self._driver.check_open()
-        found = read_folder(path, self._spec)
+        found = self._folders.read(path)
         with self._driver.entered():
             return self._store.take_in(name, found, replace=replace)
 
@@ -54,8 +76,8 @@ class AdapterManager:
         for argument, value, kind in (("weights", weights, Mapping), ("shape", shape, LoraShape)):
             if not isinstance(value, kind):
                 raise AdapterError(f"{argument}: got {short(value, 200)}, expected a {kind.__name__}")
-        with self._driver.entered():
-            return self._store.add(name, weights, shape, replace=replace)
+        self._driver.check_open()
+        return self._store.add(name, weights, shape, replace=replace)  # copies them: not under the loop's lock
 
     def unload_adapter(self, name: str) -> None:
         """Removes a name; requests already using the adapter run to completion."""
@@ -74,15 +96,23 @@ class AdapterManager:
             AdapterError: unknown name.
             CapacityError: not enough free adapter pages at the moment.
         """
+        if not pinned:
+            with self._driver.entered():
+                self._store.unpin(name)
+            return
         with self._driver.entered():
-            self._store.pin(name) if pinned else self._store.unpin(name)
+            version = self._store.hold(name)
+        try:
+            self._store.load(version)  # slow, so without the lock
+            with self._driver.entered():
+                self._store.pin(name)
+        finally:
+            self._store.drop(version)
 
     def save_adapter(self, name: str, path: str | Path) -> Path:
         """Writes the current version of an adapter as a PEFT folder; raises AdapterError for an unknown name."""
         path = path_of(path, "path", "the folder to write", AdapterError)
-        with self._driver.entered():
-            version = self._store.get(name)
-            weights = self._store.weights(version)
+        version, weights = current_weights(name, self._store, self._driver)
         write_peft(
             path,
             weights,
@@ -106,8 +136,6 @@ class AdapterManager:
         path = path_of(path, "path", "the folder to write", AdapterError)
         if not self._base:
             raise ModelError("export_merged: this engine was not loaded from a folder, expected from_pretrained(path)")
-        with self._driver.entered():
-            version = self._store.get(name)
-            weights = self._store.weights(version)
+        version, weights = current_weights(name, self._store, self._driver)
         write_merged(path, self._base, weights, version.shape)
         return path

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 from numpy.typing import DTypeLike
 
 from loquetier_jax.adapters.lora import LoraModule, LoraShape, LoraWeights, weight_key
@@ -147,26 +147,41 @@ def write_pages(
 ) -> AdapterPages:
     """Writes an adapter's pages into the device stacks in place; `pages` is donated, use the result instead.
 
-    Writes one page per dispatch, with a traced id, so that one compile serves adapters of all shapes. Inside jit,
-    use `put_pages`.
+    One call, compiled per power of two: `padded` fills up the rest. Inside jit, use `put_pages`.
 
     Args:
         pages: Device stacks, donated.
         page_ids: Distinct, in 1 .. P-1.
-        new: Leading axis len(page_ids); preferably numpy, as `pages_of` returns for host weights.
-        write: `write_page`, compiled for these shapes; None compiles it when it is first called.
+        new: Leading axis len(page_ids) (preferably numpy then), or already padded (see `staging.stager`).
+        write: `write_padded`, compiled for these shapes; None compiles it when it is first called.
 
     Raises:
         IntegrityError: invalid page ids; nothing is written.
     """
-    ids = [int(i) for i in page_ids]
-    total, count = pages.num_pages, new.num_pages
-    if len(ids) != count or len(set(ids)) != count or not all(0 < i < total for i in ids):
+    ids, count = [int(i) for i in page_ids], new.num_pages
+    total, full = pages.num_pages, padded_count(count)
+    fits = 0 < len(ids) <= count and padded_count(len(ids)) == full
+    if not fits or len(set(ids)) != len(ids) or not all(0 < i < total for i in ids):
         raise IntegrityError(f"page_ids: got {ids}, expected {count} distinct ids between 1 and {total - 1}")
-    for position, page_id in enumerate(ids):
-        page = jax.tree.map(lambda leaf, at=position: leaf[at], new)
-        pages = (write or write_page)(pages, np.int32(page_id), page)
-    return pages
+    ids = np.asarray(ids + ids[-1:] * (full - len(ids)), np.int32)
+    return (write or write_padded)(pages, ids, jax.tree.map(padded, new))
+
+
+def write_counts(most: int) -> list[int]:
+    """The numbers of pages that writes of up to `most` pages are compiled for."""
+    return sorted({padded_count(n) for n in range(1, most + 1)})
+
+
+def padded_count(count: int) -> int:
+    """The number of pages that a write of `count` pages is compiled for: the next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def padded(pages: Shaped[Any, "pages ..."]) -> Shaped[Any, "padded ..."]:
+    """Pages with the last one repeated up to a power of two: writing it twice to one page changes nothing."""
+    missing = padded_count(len(pages)) - len(pages)
+    xp = np if isinstance(pages, np.ndarray) else jnp
+    return xp.concatenate([pages, *[pages[-1:]] * missing]) if missing else pages
 
 
 def read_pages(pages: AdapterPages, page_ids: Sequence[int]) -> AdapterPages:
@@ -175,9 +190,17 @@ def read_pages(pages: AdapterPages, page_ids: Sequence[int]) -> AdapterPages:
 
 
 @partial(jax.jit, donate_argnums=0)
-def write_page(pages: AdapterPages, page_id: Int[Array, ""], page: AdapterPages) -> AdapterPages:
-    """Writes one page, without a leading axis, at `page_id`; `pages` is donated."""
-    return jax.tree.map(lambda old, one: old.at[page_id].set(one), pages, page)
+def write_padded(pages: AdapterPages, page_ids: Int[Array, " k"], new: AdapterPages) -> AdapterPages:
+    """Writes pages to the ids, in order, in place; see `write_pages`."""
+
+    def put(stack: Array, pages: Array) -> Array:
+        for k in range(len(pages)):  # slice by slice: compiles in a fraction of the time that a scatter takes
+            if k:  # fused with the one before, it might no longer be written in place
+                stack = jax.lax.optimization_barrier(stack)
+            stack = jax.lax.dynamic_update_slice_in_dim(stack, pages[k : k + 1], page_ids[k], 0)
+        return stack
+
+    return jax.tree.map(put, pages, new)
 
 
 _take = jax.jit(take_pages)

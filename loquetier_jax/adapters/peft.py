@@ -6,17 +6,19 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy, where safetensors looks it up)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights, resolve_shape
 from loquetier_jax.adapters.peft_config import config_from_peft, config_to_peft
+from loquetier_jax.adapters.stored import DTYPES, Entry, StoredTensor, read_header
 from loquetier_jax.adapters.targets import TARGETS, module_name, unwrapped, weight_key
 from loquetier_jax.errors import AdapterError, NoModuleError
 from loquetier_jax.models.spec import DecoderSpec
@@ -26,7 +28,6 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_DTYPES = ("F64", "F32", "F16", "BF16")
 # Models not saved by PEFT's own save_pretrained may lack the prefix or repeat it, and have the name of the adapter
 # ("default") after lora_A.
 _TENSOR = re.compile(r"(?:base_model\.model\.)*(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight")
@@ -60,6 +61,19 @@ class PeftAdapter(NamedTuple):
     weights: LoraWeights
 
 
+class InspectedAdapter(NamedTuple):
+    """What the config and the header of a PEFT folder say.
+
+    Attributes:
+        config, shape: As in PeftAdapter.
+        tensors: Where its tensors are in the weights file.
+    """
+
+    config: LoraConfig
+    shape: LoraShape
+    tensors: tuple[StoredTensor, ...]
+
+
 def read_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> PeftAdapter:
     """Reads an adapter saved by PEFT for the base `spec`.
 
@@ -71,6 +85,16 @@ def read_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> PeftAdapter:
 
     Raises:
         AdapterError: a missing or unreadable file, or an unsupported key or tensor; the message names it.
+    """
+    found = inspect_peft(folder, spec)
+    return PeftAdapter(found.config, found.shape, read_weights(folder, found.shape, spec))
+
+
+def inspect_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> "InspectedAdapter":
+    """Checks all that `read_peft` checks, from the config and the header and size of the weights: reads no tensor.
+
+    Raises:
+        AdapterError: what `read_peft` refuses.
     """
     folder = Path(folder)
     path = _existing(folder, CONFIG_FILE)
@@ -84,7 +108,11 @@ def read_peft(folder: str | os.PathLike[str], spec: DecoderSpec) -> PeftAdapter:
         raise AdapterError(f"{path}: not JSON: {error}") from error
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
-    return PeftAdapter(config, shape, read_weights(folder, shape, spec))
+    with _telling(folder / WEIGHTS_FILE), safe_open(folder / WEIGHTS_FILE, "numpy"):  # it checks size and offsets
+        held = read_header(folder / WEIGHTS_FILE)
+        places = _checked_tensors(held, shape, spec)
+    tensors = (StoredTensor(*at, held[name].dtype, held[name].start) for name, at in places.items())
+    return InspectedAdapter(config, shape, tuple(tensors))
 
 
 def _resolve(config: LoraConfig, spec: DecoderSpec, path: Path) -> tuple[LoraConfig, LoraShape]:
@@ -118,8 +146,19 @@ def read_weights(folder: str | os.PathLike[str], shape: LoraShape, spec: Decoder
         AdapterError: the file is missing or unreadable, or does not match `shape` exactly; names the tensor.
     """
     path = _existing(Path(folder), WEIGHTS_FILE)
+    weights: LoraWeights = {}
+    with _telling(path), safe_open(path, "numpy") as file:
+        for tensor, (key, name) in _checked_tensors(read_header(path), shape, spec).items():
+            with np.errstate(all="ignore"):  # NaN and infinity are kept; they affect only this adapter's rows
+                weights.setdefault(key, {})[name] = file.get_tensor(tensor).astype(np.float32)
+    return weights
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Names the file in errors."""
     try:
-        return _read_tensors(path, shape, spec)
+        yield
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
     except (SafetensorError, OSError) as error:
@@ -218,23 +257,21 @@ def _tensor_name(key: str, name: str, shape: LoraShape) -> str:
     return f"base_model.model.{module_name(module.layer, module.target)}.{name}.weight"
 
 
-def _read_tensors(path: Path, shape: LoraShape, spec: DecoderSpec) -> LoraWeights:
+def _checked_tensors(held: dict[str, Entry], shape: LoraShape, spec: DecoderSpec) -> dict[str, tuple[str, str]]:
+    """What `_located` finds in a file, after a check of dtypes and shapes: every array of `shape` is there."""
     sizes = shape.array_shapes(spec)
-    weights: LoraWeights = {}
-    with safe_open(path, "numpy") as file:
-        for tensor, (key, name) in _located(sorted(file.keys()), shape, spec).items():
-            view = file.get_slice(tensor)
-            if view.get_dtype() not in _DTYPES:
-                raise AdapterError(f"tensor {tensor!r}: got {view.get_dtype()}, expected one of {_DTYPES}")
-            if tuple(view.get_shape()) != sizes[key][name]:
-                got, expected = tuple(view.get_shape()), sizes[key][name]
-                raise AdapterError(f"tensor {tensor!r}: got shape {got}, expected {expected}")
-            with np.errstate(all="ignore"):  # NaN and infinity are kept; they affect only this adapter's rows
-                weights.setdefault(key, {})[name] = file.get_tensor(tensor).astype(np.float32)
-    missing = [_tensor_name(k, n, shape) for k in sizes for n in sizes[k] if n not in weights.get(k, {})]
+    found = _located(sorted(held), shape, spec)
+    for tensor, (key, name) in found.items():
+        if held[tensor].dtype not in DTYPES:
+            raise AdapterError(f"tensor {tensor!r}: got {held[tensor].dtype}, expected one of {tuple(DTYPES)}")
+        if held[tensor].shape != sizes[key][name]:
+            expected = sizes[key][name]
+            raise AdapterError(f"tensor {tensor!r}: got shape {held[tensor].shape}, expected {expected}")
+    there = set(found.values())
+    missing = [_tensor_name(k, n, shape) for k in sizes for n in sizes[k] if (k, n) not in there]
     if missing:
         raise AdapterError(f"missing tensor {missing[0]!r} of a target module ({len(missing)} in all)")
-    return weights
+    return found
 
 
 def _located(tensors: list[str], shape: LoraShape, spec: DecoderSpec) -> dict[str, tuple[str, str]]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from loquetier_jax.adapters.lora import LoraWeights
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.errors import AdapterError, IntegrityError, short
 
@@ -38,7 +39,8 @@ def locked(*names: str) -> Callable[[type[C]], type[C]]:
     return decorate
 
 
-@locked("names", "versions", "get", "rename", "unload", "hold", "drop", "acquire", "release", "check_integrity")
+@locked("names", "versions", "get", "rename", "fail", "unpin", "unload")
+@locked("hold", "drop", "acquire", "release", "check_integrity")
 class Registry:
     """Names, versions and their users; does not deal with weights. Thread-safe.
 
@@ -102,6 +104,35 @@ class Registry:
             self._pinned.remove(name)
             self._pinned.add(new)
 
+    def fail(self, name: str, reason: str) -> None:
+        """Takes a name out of service after an error: further requests for it raise `reason`; it can be reused.
+
+        Requests that already use its version keep it until they end.
+
+        Raises:
+            AdapterError: unknown name.
+        """
+
+        def nothing() -> LoraWeights:
+            raise AdapterError(reason)
+
+        shape = self.get(name).shape
+        self._pinned.discard(name)
+        self._point(name, Version(id=next(self._ids), name=name, shape=shape, snapshot=nothing, failure=reason))
+
+    def unpin(self, name: str) -> None:
+        """Lets an adapter be evicted again.
+
+        Raises:
+            AdapterError: unknown name.
+        """
+        self.get(name)
+        self._pinned.discard(name)
+
+    def is_pinned(self, version: Version) -> bool:
+        """Whether the version must stay on the device."""
+        return version.name in self._pinned and self.is_current(version)
+
     def unload(self, name: str) -> None:
         """Removes a name; the version's pages are returned once its last user has released it.
 
@@ -136,8 +167,8 @@ class Registry:
         if version.holds < 1:
             raise IntegrityError(f"version {version.id} of {version.name!r} is dropped, but is not held")
         version.holds -= 1
-        if not version.holds and version.pages is None:  # nobody is about to need it
-            version.prepared = None
+        if not version.holds:
+            self._unawaited(version)
         self._forget_unused(version)
 
     def acquire(self, which: str | Version) -> Version:
@@ -205,6 +236,9 @@ class Registry:
     def _forget_unused(self, version: Version) -> None:
         if not self._is_wanted(version):
             self._forget(version)
+
+    def _unawaited(self, version: Version) -> None:
+        """Called when nobody holds the version any more."""
 
     def _forget(self, version: Version) -> None:
         del self._versions[version.id]

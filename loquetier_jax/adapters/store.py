@@ -1,14 +1,13 @@
 """The adapter store: adapters by name, their versions, and where each version's weights are."""
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 from loquetier_jax.adapters.folder import FoundAdapter
+from loquetier_jax.adapters.loader import Loader
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, check_weights
-from loquetier_jax.adapters.peft import fingerprint
 from loquetier_jax.adapters.registry import Registry, locked
-from loquetier_jax.adapters.residency import JOBS, CastPages, Residency, WritePages, host_copy
+from loquetier_jax.adapters.residency import JOBS, PageTransfers, Residency, host_copy
 from loquetier_jax.adapters.version import Published, Version
 from loquetier_jax.config import RANK_PAGE
 from loquetier_jax.errors import AdapterError, CapacityError, IntegrityError
@@ -16,7 +15,7 @@ from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.pool import IdPool
 
 
-@locked("take_in", "fail", "pin", "unpin", "complete", "ensure_resident", "num_reclaimable")
+@locked("take_in", "pin", "complete", "ensure_resident", "num_reclaimable")
 @locked("reserve", "give_back", "publish", "check_integrity")
 class AdapterStore(Registry):
     """Bookkeeping of adapters and device page ids; touches the device only through `write`.
@@ -31,10 +30,9 @@ class AdapterStore(Registry):
         spec: The base.
         num_pages: Pages in the device stacks, including page 0.
         max_pages: Maximum pages of one adapter.
-        cast: `cast(weights, shape)` casts host weights to pages, on the host (see `pages.pages_of`); thread-safe.
-        write: `write(page_ids, pages)` writes them to the device (see `pages.write_pages`).
-        max_host_adapters: Host copies kept of adapters that are also in a folder, least recently used dropped
-            first; those without a folder are always kept. None keeps all.
+        max_host_adapters: Maximum host copies in page form, least recently used dropped first; None keeps all. Names
+            of one folder share one. Beside them, adapters without a folder keep their f32 weights.
+        transfers: The fields of `PageTransfers`: how weights become pages on the device.
     """
 
     def __init__(
@@ -43,17 +41,20 @@ class AdapterStore(Registry):
         *,
         num_pages: int,
         max_pages: int,
-        cast: CastPages,
-        write: WritePages,
         max_host_adapters: int | None = None,
+        **transfers: Callable[..., Any],
     ) -> None:
         super().__init__()
         self.spec = spec
         self.pool = IdPool(range(1, num_pages), "adapter pages")
         self._max_pages = min(max_pages, num_pages - 1)
-        self._cast = cast
-        parts = self.pool, self._versions, cast, write
-        self._residency = Residency(spec, *parts, max_host_adapters, self.is_pinned)
+        parts = self.pool, self._versions, PageTransfers(**transfers), max_host_adapters, self._max_pages
+        self._residency = Residency(spec, *parts, self.is_pinned, self.lock)
+
+    @property
+    def loader(self) -> Loader:
+        """Loads the versions that requests wait for."""
+        return self._residency.loader
 
     def add(
         self,
@@ -62,7 +63,6 @@ class AdapterStore(Registry):
         shape: LoraShape,
         *,
         config: LoraConfig | None = None,
-        source: str | os.PathLike[str] | None = None,
         replace: bool = False,
     ) -> Version:
         """Adds an adapter from weights, which are copied to the host; takes no device pages.
@@ -72,7 +72,6 @@ class AdapterStore(Registry):
             weights: numpy or jax arrays.
             shape: Its modules.
             config: Stored with the version.
-            source: A PEFT folder with the same weights, from which they may be read again.
             replace: Whether to add a new version if the name is in use; otherwise it is refused.
 
         Raises:
@@ -80,36 +79,24 @@ class AdapterStore(Registry):
         """
         self.check_new(name, shape, replace=replace)
         check_weights(weights, shape, self.spec)
-        on_disk, host = () if source is None else fingerprint(source), host_copy(weights)
+        host = host_copy(weights)
         with self.lock:
             self.check_new(name, shape, replace=replace)
-            return self._serve(name, shape, config, host, source, on_disk)
+            return self._serve(name, shape=shape, config=config, host=host)
 
     def take_in(self, name: str, found: FoundAdapter, *, replace: bool = False) -> Version:
-        """Adds an adapter returned by `read_folder`; its folder must not change while the version is in use.
+        """Adds an adapter found by `read_folder`; its folder must not change while the version is in use.
+
+        Its weights are read in the background, if there is room for another host copy, or for its first request.
 
         Raises:
             AdapterError: too high a rank, or a name in use; nothing is changed.
         """
-        config, shape, weights = found.adapter
-        self.check_new(name, shape, replace=replace)
-        return self._serve(name, shape, config, weights, found.folder, found.fingerprint)
-
-    def fail(self, name: str, reason: str) -> None:
-        """Takes a name out of service after an error: further requests for it raise `reason`; it can be reused.
-
-        Requests that already use its version keep it until they end.
-
-        Raises:
-            AdapterError: unknown name.
-        """
-
-        def nothing() -> LoraWeights:
-            raise AdapterError(reason)
-
-        shape = self.get(name).shape
-        self._pinned.discard(name)
-        self._point(name, Version(id=next(self._ids), name=name, shape=shape, snapshot=nothing, failure=reason))
+        self.check_new(name, found.shape, replace=replace)
+        folder = {"source": found.folder, "fingerprint": found.fingerprint, "tensors": found.tensors}
+        version = self._serve(name, shape=found.shape, config=found.config, **folder)
+        self.loader.copy_ahead(version)
+        return version
 
     def pin(self, name: str) -> None:
         """Makes an adapter resident and keeps it resident, whichever version its name points to.
@@ -120,15 +107,6 @@ class AdapterStore(Registry):
         """
         self.ensure_resident(self.get(name))
         self._pinned.add(name)
-
-    def unpin(self, name: str) -> None:
-        """Lets an adapter be evicted again.
-
-        Raises:
-            AdapterError: unknown name.
-        """
-        self.get(name)
-        self._pinned.discard(name)
 
     def complete(self, epoch: int) -> None:
         """Records that all steps up to `epoch` have completed on the device, so that their pages may be reused."""
@@ -151,8 +129,37 @@ class AdapterStore(Registry):
         version.last_used = next(self._clock)
         return pages
 
+    def ensure_loaded(self, version: Version) -> tuple[int, ...]:
+        """`ensure_resident` for the loop, which does not wait for a load: it begins one, and has to come back.
+
+        Raises:
+            AdapterError, CapacityError: see `ensure_resident`; the latter also if the version is being loaded.
+        """
+        if not self.is_ready(version):
+            self.prepare(version)
+            raise CapacityError(f"adapter {version.name!r} is being loaded")
+        return self.ensure_resident(version)
+
+    def is_ready(self, version: Version) -> bool:
+        """Whether `ensure_resident` need not read, cast or transfer anything: it is resident, staged, or has failed."""
+        return self._residency.is_ready(version)
+
+    def prepare(self, version: Version) -> None:
+        """Begins to load a held version in the background, unless it is ready or on its way; returns at once."""
+        if not (version.pages is not None or version.snapshot is not None):
+            self.loader.request(version)
+
+    def load(self, version: Version) -> None:
+        """Loads a held version in this thread, so that `ensure_resident` has only to write it; without the loop's lock.
+
+        Raises:
+            AdapterError: its weights cannot be read.
+        """
+        if not self.is_ready(version):
+            self.loader.load_now(version)
+
     def weights(self, version: Version) -> LoraWeights:
-        """The version's f32 weights on the host; read-only.
+        """The version's f32 weights on the host; read-only. Those in a folder are read anew.
 
         A job calls this before its masters change, so that a version published from them has its own copy.
 
@@ -161,32 +168,21 @@ class AdapterStore(Registry):
         """
         with self.lock:
             self._alive(version)
-            if version.host is not None or version.snapshot is not None:
+            if version.source is None:
                 return self._residency.load_host(version)
-        read = self._residency.read_source(version)  # slow, so without the lock
-        with self.lock:
-            version.host = read if version.host is None else version.host
-            return version.host
+        return self._residency.read_source(version)  # slow, so without the lock
 
-    def prepare(self, version: Version) -> None:
-        """Reads a version that is not on the device and casts it to pages, ready to be written.
+    def staged(self, weights: LoraWeights, shape: LoraShape) -> Any:
+        """Casts numpy weights and transfers them to the device, for `DeviceState.write_adapter`; in any thread."""
+        return self._residency.staged(weights, shape)
 
-        For the thread that submits a request, so that the loop need not. The caller must hold the version.
-
-        Raises:
-            AdapterError: its weights cannot be read.
-        """
-        if version.pages is not None or version.prepared is not None or version.snapshot is not None:
-            return
-        prepared = self._cast(self.weights(version), version.shape)
-        with self.lock:
-            if version.pages is None:
-                version.prepared = prepared
-            self._residency.trim_host()
+    def close(self) -> None:
+        """Ends loads under way and drops host copies: the engine is being closed."""
+        self._residency.close()
 
     def num_reclaimable(self) -> int:
         """Number of pages that are free or belong to versions that may be evicted."""
-        idle = [v for v in self.versions() if v.pages and not v.in_flight and not self.is_pinned(v)]
+        idle = [v for v in self._residency.resident() if not v.in_flight and not self.is_pinned(v)]
         return self.pool.num_free + sum(len(v.pages) for v in idle)
 
     # Jobs.
@@ -265,26 +261,8 @@ class AdapterStore(Registry):
             most = self._max_pages * RANK_PAGE
             raise AdapterError(f"{name}: got rank {shape.max_rank}, expected at most {most}")
 
-    def _serve(
-        self,
-        name: str,
-        shape: LoraShape,
-        config: LoraConfig | None,
-        host: LoraWeights,
-        source: str | os.PathLike[str] | None,
-        on_disk: tuple[tuple[int, int], ...],
-    ) -> Version:
-        folder = None if source is None else Path(source).absolute()
-        version = Version(
-            id=next(self._ids), name=name, shape=shape, config=config, host=host, source=folder, fingerprint=on_disk
-        )
-        self._point(name, version)
-        self._residency.trim_host()
-        return version
-
-    def is_pinned(self, version: Version) -> bool:
-        """Whether the version must stay on the device."""
-        return version.name in self._pinned and self.is_current(version)
+    def _serve(self, name: str, **fields: Any) -> Version:
+        return self._point(name, Version(id=next(self._ids), name=name, **fields))
 
     def _of_a_job(self, pages: Sequence[int], count: int) -> tuple[int, ...]:
         if not len(pages) == len(set(pages)) == count or not set(pages) <= self.pool.owned_by(JOBS):
@@ -295,6 +273,9 @@ class AdapterStore(Registry):
         version = self._names.get(name)
         return None if version is None or version.holds or version.in_flight else version
 
+    def _unawaited(self, version: Version) -> None:
+        self.loader.discard(version)
+
     def _forget(self, version: Version) -> None:
         super()._forget(version)
-        self._residency.free(version)
+        self._residency.forget(version)

@@ -1,11 +1,12 @@
 """One version of an adapter: fixed weights, and the bookkeeping of where they are and who uses them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights
+from loquetier_jax.adapters.stored import StoredTensor
 
 Residency = Literal["device", "host", "disk"]
 
@@ -20,11 +21,13 @@ class Version:
         shape: Modules, ranks and scalings.
         config: The settings it was created with, if known.
         pages: Its device pages, or None.
-        host: Its f32 weights, or None; read-only.
+        host: Its f32 weights if no folder has them, else None; read-only.
         snapshot: Returns the weights if neither `host` nor `source` has them, else None.
         source: The PEFT folder with the same weights, or None.
-        fingerprint: `peft.fingerprint(source)` when it was read.
-        prepared: Its pages on the host, ready to be written to the device; None once they are.
+        fingerprint: `peft.fingerprint(source)` when it was loaded.
+        tensors: Where its tensors are in the weights file of `source`.
+        copy: Its host copy in page form, possibly shared, or None; see `host_copies`.
+        finite: Whether its pages are free of NaN and infinity; None until they have been made on the host.
         in_flight: Number of users whose steps read its pages; while > 0 the pages are not evicted.
         holds: Number of waiting users; while > 0 the version lives, but its pages may be evicted.
         last_epoch: The last step dispatched with its pages by users that have released it.
@@ -37,11 +40,13 @@ class Version:
     shape: LoraShape
     config: LoraConfig | None = None
     pages: tuple[int, ...] | None = None
-    host: LoraWeights | None = None
+    host: LoraWeights | None = field(default=None, repr=False)
     snapshot: Callable[[], LoraWeights] | None = None
     source: Path | None = None
     fingerprint: tuple[tuple[int, int], ...] = ()
-    prepared: Any = None
+    tensors: tuple[StoredTensor, ...] = field(default=(), repr=False)
+    copy: Any = field(default=None, repr=False)
+    finite: bool | None = None
     in_flight: int = 0
     holds: int = 0
     last_epoch: int = 0
@@ -53,7 +58,8 @@ class Version:
         """The fastest tier that has the weights; a snapshot counts as host."""
         if self.pages is not None:
             return "device"
-        return "host" if self.host is not None or self.snapshot is not None else "disk"
+        elsewhere = (self.host, self.snapshot, self.copy)
+        return "disk" if all(one is None for one in elsewhere) else "host"
 
 
 class Published(NamedTuple):

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from loquetier_jax.adapters.pages import write_counts
+from loquetier_jax.adapters.staging import stager
 from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.executables import NOWHERE, Executables, cache_folder
 from loquetier_jax.runtime.measure import Measurer
@@ -84,11 +86,14 @@ def compile_serving(
     """
     buckets = [b for b in serving_first(cfg.buckets) if not b.packs]
     samplers = [(rows, level) for rows in cfg.sample_sizes for level in LEVELS]
+    counts = write_counts(min(cfg.max_lora_pages, cfg.max_adapters))
     measurer = Measurer(functions, state, cfg, latency)
     jobs = [
         *(functools.partial(functions.forward, bucket) for bucket in reversed(buckets)),  # the longest ones first
         *(functools.partial(functions.sampler, *sampler) for sampler in reversed(samplers)),
-        *(functools.partial(functions.page_writer, stack) for stack in ("pages", "grads")),
+        *(functools.partial(functions.page_writer, count) for count in counts),
+        *(functools.partial(functions.page_unpacker, count) for count in counts),
+        functions.gradient_writer,
         functions.admit,
     ]
     columns = (
@@ -104,7 +109,8 @@ def compile_serving(
         if meanwhile is not None:
             meanwhile.result()
         task = bar.add_task("measuring", total=1 + len(samplers) + len(buckets))
-        state.warm_page_writes(functions.page_writer("pages"), functions.page_writer("grads"))
+        stage = stager(functions.spec, functions.page_unpacker)
+        state.warm_page_writes(functions.page_writer, functions.gradient_writer(), stage, cfg.max_lora_pages)
         for rows, level in samplers:
             measurer.sampler(rows, level)
             bar.advance(task)

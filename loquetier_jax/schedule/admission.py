@@ -23,6 +23,9 @@ class Admission:
     With a TTFT target, a request that lacks a slot or KV pages gets a reservation, and is only overtaken by requests
     that do not delay it (conservative backfilling, as in batch schedulers).
 
+    A request whose adapter is not resident steps back for those whose adapter is, which evict nothing, at most
+    `max_overtakes` times as well.
+
     Attributes:
         admitted: Ids of admitted requests, in order.
     """
@@ -38,6 +41,8 @@ class Admission:
         self._rank = {w.id: i for i, w in enumerate(snapshot.waiting)}
         self._max_overtakes = max_overtakes
         self._before = snapshot.fairness.overtaken
+        # Requests whose adapter is not resident -> number of times overtaken.
+        self._passed = {w.id: self._before.get(w.id, 0) for w in snapshot.waiting[:EXAMINED] if not w.resident}
         # Blocked requests (no room, or overtaken max_overtakes times) -> number of times overtaken.
         self._blocked: dict[str, int] = {}
         self._lack_adapter_pages: set[str] = set()
@@ -67,6 +72,10 @@ class Admission:
                 spare = self._reservations.slots - len(self.admitted), self._reservations.pages - self._taken_pages
                 self._spare[request.id] = list(spare)
 
+    def steps_back(self, request: Waiting) -> bool:
+        """Whether requests with a resident adapter go before this one."""
+        return not request.resident and self._passed.get(request.id, 0) < self._max_overtakes
+
     def fits(self, request: Waiting) -> bool:
         """Whether the request can be admitted now; if there is no room, marks it as blocked."""
         if not self._room(request):
@@ -83,12 +92,14 @@ class Admission:
         """Admits a request that fits."""
         self.admitted.append(request.id)
         self._blocked.pop(request.id, None)
+        self._passed.pop(request.id, None)
         for have in self._spare.values():
             have[0] -= 1
             have[1] -= request.pages
         self._taken_pages += request.pages
-        for i in self._blocked:
-            self._blocked[i] += self._rank[i] < self._rank[request.id]
+        for counts in (self._blocked, self._passed):
+            for i in counts:
+                counts[i] += self._rank[i] < self._rank[request.id]
         self._slots -= 1
         self._pages -= request.pages
         self._count += 1
@@ -97,6 +108,6 @@ class Admission:
             self._pinned.add(request.adapter)
 
     def overtaken(self) -> dict[str, int]:
-        """Waiting request without room -> number of later requests admitted before it so far."""
+        """Waiting request without room or without a resident adapter -> later requests admitted before it so far."""
         before = {i: n for i, n in self._before.items() if i in self._rank and i not in self.admitted}
-        return before | {i: n for i, n in self._blocked.items() if n}
+        return before | {i: n for i, n in (self._passed | self._blocked).items() if n}

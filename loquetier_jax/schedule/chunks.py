@@ -95,10 +95,16 @@ class PrefillBuilder:
         self.admission = Admission(snapshot, max_overtakes)
         queues = dict(self._queues)
         while queues and self._rows and len(self.prefill) < bucket.chunks:
-            adapter = self.share.first(queues)
+            adapter = self.share.first(self._first_served(queues))
             if not self._serve(queues[adapter]) or not queues[adapter]:
                 del queues[adapter]
         self._note_heads()
+
+    def _first_served(self, queues: dict[str, deque[Candidate]]) -> list[str]:
+        """The adapters to choose from: those that are resident, if any is."""
+        steps_back = self.admission.steps_back
+        first = [a for a, queue in queues.items() if isinstance(queue[0], Prefilling) or not steps_back(queue[0])]
+        return first or list(queues)
 
     def _serve(self, queue: deque[Candidate]) -> bool:
         """Gives a chunk to the next eligible candidate of an adapter; False if there is none."""

@@ -63,6 +63,7 @@ class Waiting:
         done: Tokens of its prompt in the KV cache.
         pages: Pages out of `Snapshot.free_pages` that it takes for prompt + max_tokens; fewer if it shares some.
         adapter_pages: Adapter pages that admitting it pins; 0 if a running request already pins its adapter.
+        resident: Whether its adapter is on the device; if not, admitting it writes its pages and may evict others.
     """
 
     id: str
@@ -72,6 +73,7 @@ class Waiting:
     pages: int
     done: int = 0
     adapter_pages: int = 0
+    resident: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +149,8 @@ class Fairness:
     Attributes:
         adapters: Prompt tokens by which adapters are ahead of the least served one.
         jobs: Packs by which jobs are ahead of the least served one.
-        overtaken: Waiting request that did not fit -> number of later requests admitted before it.
+        overtaken: Waiting request that did not fit, or whose adapter is not resident -> number of later requests
+            admitted before it.
         credit_ms: Device time that training has earned; negative if inference is owed time.
         prefill_waits: Number of consecutive decisions that postponed prefill.
         score_turn: Whether scoring goes before training if both have work.
@@ -176,7 +179,8 @@ class Snapshot:
             forward's time includes the sampler.
         running: Requests that decode.
         prefilling: Admitted requests with prompt tokens left, in order of arrival.
-        waiting: Requests not admitted, in order of arrival; may be a prefix of the queue.
+        waiting: Requests not admitted, in order of arrival; may be a prefix of the queue. Those whose adapter is still
+            being loaded are not among them.
         free_slots, free_pages: Slots and KV pages that can be taken now, unreferenced cached pages included.
         free_adapter_pages: Adapter pages that are free or evictable, i.e. not pinned by a running request or a job.
         jobs: Fine-tuning jobs in order of creation.

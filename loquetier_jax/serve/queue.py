@@ -4,7 +4,6 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -67,16 +66,15 @@ class RequestQueue:
     def prepare(self, requests: Sequence[Request]) -> None:
         """Does for announced requests what takes long, so that the loop need not. Thread-safe.
 
-        Makes the keys of their prompts in the prefix cache; reads and casts their adapter. An adapter that cannot be
-        read is ignored here; the requests end with that error at admission.
+        Makes the keys of their prompts in the prefix cache; begins to load their adapter, without waiting for it. If it
+        cannot be read, the requests end with that error at admission.
         """
         for request in requests:
             scope, reads = (request.version, request.cache_salt), request.params.prompt_logprobs is None
             request.prefix = self.kv.prefix(request.prompt_ids, scope, reads=reads)
         version = self._versions.get(requests[0].id)
         if version is not None:
-            with suppress(AdapterError):
-                self.store.prepare(version)
+            self.store.prepare(version)
 
     def withdraw(self, requests: Sequence[Request]) -> None:
         """Undoes `announce` for requests that will not be queued. Thread-safe."""
@@ -113,8 +111,8 @@ class RequestQueue:
             epoch: The last step dispatched.
 
         Returns:
-            False if there is no room (nothing is changed) or its adapter cannot be read (the request has ended with
-            an error).
+            False if there is no room, or its adapter has to be loaded first (nothing is changed), or its adapter cannot
+            be read (the request has ended with an error).
         """
         try:
             slot, kv_pages = self._acquire(request, epoch)
@@ -144,7 +142,7 @@ class RequestQueue:
         if version is not None:
             self.store.acquire(version)
             try:
-                request.adapter_pages = self.store.ensure_resident(version)
+                request.adapter_pages = self.store.ensure_loaded(version)
             except (CapacityError, AdapterError):
                 self.store.release(version, epoch)
                 self.kv.free(kv_pages, 0)
@@ -190,7 +188,7 @@ class RequestQueue:
         }
 
     def _waiting_views(self) -> Iterator[Waiting]:
-        for request in self.waiting.values():
+        for request in views.ready(self.waiting.values(), self._versions, self.store):
             view = views.waiting(request, self._versions.get(request.id), self.kv)
             first = request if request.index == 0 else self._live.completions(request.request_id)[0]
             if not views.awaits_sibling(request, first):

@@ -1,9 +1,36 @@
 """The scheduler's views of requests."""
 
+from collections.abc import Iterable, Iterator, Mapping
+
+from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.schedule.types import Decoding, Prefilling, Waiting
 from loquetier_jax.serve.kv import KVPages
 from loquetier_jax.serve.request import Request
+
+SCANNED = 1024  # waiting requests looked at per scheduling decision, or more until one is found that can run
+
+
+def ready(
+    waiting: Iterable[Request], versions: Mapping[str, Version], store: AdapterStore
+) -> Iterator[Request]:
+    """The first of the waiting requests that do not wait for an adapter; begins to load the adapters of the others.
+
+    Args:
+        waiting: Requests in order of arrival.
+        versions: The version of each, by request id; none for the base.
+        store: Their adapters.
+    """
+    found = False
+    for i, request in enumerate(waiting):
+        if found and i >= SCANNED:
+            return
+        version = versions.get(request.id)
+        if version is None or store.is_ready(version):
+            found = True
+            yield request
+        else:
+            store.prepare(version)
 
 
 def decoding(request: Request, expected: float, kv: KVPages) -> Decoding:
@@ -50,6 +77,7 @@ def waiting(request: Request, version: Version | None, kv: KVPages) -> Waiting:
         done=cached,
         pages=kv.needed(request.num_tokens, request.prefix),
         adapter_pages=0 if stays else version.shape.num_pages,
+        resident=version is None or version.pages is not None,
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loquetier_jax.adapters.pages import write_page
+from loquetier_jax.adapters.pages import AdapterPages, write_padded
+from loquetier_jax.adapters.staging import layer_of
 from loquetier_jax.batch.packs import ExtraNames, empty_extras
 from loquetier_jax.batch.rows import empty_batch, empty_sample, host_tree_size, shapes_of
 from loquetier_jax.config import Bucket, EngineConfig
@@ -152,12 +153,24 @@ class StepFunctions:
         prompt = jax.ShapeDtypeStruct((self.cfg.max_model_len,), jnp.int32)
         return self._get("admit", lambda: _lower(admit_slot, self._slots, scalar, prompt, scalar, donate=(0,)))
 
-    def page_writer(self, stack: str) -> Callable[..., Any]:
-        """(stack*, page id, page) -> stack; * donated. The stack is "pages" or "grads"."""
-        pages = {"pages": self._pages, "grads": self._grads}[stack]
-        page = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), pages)
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
-        return self._get(("write_page", stack), lambda: (write_page.lower(pages, scalar, page), {}))
+    def page_writer(self, count: int) -> Callable[..., Any]:
+        """(pages*, page ids [count], pages to write) -> pages; * donated."""
+        return self._get(("write_pages", count), lambda: self._writer(self._pages, count))
+
+    def gradient_writer(self) -> Callable[..., Any]:
+        """The same for one page of the gradient pool."""
+        return self._get("write_gradients", lambda: self._writer(self._grads, 1))
+
+    def _writer(self, stack: AdapterPages, count: int) -> Program:
+        new = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), stack)
+        return write_padded.lower(stack, jax.ShapeDtypeStruct((count,), jnp.int32), new), {}
+
+    def page_unpacker(self, count: int) -> Callable[..., Any]:
+        """(flat pages [count, N], layer) -> the pages of that layer."""
+        columns = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(self._pages))
+        flat = jax.ShapeDtypeStruct((count, columns), jnp.dtype(self.cfg.dtype))
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        return self._get(("page_unpacker", count), lambda: (layer_of.lower(self.spec, flat, index), {}))
 
     def forward_start(self, key: TrainKey) -> Callable[..., Any]:
         """(params, flat) -> x."""

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from loquetier_jax.adapters.residency import STAGED_PAGES
 from loquetier_jax.config import RANK_PAGE, EngineConfig
 from loquetier_jax.errors import ConfigError
 from loquetier_jax.models.spec import DecoderSpec
@@ -46,7 +47,7 @@ def kv_pages_that_fit(spec: DecoderSpec, cfg: EngineConfig, free: float) -> int:
         ConfigError: fewer than one request of max_model_len tokens needs.
     """
     train = train_bytes(spec, cfg) if cfg.train_memory_gb is None else cfg.train_memory_gb * GB
-    left = free - state_bytes(spec, cfg) - workspace_bytes(spec, cfg) - train
+    left = free - state_bytes(spec, cfg) - staged_bytes(spec, cfg) - workspace_bytes(spec, cfg) - train
     pages = math.floor(max(left, 0) / kv_page_bytes(spec, cfg))
     least = 1 + cfg.max_pages_per_seq
     if pages < least:
@@ -68,11 +69,14 @@ def state_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:
 
     Counted, not traced: a second start of an engine traces nothing.
     """
-    groups = spec.group_shapes.values()
-    page = spec.num_hidden_layers * RANK_PAGE * sum(len(outs) * features + sum(outs) for features, outs in groups)
     slot = 4 + (4 + 1) * spec.vocab_size  # the last token; per token a count, and whether the prompt has it
-    pages = page * (cfg.adapter_pages * _itemsize(cfg) + (cfg.train_pages + 1) * 4)
+    pages = _page_size(spec) * (cfg.adapter_pages * _itemsize(cfg) + (cfg.train_pages + 1) * 4)
     return pages + (cfg.max_num_seqs + 1) * slot
+
+
+def staged_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:
+    """Bytes of the adapters that are staged at most, each as it was transferred and as it will be written."""
+    return 2 * max(STAGED_PAGES, cfg.max_lora_pages) * _page_size(spec) * _itemsize(cfg)
 
 
 def workspace_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:
@@ -109,3 +113,9 @@ def _row_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:
 
 def _itemsize(cfg: EngineConfig) -> int:
     return jnp.dtype(cfg.dtype).itemsize
+
+
+def _page_size(spec: DecoderSpec) -> int:
+    """Numbers of one adapter page in all layers."""
+    groups = spec.group_shapes.values()
+    return spec.num_hidden_layers * RANK_PAGE * sum(len(outs) * features + sum(outs) for features, outs in groups)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from loquetier_jax.adapters.flat import FlatPages
 from loquetier_jax.adapters.lora import LoraWeights
-from loquetier_jax.adapters.pages import AdapterPages, write_page, write_pages
+from loquetier_jax.adapters.pages import AdapterPages, padded_count, write_counts, write_padded, write_pages
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.executables import NOWHERE, Executables
 from loquetier_jax.models.decoder import Params
@@ -19,6 +20,10 @@ from loquetier_jax.step.compile_key import compile_key
 from loquetier_jax.step.kv_cache import KVCache
 from loquetier_jax.step.sample import SlotState, empty_slots
 from loquetier_jax.step.unified import ForwardOut, Kept
+
+
+def _uncompiled(count: int) -> Callable[..., AdapterPages]:
+    return write_padded
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +40,8 @@ class DeviceState:
         grads: The gradient pool, TP + 1 pages, f32; page 0 is trash.
         kv: KV cache per layer; page 0 is trash.
         slots: Per-request state, see SlotState.
-        page_writer, gradient_writer: `adapters.pages.write_page` for `pages` and for `grads`, compiled or not.
+        page_writer: Gives `adapters.pages.write_padded` for `pages`, compiled or not, by number of pages.
+        gradient_writer: The same for one page of `grads`.
     """
 
     params: Params
@@ -43,8 +49,8 @@ class DeviceState:
     grads: AdapterPages
     kv: list[KVCache]
     slots: SlotState
-    page_writer: Callable[..., Any] = field(default=write_page, metadata={"static": True}, repr=False)
-    gradient_writer: Callable[..., Any] = field(default=write_page, metadata={"static": True}, repr=False)
+    page_writer: Callable[[int], Any] = field(default=_uncompiled, metadata={"static": True}, repr=False)
+    gradient_writer: Callable[..., Any] = field(default=write_padded, metadata={"static": True}, repr=False)
 
     def free(self) -> None:
         """Drops all arrays; no other method may be called afterwards."""
@@ -88,25 +94,39 @@ class DeviceState:
         self.slots = run(self.slots, np.int32(slot), padded, np.int32(len(prompt)))
 
     def write_adapter(self, page_ids: Sequence[int], pages: AdapterPages) -> None:
-        """Writes an adapter's pages in place; see `adapters.pages.write_pages` for arguments and errors."""
-        self.pages = write_pages(self.pages, page_ids, pages, self.page_writer)
+        """Writes an adapter's pages in place, in one call; see `adapters.pages.write_pages`."""
+        self.pages = write_pages(self.pages, page_ids, pages, self.page_writer(padded_count(pages.num_pages)))
 
     def write_gradients(self, page_ids: Sequence[int], grads: AdapterPages) -> None:
         """Writes f32 accumulators into pages of the gradient pool in place; otherwise like `write_adapter`."""
-        self.grads = write_pages(self.grads, page_ids, grads, self.gradient_writer)
+        for at, page_id in enumerate(page_ids):  # one by one: rare, and one compile serves adapters of all ranks
+            page = jax.tree.map(lambda leaf, at=at: np.asarray(leaf)[at : at + 1], grads)
+            self.grads = write_pages(self.grads, (page_id,), page, self.gradient_writer)
 
-    def warm_page_writes(self, page_writer: Callable[..., Any], gradient_writer: Callable[..., Any]) -> None:
+    def warm_page_writes(
+        self,
+        page_writer: Callable[[int], Callable[..., Any]],
+        gradient_writer: Callable[..., Any],
+        stage: Callable[[FlatPages], AdapterPages],
+        most: int,
+    ) -> None:
         """Uses compiled page writes from now on.
 
-        Loads them by writing zeros to page 1 of each stack, which must still be zeros.
+        Loads them by writing zeros to pages of each stack, which must still be zeros.
 
         Args:
-            page_writer, gradient_writer: `StepFunctions.page_writer` of "pages" and "grads".
+            page_writer, gradient_writer: Those of `StepFunctions`.
+            stage: Transfers flat pages (see `staging.stager`).
+            most: Maximum pages of one adapter.
         """
         self.page_writer, self.gradient_writer = page_writer, gradient_writer
-        zeros = [jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), p) for p in (self.pages, self.grads)]
-        self.write_adapter((1,), zeros[0])
-        self.write_gradients((1,), zeros[1])
+        leaves = jax.tree.leaves(self.pages)
+        columns, dtype = sum(leaf.size // leaf.shape[0] for leaf in leaves), leaves[0].dtype
+        for count in write_counts(min(most, self.pages.num_pages - 1)):
+            held = min(count, self.pages.num_pages - 1)
+            self.write_adapter(range(1, held + 1), stage(np.zeros((held, columns), dtype)))
+        one = jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), self.grads)
+        self.write_gradients((1,), one)
 
     def backward(
         self,
@@ -167,7 +187,7 @@ def new_state(
 
     Args:
         spec, cfg, params: The engine's.
-        executables: Where the function is kept that makes the zeros, hundreds of arrays;
+        executables: Where the function is kept that makes the zeros, hundreds of arrays.
     """
     dtype = jnp.dtype(cfg.dtype)
 

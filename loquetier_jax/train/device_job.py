@@ -36,7 +36,7 @@ class DeviceJob:
         lora, shape: The adapter's configuration and shape.
         master, opt_state: f32 at exact rank; donated to every optimizer step.
         grads: Initial accumulators (from a checkpoint or another engine), host arrays; None: zeros.
-        cast: Initial contents of its pages, on the host; None once it has started.
+        cast: Initial contents of its pages, on the device (see `AdapterStore.staged`); None once it has started.
         pages: Adapter pages its steps read; () until it starts.
         write_pages: Adapter pages its next optimizer step writes: `pages`, or fresh ones after a publish.
         grad_pages: Its pages of the gradient pool.
@@ -59,7 +59,7 @@ class DeviceJob:
     master: LoraWeights
     opt_state: Any
     grads: AdapterPages | None = None
-    cast: AdapterPages | None = field(default=None, repr=False)
+    cast: Any = field(default=None, repr=False)
     pages: tuple[int, ...] = ()
     write_pages: tuple[int, ...] = ()
     grad_pages: tuple[int, ...] = ()

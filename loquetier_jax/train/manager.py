@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, init_weights, resolve_shape
-from loquetier_jax.adapters.pages import AdapterPages, pages_of
+from loquetier_jax.adapters.manager import current_weights
 from loquetier_jax.adapters.registry import check_name
 from loquetier_jax.arguments import path_of
 from loquetier_jax.config import EngineConfig, require
@@ -184,12 +184,12 @@ class JobManager:
         """The initial adapter: the current version of `init_from`, or a fresh one of shape `own`."""
         if own is not None:
             return own, init_weights(own, lora, self.home.spec, seed), lora
-        with self.home.driver.entered():
-            version = self.home.store.get(init_from)
-            return version.shape, self.home.store.weights(version), version.config or lora
+        version, weights = current_weights(init_from, self.home.store, self.home.driver)
+        return version.shape, weights, version.config or lora
 
-    def _cast(self, weights: LoraWeights, shape: LoraShape) -> AdapterPages:
-        return pages_of(jax.tree.map(np.asarray, weights), shape, self.home.spec, jnp.dtype(self.cfg.dtype))
+    def _cast(self, weights: LoraWeights, shape: LoraShape) -> Any:
+        """The adapter's pages, already on the device: the loop only writes them."""
+        return self.home.store.staged(jax.tree.map(np.asarray, weights), shape)
 
     def adopt_job(
         self, state: JobState, data: Dataset, eval_data: Dataset | None, loss: Any, *, go_on: bool = False

@@ -13,6 +13,7 @@ from loquetier_jax.adapters.pages import (
     put_pages,
     read_pages,
     take_pages,
+    write_padded,
     write_pages,
 )
 from loquetier_jax.errors import IntegrityError
@@ -96,18 +97,19 @@ def test_pages_round_trip_through_the_stacks_and_touch_nothing_else() -> None:
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(read_pages(stacks, (0, 1, 4, 6))))
 
 
-def test_writing_is_in_place_and_compiles_once() -> None:
-    from loquetier_jax.adapters.pages import write_page
-
-    stacks = AdapterPages.empty(SPEC, 8, jnp.float32)
-    stacks = write_pages(stacks, (1,), pages_of(random_weights(uniform(8)), uniform(8), SPEC, np.float32))
-    compiled = write_page._cache_size()
-    old = jax.tree.leaves(stacks)
-    where = [leaf.unsafe_buffer_pointer() for leaf in old]
-    stacks = write_pages(stacks, (4, 6, 2), pages_of(random_weights(MIXED), MIXED, SPEC, np.float32))
-    assert write_page._cache_size() == compiled
-    assert all(leaf.is_deleted() for leaf in old)
-    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(stacks)] == where
+def test_writing_is_in_place_and_compiles_once_per_power_of_two() -> None:
+    stacks = AdapterPages.empty(SPEC, 9, jnp.float32)
+    where = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(stacks)]
+    compiled = []
+    for ids in ((1,), (5, 3), (4, 6, 2), (8, 7, 1, 5)):
+        old, new = jax.tree.leaves(stacks), of_rank(16 * len(ids))
+        stacks = write_pages(stacks, ids, new)
+        compiled.append(write_padded._cache_size())
+        assert all(leaf.is_deleted() for leaf in old)
+        assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(stacks)] == where
+        jax.tree.map(np.testing.assert_array_equal, read_pages(stacks, ids), new)
+    assert compiled[2] == compiled[3], "three pages are written as four"
+    assert not any(np.any(leaf[0]) for leaf in jax.tree.leaves(stacks))
 
 
 def test_traced_put_and_take() -> None:
@@ -115,6 +117,10 @@ def test_traced_put_and_take() -> None:
     new = pages_of(random_weights(MIXED), MIXED, SPEC, np.float32)
     stacks = jax.jit(put_pages, donate_argnums=0)(AdapterPages.empty(SPEC, 4, jnp.float32), ids, new)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(take_pages)(stacks, ids), new)
+
+
+def of_rank(r: int) -> AdapterPages:
+    return pages_of(random_weights(uniform(r), r), uniform(r), SPEC, np.float32)
 
 
 @pytest.mark.parametrize("ids", [(0,), (8,), (-1,), (1, 2), ()])

@@ -313,14 +313,19 @@ def test_added_weights_are_copies(store: AdapterStore) -> None:
     assert np.all(store.weights(version)["layers.0.o_proj"]["lora_A"] != 0)
 
 
-def test_host_copies_that_a_folder_holds_are_dropped(device: Device, tmp_path: Path) -> None:
+def test_host_copies_are_bounded(tmp_path: Path) -> None:
     store = AdapterStore(SPEC, num_pages=5, max_pages=3, cast=together, write=lambda *_: None, max_host_adapters=1)
+    store.loader.start = lambda work: work()
     for i, name in enumerate("abc"):
         write_peft(tmp_path / name, random_weights(uniform(4), i), uniform(4), SPEC)
         store.take_in(name, read_folder(tmp_path / name, SPEC))
     kept = add(store, "kept")
-    assert [store.get(n).residency for n in "abc"] == ["disk"] * 3 and kept.residency == "host"
+    assert [store.get(n).residency for n in "abc"] == ["host", "disk", "disk"], "ahead of time while there is room"
+    store.check_integrity()
     store.ensure_resident(store.get("b"))
+    assert [store.get(n).copy is None for n in "abc"] == [True, False, True] and kept.residency == "host"
+    store.ensure_resident(kept)
+    assert [store.get(n).copy is None for n in "abc"] == [True] * 3 and kept.copy is not None
     np.testing.assert_array_equal(
         store.weights(store.get("b"))["layers.1.up_proj"]["lora_B"],
         random_weights(uniform(4), 1)["layers.1.up_proj"]["lora_B"],

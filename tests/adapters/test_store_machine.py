@@ -9,7 +9,7 @@ import contextlib
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,8 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         device = {"cast": lambda *pair: pair, "write": self.write}
         self.store = AdapterStore(SPEC, num_pages=8, max_pages=3, **device, max_host_adapters=2)
+        self.workers: list[Callable[[], None]] = []
+        self.store.loader.start = self.workers.append
         self.content: dict[int, int] = {}
         self.busy: dict[int, int] = {}
         self.epoch = self.completed = self.tags = 0
@@ -156,6 +158,17 @@ class StoreMachine(RuleBasedStateMachine):
             self.held.append(Request(self.store.hold(name), self.current[name]))
         else:
             self.requests.append(Request(self.store.acquire(name), self.current[name]))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def prepare(self, data: st.DataObject) -> None:
+        """A waiting request has its adapter loaded, sooner or later."""
+        self.store.prepare(data.draw(st.sampled_from(self.held)).version)
+
+    @precondition(lambda self: self.workers)
+    @rule()
+    def work(self) -> None:
+        self.workers.pop(0)()
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), start=st.booleans())
@@ -264,6 +277,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """When everybody has gone, everything is free, and every current version has its own weights."""
+        while self.workers:
+            self.work()
+        assert not self.store.loader.busy
         for name, tag in self.current.items():
             assert tag_of(self.store.weights(self.store.get(name))) == tag
         for job in list(self.jobs):

@@ -111,10 +111,10 @@ def test_a_merged_adapter_would_be_seen(make_engine, params, monkeypatch):
     watch = Watch(engine, params)
     write = state_module.write_pages
 
-    def merge(pages, ids, *new):
+    def merge(pages, ids, new, compiled):
         layer = engine.state.params["layers"][0]
         layer["down_proj"] = Dense(layer["down_proj"].w + jnp.float32(1e-3))
-        return write(pages, ids, *new)
+        return write(pages, ids, new, compiled)
 
     kept = dict(params["layers"][0])
     monkeypatch.setattr(state_module, "write_pages", merge)
@@ -138,9 +138,9 @@ def test_a_copy_of_the_base_would_be_seen(make_engine, params, monkeypatch, copy
     keep = []
     new_state = state_module.new_state
 
-    def greedy_state(spec, cfg, params, *rest):
+    def greedy_state(spec, cfg, params):
         keep.append(jax.tree.map(copy, params["layers"]))
-        return new_state(spec, cfg, params, *rest)
+        return new_state(spec, cfg, params)
 
     monkeypatch.setattr("loquetier_jax.engine.new_state", greedy_state)
     watch = Watch(build(make_engine, params), params)

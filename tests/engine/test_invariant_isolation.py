@@ -153,7 +153,7 @@ def test_a_write_into_foreign_pages_would_be_seen(make_engine, monkeypatch):
     engine = engine_of(make_engine)
     found = [serve(engine, "b")]
     pages, write = engine.adapters.get("b").pages, device_state.write_pages
-    monkeypatch.setattr(device_state, "write_pages", lambda old, ids, *new: write(old, pages[: len(ids)], *new))
+    monkeypatch.setattr(device_state, "write_pages", lambda old, ids, new, _: write(old, pages[: len(ids)], new))
     add_random_adapter(engine, "x", 10, 8)
     engine.generate([[3, 4, 5]], "x", greedy(2))
     found.append(serve(engine, "b"))
