@@ -80,13 +80,13 @@ class Executables:
             arguments, and raises a TypeError for other shapes.
 
         Raises:
-            ValueError: the repr of `key` contains an address.
+            ValueError: the repr of `key` contains an address, and it is to be kept.
         """
-        if " at 0x" in repr(key):
-            raise ValueError(f"key: got {key!r}, expected one whose repr is the same in every process")
         if self._folder is None:
             lowered, options = build()
             return lowered.compile(options)
+        if " at 0x" in repr(key):
+            raise ValueError(f"key: got {key!r}, expected one whose repr is the same in every process")
         around, made_from = environment(default_device()), (code(), repr(key))
         alias = f"{_digest(around, *made_from)}.key"
         loaded = self._load(self._target(alias))
