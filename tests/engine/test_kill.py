@@ -50,13 +50,13 @@ def reference(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.fixture(scope="module")
-def spawn(compilation_cache_dir: str) -> Callable[..., BaseProcess]:
+def spawn(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseProcess]:
     """Starts processes that train; a server that has imported everything forks them."""
-    context = multiprocessing.get_context("forkserver")
+    context, kept = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("executables")
     context.set_forkserver_preload(["tests.engine.training_process"])
 
     def start(folder: Path, point: str = "nowhere", nth: int = 1) -> BaseProcess:
-        process = context.Process(target=run, args=(compilation_cache_dir, str(folder), point, nth))
+        process = context.Process(target=run, args=(str(kept), str(folder), point, nth))
         process.start()
         return process
 
