@@ -58,4 +58,5 @@ VLLM_ARGUMENTS: dict[str, Rule] = {
     "repetition_detection": absent("use repetition_penalty"),
     "max_length": only(None, why="use max_tokens, which counts the output alone"),
     "model": only(None, why="adapter is an argument of the call"),
+    "cache_salt": only(None, why="cache_salt is an argument of the call"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 from benchmarks.results import write
-from benchmarks.serving import arrivals, decode, long_prompt, mixed_ranks, offline, overload, prefill, ttft
+from benchmarks.serving import arrivals, decode, long_prompt, mixed_ranks, offline, overload, prefill, prefix, ttft
 from benchmarks.serving.world import make_world
 
 PARTS = {
@@ -26,6 +26,7 @@ PARTS = {
     "mixed_ranks": mixed_ranks.run,
     "overload": overload.run,
     "long_prompt": long_prompt.run,
+    "prefix": prefix.run,
 }
 
 

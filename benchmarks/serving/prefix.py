@@ -1,6 +1,6 @@
 """What the prefix cache saves multi-turn chats that share a long beginning: TTFT with it and without it.
 
-    python -m benchmarks.serving.prefix            # on a GPU: the `gpu` preset at Llama-3.1-8B shapes
+    python -m benchmarks.serving.prefix            # on a GPU: the `gpu` preset, made long enough, at 8B shapes
     python -m benchmarks.serving.prefix --tiny     # the same code on a CPU, to see that it runs
 
 Eight chats begin with the same 4,096 tokens and go on by themselves: a chat sends its next message, with all that was
@@ -9,7 +9,7 @@ found; all else is the same, the engine too. Cases: prefix/<chats>x<turns>x<shar
 """
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.results import record, write
+from benchmarks.serving.world import World
 from benchmarks.unified.smoke import llama_8b, load_adapters, tiny
 from loquetier_jax import Engine, SamplingParams
 from loquetier_jax.models.load import init_random
@@ -94,7 +95,14 @@ def converse(engine: Engine, talk: Talk, adapter: str | None, cached: bool) -> l
     return [output for chat in chats for output in chat.outputs]
 
 
-def run(engine: Engine, talk: Talk, adapter: str | None) -> list[dict[str, Any]]:
+def run(world: World) -> list[dict[str, Any]]:
+    """prefix/*: as many shared tokens as the preset's longest request has room for, at most 4,096; on one adapter."""
+    talk = TINY if world.small else Talk()
+    room = world.engine.cfg.max_model_len - (talk.longest - talk.shared)
+    return measure(world.engine, replace(talk, shared=min(talk.shared, room)), world.adapters[0])
+
+
+def measure(engine: Engine, talk: Talk, adapter: str | None) -> list[dict[str, Any]]:
     """The records of one engine."""
     converse(engine, Talk(2, 1, talk.shared, talk.message, talk.answer), adapter, cached=True)  # warm
     records, medians, answers = [], {}, {}
@@ -133,7 +141,7 @@ def main() -> None:
     talk = TINY if args.tiny else Talk()
     engine, adapter = make_engine(args.tiny, talk)
     with engine:
-        records = run(engine, talk, adapter)
+        records = measure(engine, talk, adapter)
         engine.check_integrity()
     for r in records:
         print(f"{r['case']:28} {r['metric']:18} {r['value']:10.2f} {r['unit']} {r.get('note', '')}")

@@ -141,7 +141,8 @@ class RequestFrontend:
             self._queue.announce(requests)
         accepted = Accepted(RequestHandle(requests), listener)
         try:
-            accepted.scores = self._scores.of_prompt(requests, self._queue.version(requests[0]))
+            if params.prompt_logprobs is not None:
+                accepted.scores = self._scores.of_prompt(requests, self._queue.version(requests[0]))
         except BaseException:
             self._withdraw([accepted])
             raise

@@ -80,11 +80,16 @@ class KVPages:
         prefix, of which others use the end; `reserve` itself is exact.
         """
         count, path = self.pages_for(num_tokens), prefix.path if prefix else ()
+        if not path or not self._cache.is_evictable(path[-1].page):  # the usual cases, without a search
+            return count - len(path)
         return count - bisect_left(path, True, key=lambda block: self._cache.is_evictable(block.page))
 
     def returned(self, pages: Sequence[int]) -> int:
         """Number of a request's pages that nobody else uses, assuming that its first ones are those that it shares."""
-        return len(pages) - bisect_left(pages, True, key=lambda page: self._users[page] == 1)
+        users = self._users
+        if users[pages[0]] == 1:  # the usual case, without a search
+            return len(pages)
+        return len(pages) - bisect_left(pages, True, key=lambda page: users[page] == 1)
 
     def reserve(self, num_tokens: int, prefix: Prefix | None = None) -> tuple[int, ...]:
         """Takes pages for `num_tokens` (prompt + max_tokens), in order of position.

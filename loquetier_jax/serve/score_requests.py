@@ -123,8 +123,8 @@ class ScoreRequests:
 
         return ScoreTask(packs, lambda: self._open(version), done, failed)
 
-    def of_prompt(self, requests: Sequence[Request], version: Version | None) -> ScoreTask | None:
-        """The task that fills in the prompt_logprobs of the completions of one prompt; None if they were not requested.
+    def of_prompt(self, requests: Sequence[Request], version: Version | None) -> ScoreTask:
+        """The task that fills in the prompt_logprobs of the completions of one prompt, which ask for them.
 
         If the adapter's weights cannot be read, the requests themselves end with that error, so it is ignored here.
 
@@ -133,8 +133,6 @@ class ScoreRequests:
             version: Their adapter version; None for the base.
         """
         ids, count = requests[0].prompt_ids, requests[0].params.prompt_logprobs
-        if count is None:
-            return None
 
         def done(scores: list[Scores]) -> None:
             result = prompt_logprobs(ids, scores[0], count) if scores else [None]

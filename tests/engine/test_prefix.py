@@ -93,6 +93,25 @@ def test_a_hit_has_the_bits_of_a_miss(tiny_engine, without, monkeypatch, chunk):
     assert sum(len(one) for one in told.seen) < tiny_engine.cfg.kv_pages * PAGE, "nothing was evicted"
 
 
+def chat_over_page_ends(engine: Engine, without: Engine) -> None:
+    """A chat whose first answer ends with a page: its last token was never fed, so the page is not full."""
+    told, rng = Told(engine), np.random.default_rng(11)
+    said = told.ask(random_prompt(rng, 12), greedy(4, logprobs=0))
+    told.ask(said.prompt_token_ids + said.outputs[0].token_ids + random_prompt(rng, 3))
+    told.check(without)
+
+
+def test_a_page_is_full_when_its_last_token_was_fed(tiny_engine, without):
+    chat_over_page_ends(tiny_engine, without)
+
+
+def test_a_token_that_was_not_fed_would_be_seen(tiny_engine, without, monkeypatch):
+    enter = KVPages.enter
+    monkeypatch.setattr(KVPages, "enter", lambda self, prefix, pages, p, out: enter(self, prefix, pages, p, [*out, 0]))
+    with pytest.raises(AssertionError):
+        chat_over_page_ends(tiny_engine, without)
+
+
 def test_what_else_a_request_asks_for_is_not_changed_by_a_hit(tiny_engine, without):
     """Penalties count the whole prompt; seeds, stops and min_tokens follow positions of the output.
 
@@ -175,7 +194,7 @@ def test_a_key_without_version_or_salt_would_be_seen(tiny_engine, without, monke
 def test_a_published_version_starts_anew(tiny_engine):
     """The job trains on in pages of its own; a version's are read by its requests alone."""
     engine, prompt = tiny_engine, random_prompt(np.random.default_rng(3), 40)
-    job = engine.finetune("job", random_data(0), lora=LORA, train=quick(max_steps=8, learning_rate=1e-2))
+    job = engine.finetune("job", random_data(0), lora=LORA, train=quick(max_steps=10_000, learning_rate=1e-2))
     found = []
     for step in (2, 4, 6):
         engine.wait(lambda step=step: job.step >= step)
@@ -184,6 +203,7 @@ def test_a_published_version_starts_anew(tiny_engine):
         assert numbers_of(outs[:1]) == numbers_of(outs[1:])
         found.append([out.num_cached_tokens for out in outs])
     assert found == [[0, 32]] * 3
+    job.cancel()
 
 
 def test_completions_of_one_prompt_share_it(tiny_engine, without):

@@ -14,12 +14,15 @@ MOST = 25  # files that somebody has to open who follows a request
 COMPILED = {"step/unified.py", "step/ops.py", "step/head.py", "step/sample.py", "models/decoder.py"}
 """Traced when a bucket is compiled; a request runs what they became."""
 ASIDE = {
-    "values": "adapters/lora borrowed config delegate errors models/spec sampling_params serve/output token_ids",
-    "forms of a prompt, and whether it fits": "serve/fits serve/prompts",
+    "values": "adapters/lora borrowed bucket config delegate errors models/spec require sampling_params serve/output "
+    "token_ids",
+    "forms of a prompt, and whether it fits": "serve/fits serve/make_requests serve/prompts",
     "locks and pools": "fair_lock interrupts loop_thread pool",
     "looked up": "adapters/pages adapters/registry adapters/targets adapters/version serve/views",
+    "found again": "serve/listeners serve/live serve/prefix",
     "what loads adapters": "adapters/host_copies adapters/loader",
-    "weighed against": "schedule/buckets schedule/choose schedule/deadlines schedule/fairness schedule/latency",
+    "weighed against": "runtime/reads schedule/buckets schedule/choose schedule/chunks schedule/deadlines "
+    "schedule/fairness schedule/latency",
     "others in the same step": "schedule/training schedule/types serve/scoring train/runner",
 }
 """What a request passes and does not stop at."""

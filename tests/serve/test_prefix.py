@@ -172,7 +172,7 @@ TestCache.settings = settings(max_examples=60, stateful_step_count=40, deadline=
 
 @pytest.mark.slow
 def test_the_cache_at_length():
-    run_state_machine_as_test(CacheMachine, settings=settings(TestCache.settings, max_examples=1000))
+    run_state_machine_as_test(CacheMachine, settings=settings(TestCache.settings, max_examples=500))
 
 
 def served(kv, prompt, output=(1,), scope=(None, None)):
