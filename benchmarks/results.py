@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 FOLDER = Path(__file__).parent / "results"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "triton", "peft", "transformers")
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "torch", "triton", "peft", "transformers")
 
 
 def device_name() -> str:

@@ -103,7 +103,8 @@ class EngineConfig:
         smlm: Implementation of the LoRA op: "xla", "triton" or None (best for the device).
         attention: Implementation of paged attention, likewise.
         train_attention: Attention of train and score rows: "xla", "cudnn" or None.
-        compilation_cache_dir: Persistent XLA cache; "" disables it, None is ~/.cache/loquetier_jax/xla.
+        compilation_cache_dir: Where compiled functions are kept, and jax's compilation cache; "" keeps none and leaves
+            jax's setting alone, None is ~/.cache/loquetier_jax/xla. See `loquetier_jax.executables`.
         seed: Seeds the generator of default seeds, for requests without one.
     """
 

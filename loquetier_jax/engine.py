@@ -1,11 +1,11 @@
 """Engine: one base model on the device with adapters and jobs. A facade over the parts that do the work."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.casts import page_casts
 from loquetier_jax.adapters.manager import AdapterManager
@@ -14,6 +14,7 @@ from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.delegate import delegate
 from loquetier_jax.driver import Driver
+from loquetier_jax.executables import executables_in
 from loquetier_jax.models.load import load_hf
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.pool import IdPool
@@ -28,6 +29,7 @@ from loquetier_jax.serve.queue import RequestQueue
 from loquetier_jax.serve.score_requests import ScoreRequests
 from loquetier_jax.serve.scoring import Scoring
 from loquetier_jax.serve.tokenizer import load_tokenizer
+from loquetier_jax.serve.tokenizer_type import PreTrainedTokenizerBase
 from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.compiler import BackgroundCompiler
 from loquetier_jax.step.memory import sized
@@ -51,7 +53,8 @@ class Engine:
         spec: Architecture of the base.
         params: Its parameters on the device; kept by reference, never copied or modified.
         cfg: Configuration, fixed for the life of the engine.
-        tokenizer: If None, prompts are token ids and outputs have no text.
+        tokenizer: If None, prompts are token ids and outputs have no text. A Future is waited for when everything has
+            been compiled.
         policy: Settings of the scheduler.
         progress: Whether to show a progress bar while compiling.
         name: Base model name written into exported adapters.
@@ -69,19 +72,23 @@ class Engine:
         spec: DecoderSpec,
         params: Any,
         cfg: EngineConfig,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | Future[PreTrainedTokenizerBase] | None = None,
         *,
         policy: PolicyConfig | None = None,
         progress: bool = False,
         name: str = "",
     ) -> None:
         enable_compilation_cache(cfg.compilation_cache_dir)
-        tell_of_broken_bits()
+        executables = executables_in(cfg.compilation_cache_dir)
+        tell_of_broken_bits(executables)
         cfg = sized(spec, cfg)
-        self.spec, self.cfg, self.tokenizer, self.name = spec, cfg, tokenizer, name
-        self.state = new_state(spec, cfg, params)
-        self.functions = StepFunctions(spec, cfg, self.state)
+        self.spec, self.cfg, self.name = spec, cfg, name
+        self.state = new_state(spec, cfg, params, executables)
+        self.functions = StepFunctions(spec, cfg, self.state, executables)
         self.latency = LatencyModel()
+        later = tokenizer if isinstance(tokenizer, Future) else None
+        compile_serving(self.functions, self.state, cfg, self.latency, progress, later)
+        self.tokenizer = tokenizer if later is None else later.result()
         self.compiler = BackgroundCompiler()
         self.adapters = AdapterStore(
             spec,
@@ -98,7 +105,6 @@ class Engine:
         self.driver = Driver(self.loop, background, lambda: (loader.busy, loader.ended))
         loader.changed = self.driver.notify
         self._compose()
-        compile_serving(self.functions, self.state, cfg, self.latency, progress)
 
     def _new_loop(self, policy: PolicyConfig) -> Loop:
         cfg, scoring = self.cfg, Scoring()
@@ -150,9 +156,13 @@ class Engine:
         if not isinstance(config, EngineConfig):
             config = engine_config(config or ("cpu" if jax.default_backend() == "cpu" else "gpu"))
         cfg = overridden(config, overrides)
-        spec, params = load_hf(path, jnp.dtype(cfg.dtype))
-        cfg = fitted(cfg, spec.max_position_embeddings, asked="max_model_len" in overrides)
-        return cls(spec, params, cfg, load_tokenizer(path), policy=policy, progress=progress, name=str(path))
+        with ThreadPoolExecutor(1, "tokenizer") as pool:  # importing transformers takes a second
+            tokenizer = pool.submit(load_tokenizer, path)
+            spec, params = load_hf(path, jnp.dtype(cfg.dtype), executables_in(cfg.compilation_cache_dir))
+            cfg = fitted(cfg, spec.max_position_embeddings, asked="max_model_len" in overrides)
+            if tokenizer.done():
+                tokenizer.result()  # raises before anything is compiled
+            return cls(spec, params, cfg, tokenizer, policy=policy, progress=progress, name=str(path))
 
     # Requests.
 

@@ -39,7 +39,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 TESTS = Path(__file__).parent
-PLAIN = {TESTS / folder for folder in ("adapters", "train", "kernels", "models", "step")}
+PLAIN = {TESTS / folder for folder in ("adapters", "executables", "train", "kernels", "models", "step")}
 """Where most time goes into compiling what no user runs: references, kernels in interpret mode."""
 PARITY = {"test_parity_families", "test_parity_peft", "test_parity_training"}
 EMBEDDED = {"test_examples", "test_demo"}
@@ -120,8 +120,17 @@ def full_precision() -> None:
 
 @pytest.fixture(scope="session")
 def compilation_cache_dir() -> str:
-    """The folder of XLA programs shared by all tests and runs; pass it to EngineConfig."""
-    return str(CACHE)
+    """Pass it to EngineConfig: engines keep no executables, and leave jax its own cache, shared by all tests and runs.
+
+    A test may patch what is traced. jax's cache sees that in the program; an executable's key does not.
+    """
+    return ""
+
+
+@pytest.fixture(scope="session")
+def cache_home() -> Path:
+    """The home of processes and commands that are started as a user starts them: they keep executables there."""
+    return CACHE.parent
 
 
 @pytest.fixture
@@ -133,8 +142,8 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture
-def embedded_world(compilation_cache_dir: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Engines made by commands and examples share compiled functions; their cache of XLA programs is the suite's."""
-    monkeypatch.setenv("HOME", str(Path(compilation_cache_dir).parent))
+def embedded_world(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Engines made by commands and examples share compiled functions; what they keep on disk is in a folder of ours."""
+    monkeypatch.setenv("HOME", str(cache_home))
     with shared_functions():
         yield

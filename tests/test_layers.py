@@ -8,9 +8,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("loquetier_jax", "pallas_kernels")
 BELOW = {
     "loquetier_jax.schedule": {"config", "config_file", "errors"},
-    "loquetier_jax.batch": {"config", "errors", "sampling_params", "pallas_kernels"},
-    "loquetier_jax.step": {"adapters", "batch", "config", "errors", "models", "sampling_params", "pallas_kernels"},
-    "loquetier_jax.models": {"config", "errors", "pallas_kernels"},
+    "loquetier_jax.batch": {"config", "errors", "sampling_params", "struct", "pallas_kernels"},
+    "loquetier_jax.step": {
+        *{"adapters", "batch", "config", "errors", "executables", "models", "sampling_params", "struct"},
+        "pallas_kernels",
+    },
+    "loquetier_jax.models": {"config", "errors", "executables", "pallas_kernels"},
+    "loquetier_jax.executables": set(),
     "pallas_kernels": set(),
 }
 """Packages that may import nothing but these."""

@@ -24,9 +24,9 @@ def run(*command: str | Path, cwd: Path, home: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory, compilation_cache_dir: str) -> Path:
+def installed(tmp_path_factory: pytest.TempPathFactory, cache_home: Path) -> Path:
     """bin/ of an environment with the wheel; what the wheel needs is borrowed from this one (no network)."""
-    folder, home = tmp_path_factory.mktemp("wheel"), Path(compilation_cache_dir).parent
+    folder, home = tmp_path_factory.mktemp("wheel"), cache_home
     build = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
     run(*build, cwd=folder, home=home)
     venv.create(folder / "env", with_pip=False)
@@ -41,8 +41,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory, compilation_cache_dir: s
 
 
 @pytest.mark.slow
-def test_the_wheel_runs_the_demo_anywhere(installed: Path, tmp_path: Path, compilation_cache_dir: str) -> None:
-    home = Path(compilation_cache_dir).parent
+def test_the_wheel_runs_the_demo_anywhere(installed: Path, tmp_path: Path, cache_home: Path) -> None:
+    home = cache_home
     ask = "import loquetier_jax; print(loquetier_jax.__file__)"
     where = run(installed / "python", "-c", ask, cwd=tmp_path, home=home)
     assert Path(where.strip()).is_relative_to(installed.parent)

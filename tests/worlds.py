@@ -14,6 +14,7 @@ import pytest
 
 import loquetier_jax.engine as engine_module
 from loquetier_jax.config import Bucket, EngineConfig, SLOConfig
+from loquetier_jax.executables import Executables
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.compiled import StepFunctions
 
@@ -22,12 +23,12 @@ ANY = (Bucket(prefill=16, chunks=1, decode=1),)
 _functions: dict[tuple[DecoderSpec, EngineConfig], StepFunctions] = {}
 
 
-def functions_of(spec: DecoderSpec, cfg: EngineConfig, state: Any) -> StepFunctions:
+def functions_of(spec: DecoderSpec, cfg: EngineConfig, state: Any, executables: Executables) -> StepFunctions:
     """One StepFunctions for all configs that compile the same: it is asked for buckets, and lists none."""
     host = {"slo": SLOConfig(), "max_host_adapters": None, "enable_prefix_caching": True, "seed": 0}
     shapes = replace(cfg, buckets=ANY, compilation_cache_dir="", **host)
     if (spec, shapes) not in _functions:
-        _functions[spec, shapes] = StepFunctions(spec, cfg, state)
+        _functions[spec, shapes] = StepFunctions(spec, cfg, state, executables)
     return _functions[spec, shapes]
 
 

@@ -3,18 +3,18 @@
 import math
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
+from loquetier_jax import struct
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
 from pallas_kernels import AttentionPlan, SmlmPlan, plan_shapes
 from pallas_kernels.smlm import num_wide_bound
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class PackRows:
     """Rows of train or score packs, which attend only within their samples: G packs of L rows, flattened.
 
@@ -28,7 +28,7 @@ class PackRows:
     segments: Int[Array, " T"]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainRows:
     """Training packs: their rows, and what only the backward needs.
 
@@ -49,7 +49,7 @@ class TrainRows:
     drop_rates: Float[Array, " G"]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class PrefillRows:
     """Prompt chunks; each is a contiguous row range that starts on a BLOCK boundary.
 
@@ -68,7 +68,7 @@ class PrefillRows:
     last_row: Int[Array, " C"]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class DecodeRows:
     """One token of each decoding sequence; the token id itself stays on the device, in the slot.
 
@@ -85,7 +85,7 @@ class DecodeRows:
     plan: AttentionPlan
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class SampleRows:
     """Per-row sampling parameters: the decode rows, then the chunks. n = bucket.samples.
 
@@ -114,7 +114,7 @@ class SampleRows:
     banned_ids: Int[Array, "n NS"]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class SegmentBatch:
     """All rows of one step; a part is None when the bucket has no such rows."""
 

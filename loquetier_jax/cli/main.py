@@ -1,6 +1,7 @@
 """The entry point: parses arguments, runs a command, and maps errors to exit codes."""
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -63,3 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LoquetierError, OSError) as error:  # OSError: an unreadable or unwritable file
         print(f"loquetier: error: {error}", file=sys.stderr)
         return USAGE
+    finally:
+        if argv is None:  # the process ends: its last collection would walk every object for nothing
+            gc.freeze()

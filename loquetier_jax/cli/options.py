@@ -1,9 +1,11 @@
 """Options shared by several commands: engine, KEY=VALUE settings, adapters, consoles."""
 
 import argparse
+import gc
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +133,18 @@ def check_adapters(adapters: Sequence[tuple[str, Path | None]]) -> None:
         paths[name] = path
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside: an import makes little, and hundreds of thousands of objects to walk each time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def build_engine(args: argparse.Namespace, console: Console, cfg: EngineConfig | None = None) -> "Engine":
     """Loads the model and compiles the serving buckets; prints the time it took on `console`.
 
@@ -147,7 +161,8 @@ def build_engine(args: argparse.Namespace, console: Console, cfg: EngineConfig |
     path = model_path(args.model)
     check_adapters(getattr(args, "adapter", ()))
     start = time.perf_counter()
-    from loquetier_jax.engine import Engine  # late: jax and transformers take seconds to import
+    with uncollected():
+        from loquetier_jax.engine import Engine  # late: jax and transformers take seconds to import
 
     fixed = {}
     if cfg is None:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from loquetier_jax.errors import ModelError
+from loquetier_jax.executables import NOWHERE, Executables, Program
 from loquetier_jax.models.checkpoint import Checkpoint
 from loquetier_jax.models.parameters import Parameter, Tree, param_shapes, param_table
 from loquetier_jax.models.spec import DecoderSpec
@@ -25,7 +26,9 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROTARY_BUFFERS = "rotary_emb.inv_freq"  # written by transformers before 4.32; recomputed here
 
 
-def load_hf(folder: str | os.PathLike[str], dtype: jnp.dtype | str | None = None) -> tuple[DecoderSpec, Tree]:
+def load_hf(
+    folder: str | os.PathLike[str], dtype: jnp.dtype | str | None = None, executables: Executables = NOWHERE
+) -> tuple[DecoderSpec, Tree]:
     """Loads a HF model folder tensor by tensor; the host holds one parameter at a time.
 
     Everything is checked from the headers before any tensor is read. If the config ties the head to the embedding but
@@ -35,6 +38,7 @@ def load_hf(folder: str | os.PathLike[str], dtype: jnp.dtype | str | None = None
     Args:
         folder: Contains `config.json` and safetensors.
         dtype: float32, bfloat16 or float16; None uses the config's dtype (float32 if it has none).
+        executables: Where the functions are kept that transpose and cast.
 
     Returns:
         (spec, params), params as in `parameters.param_table`.
@@ -45,7 +49,7 @@ def load_hf(folder: str | os.PathLike[str], dtype: jnp.dtype | str | None = None
     dtype = None if dtype is None else _compute_dtype(dtype)
     spec, checkpoint = open_hf(folder)
     dtype = dtype or _compute_dtype(spec.dtype or "float32")
-    return spec, _place(param_table(spec), lambda p: _load(checkpoint, p, dtype))
+    return spec, _place(param_table(spec), lambda p: _load(checkpoint, p, dtype, executables))
 
 
 def open_hf(folder: str | os.PathLike[str]) -> tuple[DecoderSpec, Checkpoint]:
@@ -123,18 +127,24 @@ def _place(tree: Tree, make: Callable[..., Array], is_leaf: Callable[[object], b
     return jax.tree.map(lambda leaf: jax.block_until_ready(make(leaf)), tree, is_leaf=is_leaf)
 
 
-def _load(checkpoint: Checkpoint, parameter: Parameter, dtype: np.dtype) -> Array:
+def _load(checkpoint: Checkpoint, parameter: Parameter, dtype: np.dtype, executables: Executables) -> Array:
     parts = [checkpoint.read(name) for name, _ in parameter.tensors]
     if len({part.dtype for part in parts}) > 1:
         parts = [part.astype(dtype) for part in parts]
     # Concatenate in torch's (out, in) layout, a plain copy; the device transposes much faster than the host.
     fused = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return _finisher(dtype, parameter.kind == "matrix")(jax.device_put(fused))
+    return _finisher(fused.shape, fused.dtype, dtype, parameter.kind == "matrix", executables)(jax.device_put(fused))
 
 
 @functools.cache
-def _finisher(dtype: np.dtype, transpose: bool) -> Callable[[Array], Array]:
-    return jax.jit(lambda x: (x.T if transpose else x).astype(dtype))
+def _finisher(
+    shape: tuple[int, ...], given: np.dtype, dtype: np.dtype, transpose: bool, executables: Executables
+) -> Callable[[Array], Array]:
+    def build() -> Program:
+        finish = jax.jit(lambda x: (x.T if transpose else x).astype(dtype))
+        return finish.lower(jax.ShapeDtypeStruct(shape, given)), {}
+
+    return executables.get(("finish", shape, given.name, dtype.name, transpose), build)
 
 
 @functools.cache

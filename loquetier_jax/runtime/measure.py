@@ -20,6 +20,7 @@ from loquetier_jax.step.compiled import StepFunctions
 from loquetier_jax.step.state import DeviceState
 
 REPEATS = 3
+ENOUGH_MS = 100.0
 DEEP = 16384  # longest context in tokens that warm-up measures
 
 
@@ -81,10 +82,15 @@ class Measurer:
 
 
 def _times(call: Callable[[], Any]) -> list[float]:
-    """Milliseconds until the results of each call are ready, excluding the first, which loads the executable."""
-    times = []
-    for _ in range(REPEATS + 1):
+    """Milliseconds until the results of each call are ready, excluding the first on a GPU, where it loads code.
+
+    At most REPEATS; no more once they have taken ENOUGH_MS in all, because long runs vary little.
+    """
+    if jax.default_backend() != "cpu":
+        jax.block_until_ready(call())
+    times: list[float] = []
+    while len(times) < REPEATS and sum(times) < ENOUGH_MS:
         start = time.perf_counter()
         jax.block_until_ready(call())
         times.append(1e3 * (time.perf_counter() - start))
-    return times[1:]
+    return times

@@ -9,11 +9,10 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
 
 from loquetier_jax.errors import short
 from loquetier_jax.serve.messages import REASONING, ChatError, plain_json
+from loquetier_jax.serve.tokenizer_type import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 # Variables set by other arguments, or internally; not allowed in chat_template_kwargs.
@@ -143,6 +142,8 @@ class ChatTemplate:
 
 
 def _compiled(source: str) -> jinja2.Template:
+    from transformers.utils import chat_template_utils  # late, as all of transformers
+
     # Private, but it is what apply_chat_template uses, sandbox included; apply_chat_template itself takes no clock.
     return chat_template_utils._compile_jinja_template(source)
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.config import EngineConfig
 from loquetier_jax.driver import Driver
@@ -26,6 +25,7 @@ from loquetier_jax.serve.queue import RequestQueue
 from loquetier_jax.serve.score_requests import ScoreRequests
 from loquetier_jax.serve.scoring import Scoring
 from loquetier_jax.serve.tokenizer import Prompt, encode_prompt, end_token_ids
+from loquetier_jax.serve.tokenizer_type import PreTrainedTokenizerBase
 from loquetier_jax.token_ids import plain_prompt
 
 

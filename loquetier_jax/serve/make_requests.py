@@ -3,13 +3,13 @@
 from collections.abc import Collection, Sequence
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.errors import RequestError
 from loquetier_jax.sampling_params import SamplingParams
 from loquetier_jax.serve.output import RequestMetrics
 from loquetier_jax.serve.request import Request
 from loquetier_jax.serve.text import Detokenizer, StopChecker
+from loquetier_jax.serve.tokenizer_type import PreTrainedTokenizerBase
 
 
 def make_requests(

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
@@ -17,6 +16,7 @@ from loquetier_jax.serve.prompts import prompts_of
 from loquetier_jax.serve.request import Request
 from loquetier_jax.serve.scoring import Scores, ScoreTask, Scoring
 from loquetier_jax.serve.tokenizer import Prompt, encode_prompt
+from loquetier_jax.serve.tokenizer_type import PreTrainedTokenizerBase
 
 PromptLogprobs = list[dict[int, Logprob] | None]
 

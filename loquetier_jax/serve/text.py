@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedTokenizerBase
+from loquetier_jax.serve.tokenizer_type import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"  # decoded from bytes that do not (yet) form a character
 PROMPT_CONTEXT = 6  # prompt tokens decoded as context, which decides the space before the first output token

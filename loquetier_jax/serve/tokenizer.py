@@ -1,16 +1,17 @@
 """Loads the tokenizer of a local model folder, and encodes text, chats and other prompts."""
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.errors import ModelError, RequestError, short
 from loquetier_jax.serve.chat_template import ChatTemplate
 from loquetier_jax.serve.messages import ChatError, normalize_messages
+from loquetier_jax.serve.tokenizer_type import PreTrainedTokenizerBase
 from loquetier_jax.token_ids import are_token_ids, listed
 
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
@@ -26,12 +27,29 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"tokenizer: got {str(path)!r}, expected a local folder with tokenizer.json")
-    from transformers import AutoTokenizer  # deferred: it imports torch if that is installed
-
     try:
+        if _is_generic(folder):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        from transformers import AutoTokenizer  # late: several seconds where torch is installed, which it imports
+
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"tokenizer: cannot be loaded from {str(path)!r}: {error}") from error
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether a Llama's folder names the class that takes everything from tokenizer.json, as transformers 5 writes it.
+
+    AutoTokenizer would then choose that class, too. It has exceptions, but none among Llamas.
+    """
+    files = [folder / name for name in ("tokenizer_config.json", "config.json", "tokenizer.json")]
+    if not all(file.is_file() for file in files):
+        return False
+    tokenizer, model = (json.loads(file.read_text(encoding="utf-8")) for file in files[:2])
+    generic = tokenizer.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in tokenizer
+    return generic and model.get("model_type") == "llama"
 
 
 def end_token_ids(

@@ -15,9 +15,11 @@ from loquetier_jax.adapters.staging import layer_of
 from loquetier_jax.batch.packs import ExtraNames, empty_extras
 from loquetier_jax.batch.rows import empty_batch, empty_sample, host_tree_size, shapes_of
 from loquetier_jax.config import Bucket, EngineConfig
+from loquetier_jax.executables import NOWHERE, Executables, Program
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.sampling_params import Level
 from loquetier_jax.step import backward, forward_slices
+from loquetier_jax.step.compile_key import compile_key
 from loquetier_jax.step.loss import Loss, loss_value
 from loquetier_jax.step.loss_batch import LossBatch
 from loquetier_jax.step.sample import admit_slot, sample_hidden
@@ -41,8 +43,10 @@ def compiler_options(bucket: Bucket) -> dict[str, str]:
     return cpu_bits.compiler_options()
 
 
-def _compile(f: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
-    return jax.jit(f, donate_argnums=donate).lower(*arguments).compile(cpu_bits.compiler_options())
+def _lower(f: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Program:
+    # Unused arguments are kept: see `Executables.get`.
+    lowered = jax.jit(f, donate_argnums=donate, keep_unused=True).lower(*arguments)
+    return lowered, cpu_bits.compiler_options()
 
 
 @dataclass(frozen=True)
@@ -75,39 +79,60 @@ class StepFunctions:
 
     Thread-safe: a background thread may compile training functions while serving functions run. Compiled functions
     reject other shapes with a TypeError, so that a step outside the bucket list fails visibly.
+
+    Args:
+        spec, cfg: The base and the engine.
+        state: The arrays, or their shapes.
+        executables: Where compiled functions are kept between starts, all but those of custom losses: a Python
+            function has no identity beyond its process.
     """
 
-    def __init__(self, spec: DecoderSpec, cfg: EngineConfig, state: DeviceState) -> None:
+    def __init__(
+        self, spec: DecoderSpec, cfg: EngineConfig, state: DeviceState, executables: Executables = NOWHERE
+    ) -> None:
         self.spec, self.cfg = spec, cfg
+        self._executables = executables
         self._params, self._pages = shapes_of(state.params), shapes_of(state.pages)
         self._kv, self._slots, self._grads = (
             shapes_of(state.kv),
             shapes_of(state.slots),
             shapes_of(state.grads),
         )
+        arrays = self._params, self._pages, self._kv, self._slots, self._grads
+        self._made_from = compile_key(spec, cfg, arrays)
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._lock = threading.Lock()
         self._building: dict[Any, threading.Lock] = {}
 
-    def _get(self, key: Any, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    def _get(self, key: Any, build: Callable[[], Program], kept: bool = True) -> Callable[..., Any]:
         if key in self._compiled:
             return self._compiled[key]
         with self._lock:
             own = self._building.setdefault(key, threading.Lock())
         with own:  # of two threads that need the same function, one compiles and the other waits
             if key not in self._compiled:
-                log.debug("compiling %s", key)
-                self._compiled[key] = build()
+                log.debug("loading or compiling %s", key)
+                executables = self._executables if kept else NOWHERE
+                self._compiled[key] = executables.get((key, self._made_from), build)
         return self._compiled[key]
+
+    def kept(self, key: Any, build: Callable[[], Program]) -> Callable[..., Any]:
+        """A compiled function that the caller caches, kept on disk as those of steps are; see `Executables.get`.
+
+        Args:
+            key: What it is made from beside spec, cfg and the shapes of the engine's arrays.
+            build: Traces and lowers it.
+        """
+        return self._executables.get((key, self._made_from), build)
 
     def forward(self, bucket: Bucket, dropout: bool = False) -> Callable[..., Any]:
         """(params, pages, kv*, last_token, flat) -> (kv, ForwardOut); * donated."""
 
-        def build() -> Callable[..., Any]:
+        def build() -> Program:
             step = jit_unified_step(self.spec, self.cfg, bucket, dropout)
             flat = self._flat(empty_batch(bucket, self.cfg))
-            lowered = step.lower(self._params, self._pages, self._kv, self._slots.last_token, flat)
-            return lowered.compile(compiler_options(bucket))
+            arguments = self._params, self._pages, self._kv, self._slots.last_token, flat
+            return step.lower(*arguments), compiler_options(bucket)
 
         return self._get(("forward", bucket, dropout), build)
 
@@ -116,9 +141,9 @@ class StepFunctions:
         template = shapes_of(empty_sample(rows, self.cfg))
         x = jax.ShapeDtypeStruct((rows, self.spec.hidden_size), jnp.dtype(self.cfg.dtype))
 
-        def build() -> Callable[..., Any]:
+        def build() -> Program:
             f = functools.partial(sample_hidden, self.spec, level, self.cfg.max_logprobs, template)
-            return _compile(f, head_params(self._params), self._slots, x, self._flat(template), donate=(1,))
+            return _lower(f, head_params(self._params), self._slots, x, self._flat(template), donate=(1,))
 
         return self._get(("sampler", rows, level), build)
 
@@ -126,7 +151,7 @@ class StepFunctions:
         """(slots*, slot, prompt [max_model_len], length) -> slots."""
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
         prompt = jax.ShapeDtypeStruct((self.cfg.max_model_len,), jnp.int32)
-        return self._get("admit", lambda: _compile(admit_slot, self._slots, scalar, prompt, scalar, donate=(0,)))
+        return self._get("admit", lambda: _lower(admit_slot, self._slots, scalar, prompt, scalar, donate=(0,)))
 
     def page_writer(self, count: int) -> Callable[..., Any]:
         """(pages*, page ids [count], pages to write) -> pages; * donated."""
@@ -136,24 +161,24 @@ class StepFunctions:
         """The same for one page of the gradient pool."""
         return self._get("write_gradients", lambda: self._writer(self._grads, 1))
 
-    def _writer(self, stack: AdapterPages, count: int) -> Callable[..., Any]:
+    def _writer(self, stack: AdapterPages, count: int) -> Program:
         new = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), stack)
-        return write_padded.lower(stack, jax.ShapeDtypeStruct((count,), jnp.int32), new).compile()
+        return write_padded.lower(stack, jax.ShapeDtypeStruct((count,), jnp.int32), new), {}
 
     def page_unpacker(self, count: int) -> Callable[..., Any]:
         """(flat pages [count, N], layer) -> the pages of that layer."""
         columns = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(self._pages))
         flat = jax.ShapeDtypeStruct((count, columns), jnp.dtype(self.cfg.dtype))
         index = jax.ShapeDtypeStruct((), jnp.int32)
-        return self._get(("page_unpacker", count), lambda: layer_of.lower(self.spec, flat, index).compile())
+        return self._get(("page_unpacker", count), lambda: (layer_of.lower(self.spec, flat, index), {}))
 
     def forward_start(self, key: TrainKey) -> Callable[..., Any]:
         """(params, flat) -> x."""
         template = shapes_of(empty_batch(key.bucket, self.cfg))
 
-        def build() -> Callable[..., Any]:
+        def build() -> Program:
             f = functools.partial(forward_slices.forward_start, self.spec, template)
-            return _compile(f, self._params, self._flat(template))
+            return _lower(f, self._params, self._flat(template))
 
         return self._get(("forward_start", key.bucket), build)
 
@@ -165,12 +190,12 @@ class StepFunctions:
         template = shapes_of(empty_batch(key.bucket, self.cfg))
         windows = self.spec.sliding_window[start:stop]
 
-        def build() -> Callable[..., Any]:
+        def build() -> Program:
             f = functools.partial(
                 forward_slices.forward_slice, self.spec, self.cfg, key.bucket, template, key.dropout, start
             )
             layers, pages = self._params["layers"][start:stop], self._pages.cut(start, stop)
-            return _compile(f, layers, pages, self._hidden(key), self._flat(template))
+            return _lower(f, layers, pages, self._hidden(key), self._flat(template))
 
         where = start if key.dropout else None
         return self._get(("forward_slice", key.bucket, key.dropout, windows, where), build)
@@ -179,9 +204,9 @@ class StepFunctions:
         """(head, x, flat) -> {"logp", "correct"}."""
         template = shapes_of(empty_batch(key.bucket, self.cfg))
 
-        def build() -> Callable[..., Any]:
+        def build() -> Program:
             f = functools.partial(forward_slices.forward_end, self.spec, self.cfg, template)
-            return _compile(f, head_params(self._params), self._hidden(key), self._flat(template))
+            return _lower(f, head_params(self._params), self._hidden(key), self._flat(template))
 
         return self._get(("forward_end", key.bucket), build)
 
@@ -189,13 +214,13 @@ class StepFunctions:
         """(head, hidden, logp, flat, extras) -> (dx, losses)."""
         template = shapes_of(empty_batch(key.bucket, self.cfg)).train
 
-        def build() -> Callable[..., Any]:
+        def build() -> Program:
             f = functools.partial(backward.backward_start, self.spec, self.cfg, key.packs, key.loss, template)
             logp = jax.ShapeDtypeStruct((key.bucket.train_rows,), jnp.float32)
             extras = shapes_of(empty_extras(key.extras, key.packs, key.pack_tokens))
-            return _compile(f, head_params(self._params), self._hidden(key), logp, self._flat(template), extras)
+            return _lower(f, head_params(self._params), self._hidden(key), logp, self._flat(template), extras)
 
-        return self._get(("backward_start", key.bucket, key.loss, key.extras), build)
+        return self._get(("backward_start", key.bucket, key.loss, key.extras), build, kept=key.loss is None)
 
     def loss_value(self, key: TrainKey) -> Callable[..., Any]:
         """(logp [L], weights [L], LossBatch) -> the loss of one scored pack, for jobs with a custom loss."""
@@ -204,17 +229,17 @@ class StepFunctions:
         extras = empty_extras(key.extras, 1, key.pack_tokens)
         batch = LossBatch(ints, ints, ints, shapes_of({name: a[0] for name, a in extras.items()}))
 
-        def build() -> Callable[..., Any]:
-            return _compile(functools.partial(loss_value, key.loss), rows, rows, batch)
+        def build() -> Program:
+            return _lower(functools.partial(loss_value, key.loss), rows, rows, batch)
 
-        return self._get(("loss_value", key.pack_tokens, key.loss, key.extras), build)
+        return self._get(("loss_value", key.pack_tokens, key.loss, key.extras), build, kept=False)
 
     def backward_slice(self, key: TrainKey, start: int, stop: int) -> Callable[..., Any]:
         """(layers, pages, kept, dx, grads*, first, flat) -> (dx, grads) for layers [start, stop)."""
         template = shapes_of(empty_batch(key.bucket, self.cfg)).train
         windows = self.spec.sliding_window[start:stop]
 
-        def build() -> Callable[..., Any]:
+        def build() -> Program:
             f = functools.partial(
                 backward.backward_slice,
                 self.spec,
@@ -225,7 +250,7 @@ class StepFunctions:
                 start,
                 template,
             )
-            return _compile(
+            return _lower(
                 f,
                 self._params["layers"][start:stop],
                 self._pages.cut(start, stop),

@@ -3,18 +3,18 @@
 import functools
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from loquetier_jax import struct
 from loquetier_jax.config import PACK_ALIGN
 from loquetier_jax.models.decoder import final_norm, logits, logits_transpose
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.step.selection import top_k
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Distribution:
     """The next-token distributions of n rows, f32.
 

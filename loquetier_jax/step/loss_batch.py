@@ -1,13 +1,13 @@
 """The input of a custom loss besides log-probs and weights: the samples of a pack and their extras."""
 
-import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from loquetier_jax import struct
 from loquetier_jax.batch.packs import SAMPLE_ALIGN, Pack
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class LossBatch:
     """One pack of L rows with at most S = L / 32 samples, in order; groups of samples are never split.
 

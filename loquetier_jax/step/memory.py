@@ -3,17 +3,14 @@
 import dataclasses
 import logging
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from loquetier_jax.adapters.pages import AdapterPages
 from loquetier_jax.adapters.residency import STAGED_PAGES
 from loquetier_jax.config import RANK_PAGE, EngineConfig
 from loquetier_jax.errors import ConfigError
 from loquetier_jax.models.spec import DecoderSpec
-from loquetier_jax.step.sample import empty_slots
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +18,7 @@ JOBS = 8  # of rank 16, that the memory left for training holds by default
 OPTIMIZER_BYTES = 12  # per parameter of an adapter: the master and two moments, f32
 LOGITS = 3  # vocabulary-sized f32 arrays of the sampled rows that exist at once
 GB = 1e9
+GRAIN = 2**28
 
 
 def sized(spec: DecoderSpec, cfg: EngineConfig) -> EngineConfig:
@@ -35,6 +33,8 @@ def sized(spec: DecoderSpec, cfg: EngineConfig) -> EngineConfig:
     if cfg.num_kv_pages is not None or "bytes_limit" not in stats:
         return cfg
     free = cfg.gpu_memory_utilization * stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    # A few bytes more or less in use must not change the number: a second start is to find its executables.
+    free -= free % (GRAIN if free > 8 * GRAIN else 1)
     pages = kv_pages_that_fit(spec, cfg, free)
     log.info("%d KV pages of %d tokens fit into %.1f GB", pages, cfg.kv_page_size, free / GB)
     return dataclasses.replace(cfg, num_kv_pages=pages)
@@ -65,21 +65,18 @@ def kv_page_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:
 
 
 def state_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:
-    """Bytes of a DeviceState without the base and the KV cache: adapter pages, gradient pool, slots."""
-    return sum(
-        _bytes(jax.eval_shape(make))
-        for make in (
-            lambda: AdapterPages.empty(spec, cfg.adapter_pages, jnp.dtype(cfg.dtype)),
-            lambda: AdapterPages.empty(spec, cfg.train_pages + 1, jnp.float32),
-            lambda: empty_slots(cfg.max_num_seqs, spec.vocab_size),
-        )
-    )
+    """Bytes of a DeviceState without the base and the KV cache: adapter pages, gradient pool, slots.
+
+    Counted, not traced: a second start of an engine traces nothing.
+    """
+    slot = 4 + (4 + 1) * spec.vocab_size  # the last token; per token a count, and whether the prompt has it
+    pages = _page_size(spec) * (cfg.adapter_pages * _itemsize(cfg) + (cfg.train_pages + 1) * 4)
+    return pages + (cfg.max_num_seqs + 1) * slot
 
 
 def staged_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:
     """Bytes of the adapters that are staged at most, each as it was transferred and as it will be written."""
-    pages = 2 * max(STAGED_PAGES, cfg.max_lora_pages)
-    return _bytes(jax.eval_shape(lambda: AdapterPages.empty(spec, pages, jnp.dtype(cfg.dtype))))
+    return 2 * max(STAGED_PAGES, cfg.max_lora_pages) * _page_size(spec) * _itemsize(cfg)
 
 
 def workspace_bytes(spec: DecoderSpec, cfg: EngineConfig) -> int:
@@ -118,5 +115,7 @@ def _itemsize(cfg: EngineConfig) -> int:
     return jnp.dtype(cfg.dtype).itemsize
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _page_size(spec: DecoderSpec) -> int:
+    """Numbers of one adapter page in all layers."""
+    groups = spec.group_shapes.values()
+    return spec.num_hidden_layers * RANK_PAGE * sum(len(outs) * features + sum(outs) for features, outs in groups)

@@ -5,11 +5,11 @@ Transforms are applied in the same order as in vLLM.
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from loquetier_jax import struct
 from loquetier_jax.batch.rows import SampleRows, unravel
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.sampling_params import Level
@@ -19,7 +19,7 @@ from loquetier_jax.step.selection import threshold
 NEGATIVE = -1e30
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class SlotState:
     """Per-request state on the device, S slots; the last row is the trash slot for padding rows.
 

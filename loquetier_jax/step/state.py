@@ -13,8 +13,10 @@ from loquetier_jax.adapters.flat import FlatPages
 from loquetier_jax.adapters.lora import LoraWeights
 from loquetier_jax.adapters.pages import AdapterPages, padded_count, write_counts, write_padded, write_pages
 from loquetier_jax.config import EngineConfig
+from loquetier_jax.executables import NOWHERE, Executables
 from loquetier_jax.models.decoder import Params
 from loquetier_jax.models.spec import DecoderSpec
+from loquetier_jax.step.compile_key import compile_key
 from loquetier_jax.step.kv_cache import KVCache
 from loquetier_jax.step.sample import SlotState, empty_slots
 from loquetier_jax.step.unified import ForwardOut, Kept
@@ -178,16 +180,28 @@ class DeviceState:
         return master, opt_state, metrics
 
 
-def new_state(spec: DecoderSpec, cfg: EngineConfig, params: Params) -> DeviceState:
-    """Allocates the state of an engine; `params` is kept by reference."""
+def new_state(
+    spec: DecoderSpec, cfg: EngineConfig, params: Params, executables: Executables = NOWHERE
+) -> DeviceState:
+    """Allocates the state of an engine; `params` is kept by reference.
+
+    Args:
+        spec, cfg, params: The engine's.
+        executables: Where the function is kept that makes the zeros, hundreds of arrays.
+    """
     dtype = jnp.dtype(cfg.dtype)
-    return DeviceState(
-        params=params,
-        pages=AdapterPages.empty(spec, cfg.adapter_pages, dtype),
-        grads=AdapterPages.empty(spec, cfg.train_pages + 1, jnp.float32),
-        kv=[KVCache.empty(spec, cfg, dtype) for _ in range(spec.num_hidden_layers)],
-        slots=empty_slots(cfg.max_num_seqs, spec.vocab_size),
-    )
+
+    def zeros() -> dict[str, Any]:
+        return {
+            "pages": AdapterPages.empty(spec, cfg.adapter_pages, dtype),
+            "grads": AdapterPages.empty(spec, cfg.train_pages + 1, jnp.float32),
+            "kv": [KVCache.empty(spec, cfg, dtype) for _ in range(spec.num_hidden_layers)],
+            "slots": empty_slots(cfg.max_num_seqs, spec.vocab_size),
+        }
+
+    key = ("zeros", compile_key(spec, cfg))
+    make = executables.get(key, lambda: (jax.jit(zeros).lower(), {}))
+    return DeviceState(params=params, **make())
 
 
 def head_params(params: Params) -> Params:

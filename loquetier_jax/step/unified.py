@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from loquetier_jax import struct
 from loquetier_jax.adapters.pages import AdapterPages
 from loquetier_jax.batch.rows import SegmentBatch, empty_batch, positions_of, shapes_of, unravel
 from loquetier_jax.config import Bucket, EngineConfig
@@ -21,7 +21,7 @@ Kept = list[dict[str, Array]]
 """Per layer, for the train rows: {"x": [G * L, D], its input; every group's S; the names in `cfg.keep`}."""
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class ForwardOut:
     """The result of a forward, besides the KV cache. Hidden states are final ones, before the norm.
 
@@ -96,7 +96,7 @@ def jit_unified_step(
         batch = unravel(template, flat)
         return unified_step(spec, cfg, bucket, use_dropout, params, pages, kv, last_token, batch)
 
-    return jax.jit(unified_step_of_buffer, donate_argnums=(2,))
+    return jax.jit(unified_step_of_buffer, donate_argnums=(2,), keep_unused=True)
 
 
 def tokens_of(batch: SegmentBatch, last_token: Int[Array, " S"]) -> Int[Array, " T"]:

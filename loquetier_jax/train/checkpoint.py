@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from loquetier_jax.config import require
 from loquetier_jax.errors import CheckpointError, short
@@ -45,9 +44,7 @@ class CheckpointStore:
         fault: Called with each name of FAULT_POINTS when a save reaches it; tests kill the process there.
     """
 
-    def __init__(
-        self, folder: str | Path, *, keep: int = 2, fault: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, folder: str | Path, *, keep: int = 2, fault: Callable[[str], None] | None = None) -> None:
         require(isinstance(keep, int) and keep >= 1, "keep", keep, "an integer >= 1")
         self.folder = Path(folder)
         self.keep = keep
@@ -106,6 +103,8 @@ class CheckpointStore:
         return final
 
     def _write(self, aside: Path, final: Path, flat: dict[str, np.ndarray], text: str) -> None:
+        import orbax.checkpoint as ocp  # late: it takes a while, and most processes save no job
+
         aside.mkdir(parents=True)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(aside.absolute() / "arrays", flat)
@@ -247,6 +246,8 @@ def read_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: an array is missing, unexpected, or of another shape or dtype, or they cannot be read.
     """
+    import orbax.checkpoint as ocp
+
     folder = Path(path).absolute() / "arrays"
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:

@@ -15,8 +15,8 @@ from loquetier_jax.adapters.pages import AdapterPages, read_pages
 from loquetier_jax.adapters.store import AdapterStore
 from loquetier_jax.adapters.version import Version
 from loquetier_jax.batch.packs import Pack
+from loquetier_jax.executables import Program
 from loquetier_jax.loop_thread import EngineThread
-from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.serve.scoring import Scores
 from loquetier_jax.step.compiled import StepFunctions, TrainKey
 from loquetier_jax.step.loss_batch import loss_batch
@@ -137,21 +137,27 @@ class DeviceJob:
         count = self.shape.num_pages
         return jax.tree.map(lambda a: np.zeros((count, *a.shape[1:]), np.float32), state.grads)
 
-    def compile_optimizer(self, state: DeviceState, spec: DecoderSpec, arrays: tuple[Any, Any]) -> None:
+    def compile_optimizer(self, functions: StepFunctions, state: DeviceState, arrays: tuple[Any, Any]) -> None:
         """Compiles the optimizer step and the copy of the best weights ahead of time.
 
         Args:
+            functions: The engine's.
             state: A DeviceState of shapes.
-            spec: The base.
             arrays: Shapes of `master` and `opt_state`; the job may end and free the arrays while this compiles.
         """
-        step = build_optimizer_step(spec, self.shape, self.job.cfg.optim)
-        ids = np.zeros(self.shape.num_pages, np.int32)
-        self.run_optimizer = step.lower(
-            *arrays, state.grads, state.pages, ids, ids, *self._numbers()
-        ).compile(cpu_bits.compiler_options())
+        kind, ids = self.job.cfg.optim, np.zeros(self.shape.num_pages, np.int32)
+
+        def lower_step() -> Program:
+            step = build_optimizer_step(functions.spec, self.shape, kind)
+            lowered = step.lower(*arrays, state.grads, state.pages, ids, ids, *self._numbers())
+            return lowered, cpu_bits.compiler_options()
+
+        def lower_copy() -> Program:
+            return jax.jit(partial(jax.tree.map, jnp.copy)).lower(arrays[0]), {}
+
+        self.run_optimizer = functions.kept(("optimizer_step", kind, self.shape), lower_step)
         if self.job.cfg.keeps_best:
-            self.copy_master = jax.jit(partial(jax.tree.map, jnp.copy)).lower(arrays[0]).compile()
+            self.copy_master = functions.kept(("copy", self.shape), lower_copy)
 
     def _numbers(self) -> tuple[Any, ...]:
         """Denominator, max_grad_norm and hyperparameters of the optimizer step that is due."""

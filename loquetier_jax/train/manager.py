@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from loquetier_jax.adapters.lora import LoraConfig, LoraShape, LoraWeights, init_weights, resolve_shape
 from loquetier_jax.adapters.manager import current_weights
@@ -18,6 +17,7 @@ from loquetier_jax.adapters.registry import check_name
 from loquetier_jax.arguments import path_of
 from loquetier_jax.config import EngineConfig, require
 from loquetier_jax.errors import AdapterError, CheckpointError, JobError, short
+from loquetier_jax.serve.tokenizer_type import PreTrainedTokenizerBase
 from loquetier_jax.train.changes import changed_config
 from loquetier_jax.train.config import TrainConfig
 from loquetier_jax.train.data import Data, Dataset, load_dataset

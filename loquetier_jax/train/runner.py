@@ -56,7 +56,7 @@ class JobRunner:
         shapes, arrays = shapes_of(self.state), shapes_of((device_job.master, device_job.opt_state))
         self.compiler.request(
             ("optimizer", device_job.number),
-            lambda: device_job.compile_optimizer(shapes, self.functions.spec, arrays),
+            lambda: device_job.compile_optimizer(self.functions, shapes, arrays),
         )
         for key in self.keys(device_job):
             fused = [b for b in self.cfg.buckets if (b.packs, b.pack_tokens) == (key.packs, key.pack_tokens)]

@@ -18,7 +18,8 @@ on Zen 3, Sapphire Rapids and Zen 5 with jaxlib 0.10.2 and 0.11.2):
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ import numpy as np
 
 EIGEN_WITH_ONEDNN = "TENSORFLOW_USE_CUSTOM_CONTRACTION_KERNEL"
 os.environ.setdefault(EIGEN_WITH_ONEDNN, "0")
+
+Build = Callable[[], tuple[jax.stages.Lowered, dict[str, str]]]
+Get = Callable[[Any, Build], Callable[..., Any]]
 
 FUSIONS = (
     "xla_cpu_experimental_ynn_fusion_type",
@@ -80,17 +84,30 @@ def cpu_options() -> dict[str, str]:
             del options[unknown[1]]
 
 
+def compiled(key: Any, build: Build) -> Callable[..., Any]:
+    """Compiles what `build` lowers; whoever keeps executables on disk has a function that looks there first."""
+    lowered, options = build()
+    return lowered.compile(options)
+
+
 @functools.cache
-def rows_keep_their_bits() -> bool:
+def rows_keep_their_bits(get: Get = compiled) -> bool:
     """Whether rows compiled with `compiler_options()` have the same bits as in a larger product.
 
     Tests float32 products of several shapes once per process: two compiles, about 0.2 s on one core. True on devices
     other than CPU, where bit-identity is not promised.
+
+    Args:
+        get: Gives the compiled function of a key, which it may know from an earlier process: (key, build).
     """
-    return jax.default_backend() != "cpu" or not (differing(SHAPES, ROWS) or differing(DEEP_SHAPES, DEEP_ROWS))
+    if jax.default_backend() != "cpu":
+        return True
+    return not (differing(SHAPES, ROWS, get) or differing(DEEP_SHAPES, DEEP_ROWS, get))
 
 
-def differing(shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> list[tuple[int, int, int]]:
+def differing(
+    shapes: Sequence[tuple[int, int]], rows: Sequence[int], get: Get = compiled
+) -> list[tuple[int, int, int]]:
     """(rows, k, n) of float32 products [rows, k] x [k, n] that differ from the first rows of a larger one."""
     rng = np.random.default_rng(0)
     counts = (*rows, max(rows) + 64)
@@ -99,7 +116,8 @@ def differing(shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> list[tu
     def products(factors: list[list[jax.Array]]) -> list[list[jax.Array]]:
         return [[x[:count] @ w for count in counts] for x, w in factors]
 
-    results = jax.jit(products).lower(factors).compile(compiler_options())(factors)
+    run = get(("products", shapes, rows), lambda: (jax.jit(products).lower(factors), compiler_options()))
+    results = jax.device_get(run(factors))  # a slice of an array on the device would be compiled
     return [
         (count, *shape)
         for shape, (*parts, whole) in zip(shapes, results, strict=True)

@@ -48,8 +48,12 @@ def paged_attention_xla(
         v = jnp.where(held[..., None, None], v, jnp.zeros((), v.dtype))
         return attend_rows(rows, k, v, seen, scale=scale).astype(q.dtype)
 
+    def attend_if_any(part: tuple[Array, ...]) -> Array:
+        """Padding is most of a small step, and its keys are not gathered; its rows are 0."""
+        return lax.cond((part[3] > 0).any(), attend, lambda part: jnp.zeros(part[0].shape, q.dtype), part)
+
     parts = (queries, jnp.asarray(plan.block_seq), jnp.asarray(plan.block_pos), jnp.asarray(plan.block_len))
-    return _in_chunks(attend, parts, blocks, chunk).reshape(q.shape)
+    return _in_chunks(attend_if_any, parts, blocks, chunk).reshape(q.shape)
 
 
 def _in_chunks(attend, parts: tuple[Array, ...], blocks: int, chunk: int) -> Array:

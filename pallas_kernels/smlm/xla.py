@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.smlm.plan import RANK_PAGE, TILE, SmlmPlan
 
@@ -43,9 +43,9 @@ def smlm_xla(
     x_tiles = jnp.where((offset[None, :] < length[:, None])[..., None], x[rows], jnp.zeros((), x.dtype))
     delta, S = None, []
     for m in range(pages.shape[1]):
-        S_m, part = _page_delta(x_tiles, A[pages[:, m]], B[pages[:, m]], out_features)
-        # Skip absent pages rather than adding zeros, so that the bits do not depend on MP.
         used = (pages[:, m] > 0)[:, None, None]
+        S_m, part = _page_delta_if(used.any(), x_tiles, A, B, pages[:, m], out_features)
+        # Skip absent pages rather than adding zeros, so that the bits do not depend on MP.
         delta = part if delta is None else jnp.where(used, delta + part, delta)
         S.append(jnp.where(used, S_m, jnp.zeros((), S_m.dtype)))
     flat, has = delta.reshape(-1, delta.shape[-1])[jnp.maximum(slot, 0)], (slot >= 0)[:, None]
@@ -61,6 +61,25 @@ def _first_rows(S: list[Array], slot: Int32[Array, " K"], targets: int) -> Float
     by_page = [one.reshape(-1, targets, RANK_PAGE)[jnp.maximum(slot, 0)] for one in S]
     stacked = jnp.stack(by_page, axis=2)
     return jnp.where((slot >= 0)[:, None, None, None], stacked, jnp.zeros((), stacked.dtype))
+
+
+def _page_delta_if(
+    any_used: Bool[Array, ""],
+    x: Float[Array, "NT M in"],
+    A: Float[Array, "P nR in"],
+    B: Float[Array, "P R out"],
+    pages: Int32[Array, " NT"],
+    out_features: tuple[int, ...],
+) -> tuple[Float[Array, "NT M nR"], Float[Array, "NT M out"]]:
+    """`_page_delta` of these pages, or zeros where no tile has one: a step of the base alone gathers no weights."""
+
+    def compute() -> tuple[Array, Array]:
+        return _page_delta(x, A[pages], B[pages], out_features)
+
+    def skip() -> tuple[Array, Array]:
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(compute))
+
+    return jax.lax.cond(any_used, compute, skip)
 
 
 def _page_delta(

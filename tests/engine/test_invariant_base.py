@@ -138,9 +138,9 @@ def test_a_copy_of_the_base_would_be_seen(make_engine, params, monkeypatch, copy
     keep = []
     new_state = state_module.new_state
 
-    def greedy_state(spec, cfg, params):
+    def greedy_state(spec, cfg, params, *rest):
         keep.append(jax.tree.map(copy, params["layers"]))
-        return new_state(spec, cfg, params)
+        return new_state(spec, cfg, params, *rest)
 
     monkeypatch.setattr("loquetier_jax.engine.new_state", greedy_state)
     watch = Watch(build(make_engine, params), params)

@@ -5,7 +5,7 @@ import logging
 import jax
 import pytest
 
-from loquetier_jax.runtime.warmup import tell_of_broken_bits
+from loquetier_jax.runtime.warmup import tell_of_broken_bits, warn_of_broken_bits
 from pallas_kernels.common import cpu_bits
 
 
@@ -54,10 +54,10 @@ def test_other_devices_take_no_options_and_are_promised_nothing(monkeypatch: pyt
 def test_an_engine_says_once_where_bits_are_not_kept(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cpu_bits, "rows_keep_their_bits", lambda: False)
-    tell_of_broken_bits.cache_clear()
+    monkeypatch.setattr(cpu_bits, "rows_keep_their_bits", lambda _: False)
+    warn_of_broken_bits.cache_clear()
     with caplog.at_level(logging.WARNING):
         tell_of_broken_bits()
         tell_of_broken_bits()
     assert [record.getMessage() for record in caplog.records] == [cpu_bits.BROKEN]
-    tell_of_broken_bits.cache_clear()
+    warn_of_broken_bits.cache_clear()

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loquetier_jax.errors import ModelError, RequestError
 from loquetier_jax.serve.tokenizer import encode_chat, encode_prompt, end_token_ids, load_tokenizer
+from loquetier_jax.tiny import base_path
 from loquetier_jax.train.formats import Completion, Text
 from loquetier_jax.train.tokenize import tokenize
 
@@ -22,6 +23,26 @@ def test_round_trip_through_a_folder(tokenizer: PreTrainedTokenizerFast, tmp_pat
     loaded = load_tokenizer(tmp_path)
     assert loaded.encode("héllo €") == tokenizer.encode("héllo €")
     assert encode_chat(loaded, CHAT) == encode_chat(tokenizer, CHAT)
+
+
+def test_a_generic_tokenizer_is_loaded_as_transformers_does(tmp_path: Path) -> None:
+    """Without the import of torch that AutoTokenizer needs."""
+    auto, own = AutoTokenizer.from_pretrained(base_path(), local_files_only=True), load_tokenizer(base_path())
+    assert type(own) is type(auto) and own.get_vocab() == auto.get_vocab()
+    assert own.init_kwargs.keys() == auto.init_kwargs.keys() and own.chat_template == auto.chat_template
+    assert own.special_tokens_map == auto.special_tokens_map and encode_chat(own, CHAT) == encode_chat(auto, CHAT)
+    code = f"import sys; from {load_tokenizer.__module__} import *; load_tokenizer({str(base_path())!r})"
+    seen = subprocess.run([sys.executable, "-c", f"{code}; print('torch' in sys.modules)"], stdout=subprocess.PIPE)
+    assert seen.stdout.decode().strip() == "False"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '"x"'])
+def test_a_damaged_configuration_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, text: str) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ModelError, match=f"cannot be loaded from '{tmp_path}'"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
