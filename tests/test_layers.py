@@ -8,9 +8,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("loquetier_jax", "pallas_kernels")
 BELOW = {
     "loquetier_jax.schedule": {"config", "config_file", "errors"},
-    "loquetier_jax.batch": {"config", "errors", "sampling_params", "struct", "pallas_kernels"},
+    "loquetier_jax.batch": {"config", "errors", "sampling_params", "pallas_kernels"},
     "loquetier_jax.step": {
-        *{"adapters", "batch", "config", "errors", "executables", "models", "sampling_params", "struct"},
+        *{"adapters", "batch", "config", "errors", "executables", "models", "sampling_params"},
         "pallas_kernels",
     },
     "loquetier_jax.models": {"config", "errors", "executables", "pallas_kernels"},

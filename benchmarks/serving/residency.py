@@ -130,8 +130,11 @@ def load_times(engine: Engine) -> Iterator[list[float]]:
         del engine.adapters.ensure_resident
 
 
-def play(engine: Engine, due: Sequence[Arrival], seed: int = 0) -> list[Served]:
-    """Submits requests when they are due, while the engine's own thread serves them; returns once all have ended."""
+def play(engine: Engine, due: Sequence[Arrival], seed: int) -> list[Served]:
+    """Submits requests when they are due, while the engine's own thread serves them; returns once all have ended.
+
+    Every play has a seed of its own: its prompts are not in the prefix cache.
+    """
     clock = engine.loop.clock
     start, served = clock() + 0.1, []
     waits = threading.Event()
@@ -161,7 +164,8 @@ def cold(engine: Engine, size: Size, folders: Sequence[Path]) -> list[dict[str, 
     case = f"residency/cold{size.cold}"
     registered = register(engine, "c", size.cold, folders)
     with load_times(engine) as loads:
-        found = latencies(play(engine, workload(size, [f"c{i}" for i in range(size.cold)], size.rate, seed=1)))
+        due = workload(size, [f"c{i}" for i in range(size.cold)], size.rate, seed=1)
+        found = latencies(play(engine, due, seed=1))
     for i in range(size.cold):
         engine.unload_adapter(f"c{i}")
     return [
@@ -178,9 +182,9 @@ def capacity(engine: Engine, size: Size) -> float:
     """Requests a second, of a burst over the names that are resident."""
     spans = {"at": 0.0, "input_length": size.prompt, "output_length": size.tokens}
     burst = [Arrival(**spans, adapter=f"n{i % size.resident}") for i in range(size.burst)]
-    play(engine, burst[: size.resident])
+    play(engine, burst[: size.resident], seed=2)
     started = time.perf_counter()
-    play(engine, burst)
+    play(engine, burst, seed=3)
     return size.burst / (time.perf_counter() - started)
 
 
@@ -191,9 +195,9 @@ def beyond(engine: Engine, size: Size, folders: Sequence[Path]) -> list[dict[str
     rate = 0.7 * capacity(engine, size)
     due = workload(size, [f"n{i}" for i in range(size.names)], rate, seed=2)
     few = [replace(one, adapter=f"n{int(one.adapter[1:]) % size.resident}") for one in due]
-    fits = latencies(play(engine, few))
+    fits = latencies(play(engine, few, seed=4))
     with load_times(engine) as loads:
-        found = latencies(play(engine, due))
+        found = latencies(play(engine, due, seed=5))
     note = f"{rate:.1f} requests a second; {len(loads)} loads for {len(due)} requests"
     ratios = {name: found[f"{name}_ttft_ms"] / fits[f"{name}_ttft_ms"] for name in ("median", "p99")}
     return [

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int, UInt
 
-from loquetier_jax import struct
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
 from pallas_kernels import AttentionPlan, SmlmPlan, plan_shapes
 from pallas_kernels.smlm import num_wide_bound

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from loquetier_jax import struct
 from loquetier_jax.config import PACK_ALIGN
 from loquetier_jax.models.decoder import final_norm, logits, logits_transpose
 from loquetier_jax.models.spec import DecoderSpec

@@ -1,9 +1,9 @@
 """The input of a custom loss besides log-probs and weights: the samples of a pack and their extras."""
 
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from loquetier_jax import struct
 from loquetier_jax.batch.packs import SAMPLE_ALIGN, Pack
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from loquetier_jax import struct
 from loquetier_jax.batch.rows import SampleRows, unravel
 from loquetier_jax.models.spec import DecoderSpec
 from loquetier_jax.sampling_params import Level

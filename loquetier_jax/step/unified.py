@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from loquetier_jax import struct
 from loquetier_jax.adapters.pages import AdapterPages
 from loquetier_jax.batch.rows import SegmentBatch, empty_batch, positions_of, shapes_of, unravel
 from loquetier_jax.config import Bucket, EngineConfig
