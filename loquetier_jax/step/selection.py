@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
 CHUNK = 128  # `top_k` sorts the maxima of chunks of this many entries, then the entries of the best chunks
-DIGIT = 4  # bits of a threshold that `threshold` finds in one pass
+DIGIT = 4  # bits of a threshold found in one pass over memory, on a GPU; elsewhere the sums count, and it is one
 
 
 def top_k(x: Float[Array, "n V"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
@@ -33,7 +33,7 @@ def top_k(x: Float[Array, "n V"], k: int) -> tuple[Float[Array, "n k"], Int[Arra
 
 
 def threshold(
-    x: Float[Array, "n V"], weights: Float[Array, "n V"], target: Float[Array, " n"]
+    x: Float[Array, "n V"], weights: Float[Array, "n V"], target: Float[Array, " n"], digit: int | None = None
 ) -> Float[Array, " n"]:
     """The largest value of each row at or above which the weights sum to at least `target`.
 
@@ -43,23 +43,24 @@ def threshold(
         x: Not NaN.
         weights: f32, >= 0.
         target: > 0.
+        digit: Bits found at a time, a divisor of 32; the result does not depend on it. None: by device.
 
     Returns:
         Values of x; NaN, below which nothing compares, where the whole row does not reach its target.
     """
-    keys = _ordered(x)
+    keys, bits = _ordered(x), digit or (DIGIT if jax.default_backend() == "gpu" else 1)
 
-    def digit(i: Int[Array, ""], low: UInt[Array, " n"]) -> UInt[Array, " n"]:
-        shift = (32 - DIGIT * (i + 1)).astype(jnp.uint32)
+    def find(i: Int[Array, ""], low: UInt[Array, " n"]) -> UInt[Array, " n"]:
+        shift = (32 - bits * (i + 1)).astype(jnp.uint32)
 
         def enough(step: int) -> Array:
             mark = low + (jnp.uint32(step) << shift)
             return jnp.where(keys >= mark[:, None], weights, 0.0).sum(axis=-1) >= target
 
         # Sums of fewer weights are never larger, so the number of marks that have enough is the digit.
-        return low + (sum(enough(step).astype(jnp.uint32) for step in range(1, 1 << DIGIT)) << shift)
+        return low + (sum(enough(step).astype(jnp.uint32) for step in range(1, 1 << bits)) << shift)
 
-    return _value(jax.lax.fori_loop(0, 32 // DIGIT, digit, jnp.zeros(x.shape[0], jnp.uint32)))
+    return _value(jax.lax.fori_loop(0, 32 // bits, find, jnp.zeros(x.shape[0], jnp.uint32)))
 
 
 SIGN = np.uint32(0x80000000)

@@ -1,5 +1,7 @@
 """Selection without sorting, against numpy's sort, ties, signed zeros and infinities included."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,11 @@ def top_k(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def threshold(x: np.ndarray, weights: np.ndarray, target: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.jit(selection.threshold)(jnp.asarray(x), jnp.asarray(weights), jnp.asarray(target)))
+    """With one bit at a time and with several, which must not differ."""
+    arrays = jnp.asarray(x), jnp.asarray(weights), jnp.asarray(target)
+    one, several = (np.asarray(jax.jit(partial(selection.threshold, digit=n))(*arrays)) for n in (1, 4))
+    np.testing.assert_array_equal(one, several)
+    return one
 
 
 def rows(seed: int, n: int, size: int) -> np.ndarray:
