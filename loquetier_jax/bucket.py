@@ -105,7 +105,7 @@ class Bucket:
         ]
         return "-".join(p for p in parts if p)
 
-    def holds(self, context: int) -> bool:
+    def fits(self, context: int) -> bool:
         """Whether rows that attend to `context` tokens fit."""
         return not self.context or context <= self.context
 

@@ -1,7 +1,7 @@
 """Engine configuration: frozen dataclasses that validate themselves on construction. Imports no jax."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from loquetier_jax.bucket import BLOCK, PACK_ALIGN, Bucket
@@ -80,8 +80,9 @@ class EngineConfig:
         dtype: Compute dtype of base, adapters and KV cache.
         max_model_len: Maximum prompt + output tokens of one request.
         kv_page_size: Tokens per KV page, a multiple of BLOCK.
-        num_kv_pages: Number of KV pages, including page 0 (the trash page); None takes what `gpu_memory_utilization`
-            leaves, at most max_num_seqs full sequences, or exactly these where the device does not tell its memory.
+        num_kv_pages: Number of KV pages, including page 0 (the trash page); None takes as many as fit within
+            `gpu_memory_utilization`, at most max_num_seqs full sequences, or exactly these where the device does not
+            tell its memory.
         gpu_memory_utilization: Share of the memory that jax may use to be filled, in (0, 1]; see `step.memory`.
         train_memory_gb: Memory to leave for training if num_kv_pages is None; None: one pass of the largest training
             bucket and 8 jobs of rank 16; 0: serve only.
@@ -89,8 +90,9 @@ class EngineConfig:
         max_num_seqs: Slots, i.e. the maximum number of running requests.
         max_adapters: Adapter pages on the device, i.e. resident adapters of rank <= 16 (rank r takes ceil(r/16)).
         max_host_adapters: Host copies of adapters, in page form and `dtype` (84 MB of rank 16 at 8B), from which they
-            are loaded in one transfer; names of one folder share one. The least recently used are dropped first and
-            read from their folder again. None keeps all.
+            are loaded in one transfer; names of one folder share one. They are made ahead of the first request while
+            there is room; the least recently used are dropped first and read from their folder again. None keeps the
+            copy of every adapter ever loaded.
         max_lora_rank: Largest rank an adapter may have; a multiple of RANK_PAGE.
         train_pages: Rank-16 pages in the gradient pool, shared by all jobs.
         max_logprobs: Maximum alternatives returned per token, for `logprobs` and `prompt_logprobs`.
@@ -162,15 +164,14 @@ class EngineConfig:
         for rows in ("prefill", "decode"):
             some = [b for b in self.buckets if getattr(b, rows)]
             require(some, "buckets", self.buckets, f"at least one bucket with {rows} rows")
-        # Any request may reach max_model_len, and all that run decode together.
-        decode, names = max(b.decode for b in self.buckets), [b.name for b in self.buckets]
-        whole = [b for b in self.buckets if self.holds_any_context(b)]
-        ok = any(b.prefill for b in whole) and any(b.decode == decode for b in whole)
-        require(ok, "buckets", names, f"prefill rows, and {decode} decode rows, in buckets without a limit of context")
-
-    def holds_any_context(self, bucket: Bucket) -> bool:
-        """Whether the bucket's rows may attend to max_model_len tokens."""
-        return not bucket.context or bucket.context >= self.max_model_len
+        # A limit that no request can reach is none.
+        most = self.max_model_len
+        whole = tuple(replace(b, context=0) if b.context >= most else b for b in self.buckets)
+        object.__setattr__(self, "buckets", whole)
+        serving = [b for b in whole if not b.packs and not b.context]
+        ok = all(not b.context for b in whole) or (any(b.prefill for b in serving) and any(b.decode for b in serving))
+        expected = "prefill and decode rows in buckets without a limit of context and without training packs"
+        require(ok, "buckets", [b.name for b in whole], expected)
 
     @property
     def sample_sizes(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The engine's adapter methods: load, add, unload, rename, pin, save, export."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class AdapterManager:
     def __init__(self, spec: DecoderSpec, store: AdapterStore, driver: Driver, base: str) -> None:
         self._spec, self._store, self._driver, self._base = spec, store, driver, base
         self._folders = Folders(spec)
+        self._pinning = threading.Lock()
 
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> Version:
         """Adds an adapter from a PEFT folder; it serves from the next request on, and nothing recompiles.
@@ -103,9 +105,10 @@ class AdapterManager:
         with self._driver.entered():
             version = self._store.hold(name)
         try:
-            self._store.load(version)  # slow, so without the lock
-            with self._driver.entered():
-                self._store.pin(name)
+            with self._pinning:  # one at a time: what is staged takes memory of the device
+                self._store.load(version)  # slow, so without the engine's lock
+                with self._driver.entered():
+                    self._store.pin(name)
         finally:
             self._store.drop(version)
 

@@ -197,8 +197,11 @@ class Residency:
             return self._transfers.cast(version.host, version.shape)
         self._check_source(version)
         if self._transfers.read is not None:
-            return self._transfers.read(version)
-        return self._transfers.cast(read_weights(version.source, version.shape, self._spec), version.shape)
+            made = self._transfers.read(version)
+        else:
+            made = self._transfers.cast(read_weights(version.source, version.shape, self._spec), version.shape)
+        self._check_source(version)  # it may have been replaced while it was read
+        return made
 
     def _take(self, count: int, owner: Hashable, victims: list[Version]) -> tuple[int, ...]:
         for victim in victims:
@@ -240,13 +243,13 @@ class Residency:
 
     def _can_make(self, version: Version) -> bool:
         """Whether its host copy can be made again."""
-        return version.host is not None or self._source_holds(version)
+        return version.host is not None or self._source_unchanged(version)
 
     def _check_source(self, version: Version) -> None:
-        if not self._source_holds(version):
+        if not self._source_unchanged(version):
             raise AdapterError(f"{version.name}: {version.source} has changed since it was loaded")
 
-    def _source_holds(self, version: Version) -> bool:
+    def _source_unchanged(self, version: Version) -> bool:
         if version.source is None:
             return False
         try:

@@ -32,7 +32,7 @@ class Measurer:
 
     def attention(self, buckets: list[Bucket]) -> None:
         """Measures what attention adds as contexts grow, on the largest buckets with decode and with prompt rows."""
-        whole = [b for b in buckets if self._cfg.holds_any_context(b)]
+        whole = [b for b in buckets if not b.context]
         decode = max((b for b in whole if b.decode), key=lambda b: (b.decode, -b.rows), default=None)
         prefill = max((b for b in whole if b.prefill), key=lambda b: (b.prefill, -b.rows), default=None)
         kv_token_ms = self._decode_slope(decode) if decode else 0.0

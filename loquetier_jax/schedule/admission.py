@@ -11,8 +11,13 @@ EXAMINED = 64  # number of waiting requests checked for lack of room per decisio
 
 @functools.lru_cache(maxsize=256)
 def decode_limit(buckets: tuple[Bucket, ...]) -> int:
-    """Maximum number of running requests; 0 if no bucket has prefill rows."""
-    return max(b.decode for b in buckets) if any(b.prefill for b in buckets) else 0
+    """Maximum number of running requests; 0 if no bucket has prefill rows.
+
+    All of them must decode in one step whatever their contexts, also without the buckets of jobs, which end.
+    """
+    whole = [b for b in buckets if not b.context]
+    always = [b for b in whole if not b.packs] or whole
+    return max((b.decode for b in always), default=0) if any(b.prefill for b in whole) else 0
 
 
 class Admission:

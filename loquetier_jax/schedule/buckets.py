@@ -69,11 +69,21 @@ def cheapest(snapshot: Snapshot, need: Bucket, latency: LatencyModel) -> Bucket 
 
 
 @functools.lru_cache(maxsize=4096)
-def serving_need(decode: int, prefill: int = 0, chunks: int = 0, context: int = 1) -> Bucket | None:
-    """The shape of a step with only inference rows, which attend to `context` tokens; None if there are none."""
+def serving_need(decode: int, prefill: int = 0, chunks: int = 0, context: int = 0) -> Bucket | None:
+    """The shape of a step with only inference rows, None if there are none; `context` is that of `limit_of`."""
     if not decode and not prefill:
         return None
-    return Bucket(decode=decode, prefill=prefill, chunks=chunks, context=max(1, context))
+    return Bucket(decode=decode, prefill=prefill, chunks=chunks, context=context)
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(buckets: tuple[Bucket, ...]) -> list[int]:
+    return sorted({b.context for b in buckets if b.context})
+
+
+def limit_of(buckets: tuple[Bucket, ...], context: int) -> int:
+    """The smallest limit of any bucket within which `context` tokens are; 0 if they are within none."""
+    return next((limit for limit in _limits(buckets) if context <= limit), 0)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -29,8 +29,8 @@ def tokens_left(candidate: Candidate) -> int:
 
 
 def is_long(candidate: Candidate, rows: int) -> bool:
-    """Whether a prompt keeps steps of `rows` prompt rows busy for so long that others must not wait for all of it."""
-    return 0 < LONG_STEPS * rows < candidate.done + tokens_left(candidate)
+    """Whether what is left of a prompt keeps steps of `rows` prompt rows so busy that others must not wait for it."""
+    return 0 < LONG_STEPS * rows < tokens_left(candidate)
 
 
 def affordable(start: int, pairs: float) -> float:
@@ -113,7 +113,7 @@ class PrefillBuilder:
             return False
         left, start = tokens_left(candidate), candidate.done
         tokens = min(left, self._rows)
-        if not self._bucket.holds(start + tokens):
+        if not self._bucket.fits(start + tokens):
             tokens = (self._bucket.context - start) // BLOCK * BLOCK
         if self.pairs + chunk_pairs(start, tokens) > self._most_pairs:
             tokens = min(tokens, int(affordable(start, self._most_pairs - self.pairs)))
@@ -133,8 +133,8 @@ class PrefillBuilder:
         return True
 
     def _can_go_on(self, candidate: Candidate) -> bool:
-        holds = self._bucket.holds(candidate.done + min(tokens_left(candidate), BLOCK))
-        return holds and (isinstance(candidate, Prefilling) or self.admission.fits(candidate))
+        fits = self._bucket.fits(candidate.done + min(tokens_left(candidate), BLOCK))
+        return fits and (isinstance(candidate, Prefilling) or self.admission.fits(candidate))
 
     def _note_heads(self) -> None:
         """Shows admission the first waiting request of every adapter, so that those without room count as overtaken."""

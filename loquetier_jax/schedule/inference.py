@@ -13,6 +13,7 @@ from loquetier_jax.schedule.buckets import (
     decode_reads,
     forward_late,
     forward_ms,
+    limit_of,
     prefill_buckets,
     serving_need,
 )
@@ -57,16 +58,15 @@ class Plan:
 
     def predict(self, snapshot: Snapshot, latency: LatencyModel) -> None:
         """Chooses the bucket and sets its predicted time."""
-        self.bucket = cheapest(snapshot, self.need, latency)
+        self.bucket = cheapest(snapshot, self.need(snapshot), latency)
         if self.bucket is not None:
             self.ms = forward_ms(snapshot, self.bucket, latency, self.reads)
             self.late = forward_late(snapshot, self.bucket, latency, self.reads)
 
-    @property
-    def need(self) -> Bucket | None:
+    def need(self, snapshot: Snapshot) -> Bucket | None:
         """The shape of the rows."""
-        rows = sum(blocks(tokens) for _, tokens in self.prefill)
-        return serving_need(len(self.decode), rows, len(self.prefill), self.context)
+        rows, context = sum(blocks(tokens) for _, tokens in self.prefill), limit_of(snapshot.buckets, self.context)
+        return serving_need(len(self.decode), rows, len(self.prefill), context)
 
 
 def plan_inference(
@@ -96,7 +96,8 @@ def plan_inference(
     limits = max_overtakes, max_prefill_waits
     owed = snapshot.fairness.long_ms if others_wait(snapshot) else 0.0
     plan = _plan_prompts(snapshot, latency, decode_only, *limits, without_long=owed < 0)
-    if owed < 0 and plan.bucket is None:  # the others have no room
+    if owed < 0 and plan.bucket is None:  # the others have no room, so they are owed nothing
+        owed = 0.0
         plan = _plan_prompts(snapshot, latency, decode_only, *limits, without_long=False)
     if long_share < 1:
         paid = -max(0.0, plan.ms - decode_only.ms) if plan.long else plan.ms * long_share / (1 - long_share)
@@ -114,7 +115,7 @@ def _plan_prompts(
     without_long: bool,
 ) -> Plan:
     able = prefill_buckets(snapshot.buckets)
-    mixed = [b for b in able if b.decode >= len(snapshot.running) and b.holds(decode_only.context)]
+    mixed = [b for b in able if b.decode >= len(snapshot.running) and b.fits(decode_only.context)]
     waits = snapshot.fairness.prefill_waits
     headroom = math.inf if decode_only.ms > first_gap_ms(snapshot.slo) else step_headroom(snapshot)
     base, usable = decode_only, mixed
@@ -131,7 +132,7 @@ def _plan_prompts(
     in_time = [p for p in plans(lambda b: _most_pairs(snapshot, b, latency, base, headroom)) if p.ms <= headroom]
     if in_time:
         return max(in_time, key=_rate)
-    late = plans(lambda _: math.inf)
+    late = [] if math.isinf(headroom) else plans(lambda _: math.inf)
     if late and (not snapshot.running or waits >= max_prefill_waits):
         return min(late, key=lambda p: p.ms)
     return replace(decode_only, prefill_waits=waits + 1) if late or not mixed else replace(decode_only)
@@ -139,9 +140,11 @@ def _plan_prompts(
 
 def _serving_the_first(plans: list[tuple[Bucket, Plan]]) -> list[Plan]:
     """The plans with prompts; without those that pass over the first in fair order, as its context exceeds theirs."""
-    first = next((plan.prefill[0][0] for bucket, plan in plans if plan.prefill and not bucket.context), None)
-    able = [plan for _, plan in plans if plan.prefill]
-    return [plan for plan in able if any(name == first for name, _ in plan.prefill)] or able
+    able = [(bucket.context or math.inf, plan) for bucket, plan in plans if plan.prefill]
+    if not able:
+        return []
+    first = max(able, key=lambda one: one[0])[1].prefill[0][0]
+    return [plan for _, plan in able if any(name == first for name, _ in plan.prefill)]
 
 
 def _most_pairs(snapshot: Snapshot, bucket: Bucket, latency: LatencyModel, base: Plan, headroom: float) -> float:

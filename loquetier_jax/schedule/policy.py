@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loquetier_jax.config import BLOCK, Bucket, require
+from loquetier_jax.config import BLOCK, Bucket, is_int, is_number, require
 from loquetier_jax.schedule.buckets import (
     cheapest,
     decode_context,
     decode_reads,
     forward_late,
     forward_ms,
+    limit_of,
     prefill_buckets,
     serving_need,
 )
@@ -58,15 +59,16 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         for name in ("train_share", "train_floor"):
             value = getattr(self, name)
-            require(0 <= value <= 1, name, value, "a number in [0, 1]")
+            require(is_number(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
         share = self.long_prompt_share
-        require(0 < share <= 1, "long_prompt_share", share, "a number in (0, 1]")
-        require(self.max_quantum_ms > 0, "max_quantum_ms", self.max_quantum_ms, "a number > 0")
-        require(self.margin >= 0, "margin", self.margin, "a number >= 0")
-        require(self.max_lead >= 1, "max_lead", self.max_lead, "an integer >= 1")
+        require(is_number(share) and 0 < share <= 1, "long_prompt_share", share, "a number in (0, 1]")
+        quantum, margin, lead = self.max_quantum_ms, self.margin, self.max_lead
+        require(is_number(quantum) and quantum > 0, "max_quantum_ms", quantum, "a number > 0")
+        require(is_number(margin) and margin >= 0, "margin", margin, "a number >= 0")
+        require(is_int(lead) and lead >= 1, "max_lead", lead, "an integer >= 1")
         for name in ("max_overtakes", "max_prefill_waits"):
             value = getattr(self, name)
-            require(value >= 0, name, value, "an integer >= 0")
+            require(is_int(value) and value >= 0, name, value, "an integer >= 0")
 
 
 def decide(snapshot: Snapshot, latency: LatencyModel, config: PolicyConfig) -> Decision:
@@ -168,7 +170,7 @@ def _next_forward(snapshot: Snapshot, plan: Plan, pending: bool, latency: Latenc
     """The bucket of the next forward, or of the next two if prompts and decodes alternate."""
     running = len(snapshot.running) + len(plan.finishing)
     chunk = (BLOCK, 1) if pending else (0, 0)
-    context = max(decode_context(snapshot), plan.context) + 1
+    context = limit_of(snapshot.buckets, max(decode_context(snapshot), plan.context) + 1)
     need = serving_need(running, *chunk, context)
     if need is None:
         return []

@@ -137,10 +137,10 @@ def _forwards(
     alone = cheapest(snapshot, need, latency)
     if alone is not None:
         yield False, alone, forward_ms(snapshot, alone, latency), forward_late(snapshot, alone, latency)
-    if plan.need is None:
+    p = plan.need(snapshot)
+    if p is None:
         return
     rows = {n: getattr(need, n) for n in ("packs", "pack_tokens", "score_packs", "score_tokens") if getattr(need, n)}
-    p = plan.need
     both = Bucket(**rows, prefill=p.prefill, chunks=p.chunks, decode=p.decode, context=p.context)
     fused = cheapest(snapshot, both, latency)
     if fused is not None:

@@ -32,8 +32,8 @@ from loquetier_jax.token_ids import plain_prompt
 class RequestFrontend:
     """Accepts prompts and returns outputs. Thread-safe.
 
-    Validation, tokenizing and reading adapter weights happen here, in the caller's thread and without the loop's lock.
-    The loop receives requests that are ready to run through its inbox.
+    Validation and tokenizing happen here, in the caller's thread and without the loop's lock, and adapters that are not
+    on the device begin to be loaded by other threads. The loop receives the requests through its inbox.
 
     Args:
         spec, cfg, tokenizer: The engine's.
@@ -171,7 +171,7 @@ class RequestFrontend:
         try:
             for one in accepted:
                 self._queue.prepare(one.handle.requests)
-        except BaseException:  # Ctrl-C: reading adapters may take long
+        except BaseException:  # Ctrl-C
             self._withdraw(accepted)
             raise
         self._driver.post(add)

@@ -85,7 +85,8 @@ def truncate(logits: Float[Array, "n V"], rows: SampleRows) -> Float[Array, "n V
     def mass_floor(logits: Float[Array, "n V"], floor: Float[Array, " n"]) -> Float[Array, " n"]:
         p = jnp.where(logits < floor[:, None], 0.0, jnp.exp(logits - best[:, None]))
         reached = threshold(logits, p, jnp.maximum(rows.top_p * p.sum(axis=-1), 1e-30))
-        return jnp.where(by_mass, reached, everything)  # with top_p = 1 the f32 sum may reach 1 before the tail
+        # With top_p = 1 the f32 sum may reach 1 before the tail; near 1, that of all tokens may fall short of it.
+        return jnp.where(by_mass & ~jnp.isnan(reached), reached, everything)
 
     floor = jnp.maximum(floor, jax.lax.cond(by_rank.any(), rank_floor, lambda _: everything, logits))
     floor = jnp.maximum(floor, jax.lax.cond(by_mass.any(), mass_floor, lambda *_: everything, logits, floor))

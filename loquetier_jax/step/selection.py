@@ -17,6 +17,10 @@ def top_k(x: Float[Array, "n V"], k: int) -> tuple[Float[Array, "n k"], Int[Arra
 
     They lie in the k chunks with the largest maxima: each of these has an entry that comes before any entry elsewhere.
 
+    Args:
+        x: Not NaN.
+        k: Number of entries.
+
     Raises:
         ValueError: k > V.
     """

@@ -80,6 +80,24 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path, max_host_adapters=0)  # nothing is copied ahead of time
 
 
+def test_a_folder_replaced_while_it_is_read_is_refused(world: World) -> None:
+    """What was read may be of either adapter, and would be kept as the copy of the old one."""
+    version = world.load("a")
+
+    def replaced(version: Version) -> str:
+        write_peft(version.source, random_weights(shape_of(2)), shape_of(2), SPEC)
+        return "mixture"
+
+    world.read = replaced
+    world.store.hold("a")
+    world.store.prepare(version)
+    world.work()
+    assert version.copy is None and "mixture" not in world.staged
+    with pytest.raises(AdapterError, match="changed"):
+        world.store.ensure_loaded(version)
+    world.store.drop(version)
+
+
 def test_a_request_comes_back_until_its_adapter_is_staged(world: World) -> None:
     version = world.load("a")
     world.request("a")

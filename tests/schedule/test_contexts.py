@@ -10,7 +10,7 @@ from loquetier_jax.config import Bucket, EngineConfig
 from loquetier_jax.errors import ConfigError
 from loquetier_jax.schedule.latency import FORWARD, LatencyModel
 from loquetier_jax.schedule.policy import PolicyConfig, decide
-from loquetier_jax.schedule.types import Decision, Decoding, Prefilling, Snapshot
+from loquetier_jax.schedule.types import Decision, Decoding, Prefilling, Snapshot, Waiting
 
 SHORT, LONG = Bucket(decode=8, context=512), Bucket(decode=8)
 FAST, SLOW = Bucket(prefill=256, chunks=4, decode=8, context=512), Bucket(prefill=64, chunks=4, decode=8)
@@ -91,14 +91,34 @@ def test_deep_prompts_come_through_beside_a_stream_of_short_ones(latency: Latenc
     assert {d.bucket for d, _ in seen} >= {SHORT, FAST, SLOW}
 
 
+def test_a_limit_beyond_every_request_is_none() -> None:
+    """Written as a number, it once hid a deep prompt from the rule above, and the prompt starved."""
+    whole = dataclasses.replace(SLOW, context=4096), dataclasses.replace(LONG, context=5000)
+    assert EngineConfig(max_model_len=4096, buckets=(SHORT, FAST, *whole)).buckets == (SHORT, FAST, SLOW, LONG)
+
+
+def test_no_more_are_admitted_than_decode_without_a_job(latency: LatencyModel) -> None:
+    """The bucket of a job has more decode rows, and goes with the job; short contexts grow."""
+    wide = Bucket(packs=1, pack_tokens=64, prefill=64, chunks=4, decode=32), Bucket(decode=16, context=512)
+    queue = tuple(Waiting(id=f"w{i}", arrival=0.0, prompt_tokens=8, pages=1) for i in range(20))
+    running = tuple(
+        Decoding(id=f"r{i}", first_token_time=0.0, last_token_time=0.9, num_output=2, context=9) for i in range(6)
+    )
+    snapshot = Snapshot(
+        now=1.0, buckets=(*BUCKETS, *wide), running=running, waiting=queue, free_slots=32, free_pages=99
+    )
+    assert len(decide(snapshot, latency, PolicyConfig()).admit) == 8 - 6
+
+
 def test_limits_that_could_leave_requests_stranded_are_refused() -> None:
     def config(*buckets: Bucket) -> EngineConfig:
         return EngineConfig(max_model_len=1024, buckets=buckets)
 
     config(*BUCKETS)
+    train = Bucket(packs=1, pack_tokens=64, prefill=64, chunks=4, decode=8)  # there while a job runs, not before
     config(dataclasses.replace(FAST, context=1024), SHORT, LONG)  # as long as any request
-    for buckets in ((SHORT, FAST, Bucket(prefill=64, chunks=4, decode=4)), (LONG, FAST)):
-        with pytest.raises(ConfigError, match=r"buckets: got .*without a limit of context"):
+    for buckets in ((SHORT, FAST), (LONG, FAST), (SHORT, FAST, train)):
+        with pytest.raises(ConfigError, match=r"buckets: got .*without a limit of context and without training packs"):
             config(*buckets)
     with pytest.raises(ConfigError, match=r"Bucket\.context: got 64, expected 0 without prefill and decode rows"):
         Bucket(score_packs=1, score_tokens=64, context=64)

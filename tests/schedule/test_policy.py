@@ -207,6 +207,21 @@ def test_a_long_prompt_owes_others_what_it_took(case: Case) -> None:
     assert case(prefilling=(short,), **owing).prefill, "eight steps are not long"
 
 
+def test_a_long_prompt_owes_nothing_to_those_who_have_no_room(case: Case) -> None:
+    """Its debt would grow by every step, and the next long prompt would pay for all of them."""
+    long = Prefilling(id="long", arrival=1.0, remaining=40_000)
+    blocked, fairness = waiting(0, pages=10_000), Fairness()
+    for _ in range(20):
+        fairness = case(prefilling=(long,), waiting=(blocked,), fairness=fairness).fairness
+    assert -15 < fairness.long_ms < 0, "one step's worth"
+
+
+def test_what_is_cached_does_not_make_a_prompt_long(case: Case) -> None:
+    chat = waiting(0, prompt=50, done=40_000)
+    d = case(waiting=(chat,), running=running(3), fairness=Fairness(long_ms=-100.0))
+    assert d.prefill == (("w0", 50),)
+
+
 def test_with_a_share_of_one_long_prompts_are_like_others(
     buckets: tuple[Bucket, ...], latency: LatencyModel
 ) -> None:
