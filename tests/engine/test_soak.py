@@ -244,7 +244,7 @@ def test_nothing_compiles_and_the_books_are_right(
     record_property("actions", dict(player.done))
     assert min(player.done.values()) > steps // 400 and len(player.done) >= (12 if steps >= 2000 else 8), player.done
     record_property("cached tokens, errors", (player.cached, player.errors))
-    assert player.cached > (steps if steps >= 2000 else 0) and player.errors
+    assert player.cached > (steps // 4 if steps >= 2000 else 0) and player.errors
     statuses = Counter(job.status for job in engine.jobs.values())
     assert statuses["succeeded"] > steps // 400 and not statuses["failed"], statuses
     pools = engine.loop.serving.kv, engine.loop.serving.slots, engine.loop.training.grad_pool
