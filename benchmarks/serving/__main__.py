@@ -44,13 +44,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without any")
     parser.add_argument("--tiny", action="store_true", help="a small model, for a CPU")
+    parser.add_argument("--preset", help="another engine config than gpu (cpu with --tiny), to explore")
     parser.add_argument("--peer", type=Path, help="a peer's figures (JSON)")
     parser.add_argument("--out", type=Path, help="folder for the result, instead of benchmarks/results")
     args = parser.parse_args()
     unknown = set(args.parts) - PARTS.keys()
     if unknown:
         parser.error(f"got {sorted(unknown)}, expected some of {list(PARTS)}")
-    world, records, failures = make_world(args.tiny), [], 0
+    preset = args.preset or ("cpu" if args.tiny else "gpu")
+    world, records, failures = make_world(args.tiny, preset), [], 0
     decode.ms_per_step(world, 8, len(world.adapters))  # what loads at first use has been loaded
     for name in args.parts or PARTS:
         try:  # a part that fails must not cost the others their turn on the machine
@@ -65,7 +67,7 @@ def main() -> None:
             print(f"{r['case']:32} {r['metric']:20} {r['value']:10.2f} {r['unit']}{ratio}", flush=True)
     world.engine.check_integrity()
     shapes = "tiny" if args.tiny else "Llama-3.1-8B"
-    print(write("serving", {"shapes": shapes, "preset": "cpu" if args.tiny else "gpu"}, records, folder=args.out))
+    print(write("serving", {"shapes": shapes, "preset": preset}, records, folder=args.out))
     raise SystemExit(failures)
 
 

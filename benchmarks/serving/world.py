@@ -54,9 +54,9 @@ class World:
         return seconds
 
 
-def make_world(small: bool) -> World:
-    """The `gpu` preset at Llama-3.1-8B shapes; `small`: the `cpu` preset and a tiny model."""
-    spec, cfg = (tiny(), engine_config("cpu")) if small else (llama_8b(), engine_config("gpu"))
+def make_world(small: bool, preset: str) -> World:
+    """A preset of configs/engine/, or a file, at Llama-3.1-8B shapes; `small`: with a tiny model."""
+    spec, cfg = tiny() if small else llama_8b(), engine_config(preset)
     params = jax.block_until_ready(init_random(spec, jax.random.key(0), jnp.dtype(cfg.dtype)))
     started = time.perf_counter()
     engine = Engine(spec, params, cfg)
