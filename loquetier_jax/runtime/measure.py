@@ -41,9 +41,8 @@ class Measurer:
     def forward(self, bucket: Bucket) -> None:
         """Measures a forward without train rows, full."""
         items = full_step(bucket, self._cfg)
-        attention = self._latency.attention_ms(reads_of(items))
-        times = [max(ms - attention, 0.1 * ms) for ms in self._forward_times(bucket, items)]
-        self._latency.seed((FORWARD, bucket.name), times, bucket.rows)
+        times = self._forward_times(bucket, items)
+        self._latency.seed((FORWARD, bucket.name), times, bucket.rows, reads_of(items))
 
     def sampler(self, rows: int, level: Level) -> None:
         """Measures a sampler, on rows of zeros."""

@@ -10,6 +10,8 @@ from loquetier_jax.batch.packs import Pack
 from loquetier_jax.batch.rows import SegmentBatch
 from loquetier_jax.config import BLOCK, Bucket, EngineConfig
 from loquetier_jax.sampling_params import SamplingParams
+from loquetier_jax.train.data import make_sample
+from loquetier_jax.train.packing import build_pack
 
 TYPICAL_CONTEXT = 512  # tokens
 ADAPTERS = 4  # in a step, in equal shares
@@ -74,9 +76,4 @@ def harmless(items: StepItems[Understudy], bucket: Bucket, cfg: EngineConfig) ->
 
 
 def _full_pack(tokens: int) -> Pack:
-    zeros = np.zeros(tokens, np.int32)
-    return Pack(
-        tokens=zeros, targets=zeros, positions=np.arange(tokens, dtype=np.int32), segments=zeros,
-        weights=np.ones(tokens, np.float32), drop_keys=np.zeros(tokens, np.uint32), num_targets=tokens,
-        num_tokens=tokens, step=0, index=0, is_last=True, sample_ids=(0,),
-    )  # fmt: skip
+    return build_pack([make_sample([0] * (tokens + 1), [True] * (tokens + 1))], [0], tokens)

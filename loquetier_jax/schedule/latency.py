@@ -107,15 +107,16 @@ class LatencyModel:
         """Whether the key has been measured."""
         return key in self._table
 
-    def seed(self, key: Key, ms: Sequence[float], rows: int) -> None:
-        """Sets the mean to the median of warm-up measurements.
+    def seed(self, key: Key, ms: Sequence[float], rows: int, reads: Reads = NOTHING) -> None:
+        """Sets the mean to the median of warm-up measurements, each of a call that read as much as `reads`.
 
         Raises:
             ConfigError: no measurement, one that is not > 0, or rows < 1.
         """
         require(len(ms) > 0 and all(m > 0 for m in ms), f"latency of {key}", list(ms), "times > 0")
         require(rows >= 1, f"rows of {key}", rows, "an integer >= 1")
-        self._table[key] = Entry(rows, statistics.median(ms), len(ms), self._observations)
+        base = self._without_attention(statistics.median(ms), reads)
+        self._table[key] = Entry(rows, base, len(ms), self._observations)
 
     def seed_attention(self, kv_token_ms: float, pair_ms: float) -> None:
         """Sets the milliseconds per KV token that a decode row reads, and per (row, key) pair of a prompt chunk.
@@ -141,21 +142,23 @@ class LatencyModel:
             ConfigError: ms is not > 0, or rows < 1.
         """
         require(ms > 0, f"latency of {key}", ms, "a time > 0")
-        attention = self.attention_ms(reads)
-        base = max(ms - attention, LEAST_BASE * ms)
         entry = self._table.get(key)
         if entry is None:
-            self.seed(key, [base], rows)
+            self.seed(key, [ms], rows, reads)
             return
+        base = self._without_attention(ms, reads)
         self._observations += 1
         entry.count = 2 if self._is_stale(entry) else entry.count + 1
         entry.seen = self._observations
         if entry.count == 2 and base < entry.ms:
             entry.ms = base
             return
-        entry.note_error(ms / (entry.ms + attention))
+        entry.note_error(ms / (entry.ms + self.attention_ms(reads)))
         clipped = min(max(base, entry.ms / CLIP), entry.ms * CLIP)
         entry.ms += max(self.smoothing, 1 / entry.count) * (clipped - entry.ms)
+
+    def _without_attention(self, ms: float, reads: Reads) -> float:
+        return max(ms - self.attention_ms(reads), LEAST_BASE * ms)
 
     def _is_stale(self, entry: Entry) -> bool:
         return self._observations - entry.seen > STALE
