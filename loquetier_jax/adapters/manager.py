@@ -116,6 +116,7 @@ class AdapterManager:
         """Writes the current version of an adapter as a PEFT folder; raises AdapterError for an unknown name."""
         path = path_of(path, "path", "the folder to write", AdapterError)
         version, weights = current_weights(name, self._store, self._driver)
+        self._store.keep_copies(path)
         write_peft(
             path,
             weights,

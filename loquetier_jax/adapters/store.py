@@ -1,6 +1,8 @@
 """The adapter store: adapters by name, their versions, and where each version's weights are."""
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from loquetier_jax.adapters.folder import FoundAdapter
@@ -148,6 +150,18 @@ class AdapterStore(Registry):
         """Begins to load a held version in the background, unless it is ready or on its way; returns at once."""
         if not (version.pages is not None or version.snapshot is not None):
             self.loader.request(version)
+
+    def keep_copies(self, folder: str | os.PathLike[str]) -> None:
+        """Makes host copies of the versions of a folder that is about to be overwritten; slow, without the loop's lock.
+
+        A version that cannot be read is left to the requests that need it, which end with that error.
+        """
+        path = os.path.realpath(folder)
+        with self.lock:
+            found = [v for v in self._versions.values() if v.source is not None and os.path.realpath(v.source) == path]
+        for version in found:
+            with suppress(AdapterError):
+                self._residency.copies.get(version)
 
     def load(self, version: Version) -> None:
         """Loads a held version in this thread, so that `ensure_resident` has only to write it; without the loop's lock.

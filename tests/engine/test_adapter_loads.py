@@ -192,6 +192,21 @@ def test_a_folder_that_vanishes_while_it_is_to_be_loaded_ends_its_own_requests(
     engine.check_integrity()
 
 
+def test_saving_over_a_folder_leaves_adapters_loaded_from_it_alone(engine: Engine, folders: list[Any]) -> None:
+    """They may not have been read yet: registering reads only the header."""
+    held = Held(engine)
+    for name, folder in zip("ab", folders, strict=False):
+        engine.load_adapter(name, folder)
+    engine.save_adapter("b", folders[0])
+    assert engine.adapters.get("a").copy is not None
+    engine.load_adapter("overwritten", folders[0])
+    requests = [engine.submit([5, 6, 7], name, greedy(4, logprobs=0)) for name in ("a", "b", "overwritten")]
+    held.work()
+    engine.wait(lambda: all(one.finished for one in requests))
+    a, b, overwritten = map(numbers, requests)
+    assert a != b and overwritten[0] == b[0]
+
+
 def test_an_old_request_gets_its_adapter_while_resident_ones_keep_coming(engine: Engine, folders: list[Any]) -> None:
     """Nine pages, all of adapters that are asked for without a pause; theirs may go first, but not for ever."""
     for i in range(9):
